@@ -1,0 +1,80 @@
+//! Compiles `kernels/*.cu` to one fatbin, `$OUT_DIR/flashcomm.fatbin`, and nothing else.
+//!
+//! The compiler is `$NVCC`, or that of `$CUDA_HOME` or `$CUDA_PATH`, or the project's own (`scripts/setup.sh`), or that
+//! on the PATH. It is one translation unit, because a fatbin holds one program per architecture. The architectures never
+//! depend on the machine that builds: `FLASHCOMM_CUDA_ARCHS` ("90" or "80,90") narrows the fixed list.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, exit};
+
+/// Compute capabilities times ten; the last is also embedded as PTX, for GPUs to come.
+const ARCHS: &str = "80,86,89,90,100,120";
+
+fn main() {
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libflashcomm.so");
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "FLASHCOMM_CUDA_ARCHS"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    println!("cargo:rerun-if-changed=kernels");
+    println!("cargo:rerun-if-changed=build.rs");
+
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let unit = out.join("all.cu");
+    fs::write(&unit, includes(&root.join("kernels"))).expect("OUT_DIR is writable");
+
+    let mut nvcc = Command::new(find_nvcc(&root));
+    nvcc.args(["-std=c++17", "-O3", "-fatbin", "--threads", "2", "-I"]).arg(root.join("kernels"));
+    nvcc.args(architectures()).arg(&unit).arg("-o").arg(out.join("flashcomm.fatbin"));
+    match nvcc.output() {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => fail(&format!(
+            "nvcc failed: {nvcc:?}\n{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        )),
+        Err(error) => fail(&format!("cannot run {nvcc:?}: {error}\nrun ./scripts/setup.sh, which installs a compiler")),
+    }
+}
+
+/// A unit that includes every kernel file.
+fn includes(kernels: &Path) -> String {
+    let entries = fs::read_dir(kernels).expect("kernels/ is there");
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.expect("readable").path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "cu"));
+    files.sort();
+    files.iter().map(|file| format!("#include \"{}\"\n", file.display())).collect()
+}
+
+fn find_nvcc(root: &Path) -> PathBuf {
+    if let Some(nvcc) = env::var_os("NVCC").filter(|nvcc| !nvcc.is_empty()) {
+        return nvcc.into();
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(PathBuf::from);
+    let candidates = homes.chain([root.join(".toolkit/cuda")]).map(|home| home.join("bin/nvcc"));
+    candidates.into_iter().find(|nvcc| nvcc.exists()).unwrap_or_else(|| "nvcc".into())
+}
+
+fn architectures() -> Vec<String> {
+    let chosen = env::var("FLASHCOMM_CUDA_ARCHS").ok().filter(|chosen| !chosen.is_empty());
+    let chosen = chosen.unwrap_or_else(|| ARCHS.into());
+    let archs: Vec<&str> = chosen.split(',').map(str::trim).collect();
+    if let Some(bad) = archs.iter().find(|arch| arch.parse::<u32>().is_err() || arch.len() > 3) {
+        fail(&format!("FLASHCOMM_CUDA_ARCHS has {bad:?}; it takes compute capabilities such as \"90\" or {ARCHS:?}"));
+    }
+    let mut flags: Vec<String> =
+        archs.iter().flat_map(|a| ["-gencode".into(), format!("arch=compute_{a},code=sm_{a}")]).collect();
+    let last = archs.last().expect("split gives at least one");
+    flags.extend(["-gencode".into(), format!("arch=compute_{last},code=compute_{last}")]);
+    flags
+}
+
+fn fail(message: &str) -> ! {
+    for line in message.lines() {
+        println!("cargo:warning={line}");
+    }
+    eprintln!("{message}");
+    exit(1);
+}

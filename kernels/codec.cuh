@@ -1,0 +1,218 @@
+// The codec of one tile: 128 threads, 32 elements each, four rows of 8. Bit for bit the same as the scalar
+// specification in wire/src/codec.rs, where the formulas and the layout are written down.
+//
+// A warp needs no other: its rows hold whole quantization groups. Nothing here synchronizes a block.
+#pragma once
+
+#include "element.cuh"
+#include "layout.cuh"
+#include "ptx.cuh"
+
+namespace flashcomm {
+
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// 2^23: adding it to a float in [0, 2^22] rounds to an integer, ties to even, which then stands in the low mantissa
+// bits under the exponent pattern kIntegerPattern.
+constexpr float kIntegerMagic = 8388608.0f;
+constexpr uint32_t kIntegerPattern = 0x4b000000;
+
+// The elements of one thread.
+using ThreadElems = float[kRows][kLaneElems];
+
+// Codec of kBits per element, elements (and scales and zeros) of type T.
+template <class T, int kBits>
+struct Codec {
+  static_assert(kBits >= 2 && kBits <= 8, "widths are 2 to 8 bits");
+  static constexpr float kMaxCode = float((1 << kBits) - 1);
+  // A width's planes: 8, or those of 4, 2, 1 that add up to it. The widest holds the lowest bits of a code.
+  static constexpr bool kHas8 = kBits == 8, kHas4 = kBits & 4, kHas2 = kBits & 2, kHas1 = kBits & 1;
+  static constexpr int kShift2 = kHas4 ? 4 : 0, kShift1 = kShift2 + (kHas2 ? 2 : 0);
+  static constexpr bool kOnePlane = kBits == 8 || kBits == 4 || kBits == 2;
+  // First bytes of the planes in a payload, and first words in a thread's registers.
+  static constexpr int kPlane2At = kHas4 ? kTileElems / 2 : 0;
+  static constexpr int kPlane1At = kPlane2At + (kHas2 ? kTileElems / 4 : 0);
+  static constexpr int kWord2 = kHas4 ? 4 : 0, kWord1 = kWord2 + (kHas2 ? 2 : 0);
+
+  // What one thread holds of an encoded tile.
+  struct Thread {
+    uint32_t codes[kBits];   // 32 codes of kBits, plane by plane
+    uint32_t params[kRows];  // of the group in each row: scale, zero << 16
+  };
+
+  __device__ static size_t bytes(unsigned group_lanes) { return tile_bytes<kBits>(group_lanes); }
+
+  // ---- encode -------------------------------------------------------------------------------------------------
+
+  __device__ static Thread encode(const ThreadElems& x, unsigned group_lanes) {
+    float inverse[kRows];
+    Thread out;
+    group_params(x, group_lanes, out.params, inverse);
+#pragma unroll
+    for (int w = 0; w < kBits; ++w) out.codes[w] = 0;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float zero = Element<T>::to_float(uint16_t(out.params[row] >> 16));
+      uint32_t q[kLaneElems];
+#pragma unroll
+      for (int e = 0; e < kLaneElems; ++e) {
+        // fmaxf takes the other operand for a NaN: 0 * (1/0) in a constant group, anything in a NaN group.
+        const float v = fminf(fmaxf(__fmul_rn(__fsub_rn(x[row][e], zero), inverse[row]), 0.0f), kMaxCode);
+        q[e] = __float_as_uint(__fadd_rn(v, kIntegerMagic));
+      }
+      pack_row(q, row, out.codes);
+    }
+    return out;
+  }
+
+  // ---- decode -------------------------------------------------------------------------------------------------
+
+  __device__ static void decode_row(const Thread& in, int row, float (&y)[kLaneElems]) {
+    const float scale = Element<T>::to_float(uint16_t(in.params[row]));
+    const float zero = Element<T>::to_float(uint16_t(in.params[row] >> 16));
+#pragma unroll
+    for (int e = 0; e < kLaneElems; ++e) {
+      const float q = __fsub_rn(__uint_as_float(code(in.codes, row, e) | kIntegerPattern), kIntegerMagic);
+      y[e] = __fmaf_rn(q, scale, zero);
+    }
+  }
+
+  // ---- payload ------------------------------------------------------------------------------------------------
+  // payload: the first byte of a tile, 16-byte aligned (every tile and every plane is a multiple of 128 bytes).
+
+  __device__ static Thread load(const uint8_t* payload, unsigned group_lanes) {
+    Thread t;
+    if constexpr (kHas8) {
+      get<4>(payload + thread_codes_at<8>(0, 0), t.codes);
+      get<4>(payload + thread_codes_at<8>(0, 1), t.codes + 4);
+    }
+    if constexpr (kHas4) get<4>(payload + thread_codes_at<4>(0), t.codes);
+    if constexpr (kHas2) get<2>(payload + thread_codes_at<2>(kPlane2At), t.codes + kWord2);
+    if constexpr (kHas1) get<1>(payload + thread_codes_at<1>(kPlane1At), t.codes + kWord1);
+    get<4>(payload + thread_params_at<kBits>(group_lanes), t.params);
+    return t;
+  }
+
+  __device__ static void store(uint8_t* payload, unsigned group_lanes, const Thread& t) {
+    if constexpr (kHas8) {
+      put<4>(payload + thread_codes_at<8>(0, 0), t.codes);
+      put<4>(payload + thread_codes_at<8>(0, 1), t.codes + 4);
+    }
+    if constexpr (kHas4) put<4>(payload + thread_codes_at<4>(0), t.codes);
+    if constexpr (kHas2) put<2>(payload + thread_codes_at<2>(kPlane2At), t.codes + kWord2);
+    if constexpr (kHas1) put<1>(payload + thread_codes_at<1>(kPlane1At), t.codes + kWord1);
+    if (threadIdx.x % group_lanes == 0) put<4>(payload + thread_params_at<kBits>(group_lanes), t.params);
+  }
+
+ private:
+  // Scale, zero and 1/scale of the group in each row. Each lane works out one row, lane % 4, and the four lanes
+  // of a quad (always of one group) exchange the results.
+  __device__ static void group_params(const ThreadElems& x, unsigned group_lanes, uint32_t (&params)[kRows],
+                                      float (&inverse)[kRows]) {
+    float low[kRows], high[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      low[row] = high[row] = x[row][0];
+#pragma unroll
+      for (int e = 1; e < kLaneElems; ++e) {
+        low[row] = min_nan(low[row], x[row][e]);
+        high[row] = max_nan(high[row], x[row][e]);
+      }
+    }
+    const float min = reduce_rows(low, group_lanes, min_nan);
+    const float max = reduce_rows(high, group_lanes, max_nan);
+
+    // + 0.0f turns -0 into +0: which of the two is the minimum depends on the order of comparison.
+    const float zero = __fadd_rn(Element<T>::to_float(Element<T>::down(min)), 0.0f);
+    const float scale = Element<T>::to_float(Element<T>::up(__fdiv_rn(__fsub_rn(max, zero), kMaxCode)));
+    const bool finite = isfinite(min) && isfinite(max) && isfinite(zero) && isfinite(scale);
+    const uint32_t mine = finite ? Element<T>::nearest(scale) | uint32_t(Element<T>::nearest(zero)) << 16
+                                 : kCanonicalNan | uint32_t(kCanonicalNan) << 16;
+    const float my_inverse = __frcp_rn(scale);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      params[row] = __shfl_sync(kAllLanes, mine, row, 4);
+      inverse[row] = __shfl_sync(kAllLanes, my_inverse, row, 4);
+    }
+  }
+
+  // Reduces the four rows over the lanes of a group; lane l gets the result of row l % 4. Halving: a lane passes on
+  // the rows that it does not keep, so this takes 5 shuffles at 16 lanes a group instead of 16.
+  template <class Op>
+  __device__ static float reduce_rows(const float (&v)[kRows], unsigned group_lanes, Op op) {
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    const float a = op(odd ? v[1] : v[0], __shfl_xor_sync(kAllLanes, odd ? v[0] : v[1], 1));
+    const float b = op(odd ? v[3] : v[2], __shfl_xor_sync(kAllLanes, odd ? v[2] : v[3], 1));
+    float c = op(high ? b : a, __shfl_xor_sync(kAllLanes, high ? a : b, 2));
+    if (group_lanes > 4) c = op(c, __shfl_xor_sync(kAllLanes, c, 4));
+    if (group_lanes > 8) c = op(c, __shfl_xor_sync(kAllLanes, c, 8));
+    return c;
+  }
+
+  // Packs one row: q are integers under kIntegerPattern.
+  __device__ static void pack_row(const uint32_t (&q)[kLaneElems], int row, uint32_t (&codes)[kBits]) {
+    if constexpr (kHas8) {
+      codes[row * 2] = pack<8, 0, 4>(q);
+      codes[row * 2 + 1] = pack<8, 0, 4>(q + 4);
+    }
+    if constexpr (kHas4) codes[row] = pack<4, 0, 8>(q);
+    if constexpr (kHas2) codes[kWord2 + row / 2] |= pack<2, kShift2, 8>(q) << (row % 2 * 16);
+    if constexpr (kHas1) codes[kWord1] |= pack<1, kShift1, 8>(q) << (row * 8);
+  }
+
+  // kCodes codes' bits kShift .. kShift + kPlaneBits, the first code lowest.
+  template <int kPlaneBits, int kShift, int kCodes>
+  __device__ static uint32_t pack(const uint32_t* q) {
+    uint32_t word = 0, patterns = 0;
+#pragma unroll
+    for (int e = kCodes - 1; e >= 0; --e) {
+      // In a one-plane width the patterns above the codes are added up modulo 2^32, a constant, and taken off at
+      // the end: one shift-and-add a code.
+      word = (word << kPlaneBits) + (kOnePlane ? q[e] : (q[e] >> kShift) & ((1 << kPlaneBits) - 1));
+      patterns = (patterns << kPlaneBits) + (kOnePlane ? kIntegerPattern : 0);
+    }
+    return word - patterns;
+  }
+
+  // Code e of a row.
+  __device__ static uint32_t code(const uint32_t (&codes)[kBits], int row, int e) {
+    if constexpr (kHas8) return (codes[row * 2 + e / 4] >> (e % 4 * 8)) & 0xff;
+    uint32_t q = 0;
+    if constexpr (kHas4) q |= (codes[row] >> (e * 4)) & 0xf;
+    if constexpr (kHas2) q |= ((codes[kWord2 + row / 2] >> (row % 2 * 16 + e * 2)) & 0x3) << kShift2;
+    if constexpr (kHas1) q |= ((codes[kWord1] >> (row * 8 + e)) & 0x1) << kShift1;
+    return q;
+  }
+
+  template <int kWords>
+  __device__ static void get(const uint8_t* ptr, uint32_t* words) {
+    if constexpr (kWords == 4) {
+      const Vec16 v = load_vec16(ptr);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) words[w] = v.words[w];
+    } else if constexpr (kWords == 2) {
+      const uint2 v = *reinterpret_cast<const uint2*>(ptr);
+      words[0] = v.x, words[1] = v.y;
+    } else {
+      words[0] = *reinterpret_cast<const uint32_t*>(ptr);
+    }
+  }
+
+  template <int kWords>
+  __device__ static void put(uint8_t* ptr, const uint32_t* words) {
+    if constexpr (kWords == 4) {
+      store_vec16(ptr, {{words[0], words[1], words[2], words[3]}});
+    } else if constexpr (kWords == 2) {
+      *reinterpret_cast<uint2*>(ptr) = make_uint2(words[0], words[1]);
+    } else {
+      *reinterpret_cast<uint32_t*>(ptr) = words[0];
+    }
+  }
+};
+
+// Calls X(suffix, type, bits) for each element type and width.
+#define FLASHCOMM_EACH_WIDTH(X, suffix, T) \
+  X(suffix, T, 2) X(suffix, T, 3) X(suffix, T, 4) X(suffix, T, 5) X(suffix, T, 6) X(suffix, T, 7) X(suffix, T, 8)
+#define FLASHCOMM_EACH_CODEC(X) FLASHCOMM_EACH_WIDTH(X, fp16, __half) FLASHCOMM_EACH_WIDTH(X, bf16, __nv_bfloat16)
+
+}  // namespace flashcomm

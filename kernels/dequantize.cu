@@ -1,0 +1,50 @@
+// Dequantize: the gathered payloads of hop 2 to the caller's output. The owner of a chunk decodes what it sent, as
+// everyone else does, so that all ranks hold the same bits.
+//
+//   grid   (tiles of the slice, ranks)    block  128 threads, one tile
+//   reads  payload  slot of owner r at r * slot_bytes
+//   writes output   count elements of T, 2-byte aligned
+//
+// Bytes through memory per element, both ways: b/8 + 4/g + 2.
+
+#include "codec.cuh"
+
+namespace flashcomm {
+
+// Mirrors DequantizeArgs in src/kernels.rs.
+struct DequantizeArgs {
+  const uint8_t* payload;
+  void* output;
+  uint64_t slot_bytes;
+  Slice slice;
+};
+
+template <class T, int kBits>
+__device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
+  using C = Codec<T, kBits>;
+  const unsigned owner = blockIdx.y;
+  const Tile tile = tile_of(args.slice, owner, blockIdx.x);
+  if (tile.n_elems == 0) return;
+
+  const unsigned lanes = args.slice.group_lanes;
+  const uint8_t* payload = args.payload + owner * args.slot_bytes + blockIdx.x * C::bytes(lanes);
+  const typename C::Thread codes = C::load(payload, lanes);
+  T* output = static_cast<T*>(args.output) + tile.start;
+  const bool aligned = is_aligned16(output);
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    float y[kLaneElems];
+    C::decode_row(codes, row, y);
+    store_lane(output, lane_first(row), tile.n_elems, aligned, y);
+  }
+}
+
+#define FLASHCOMM_DEFINE(suffix, T, bits)                                                     \
+  extern "C" __global__ void __launch_bounds__(kTileThreads)                                  \
+      flashcomm_dequantize_##suffix##_int##bits(const __grid_constant__ DequantizeArgs args) { \
+    dequantize<T, bits>(args);                                                                \
+  }
+FLASHCOMM_EACH_CODEC(FLASHCOMM_DEFINE)
+#undef FLASHCOMM_DEFINE
+
+}  // namespace flashcomm

@@ -1,0 +1,92 @@
+// fp16 and bf16 as the codec sees them: 16-byte vectors of 8, exact widening, and the three roundings from fp32.
+// Every conversion writes NaN as 0x7fff, the same as wire/src/element.rs.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "layout.cuh"
+
+namespace flashcomm {
+
+// 16 bytes, the widest access a thread can make.
+struct alignas(16) Vec16 {
+  uint32_t words[4];
+};
+
+__device__ __forceinline__ Vec16 load_vec16(const void* ptr) {
+  const uint4 v = *static_cast<const uint4*>(ptr);
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+__device__ __forceinline__ void store_vec16(void* ptr, const Vec16& v) {
+  *static_cast<uint4*>(ptr) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
+}
+
+template <class T>
+struct Element;
+
+template <>
+struct Element<__half> {
+  __device__ static float to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+  __device__ static uint16_t nearest(float x) { return __half_as_ushort(__float2half_rn(x)); }
+  __device__ static uint16_t down(float x) { return __half_as_ushort(__float2half_rd(x)); }
+  __device__ static uint16_t up(float x) { return __half_as_ushort(__float2half_ru(x)); }
+};
+
+template <>
+struct Element<__nv_bfloat16> {
+  __device__ static float to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+  __device__ static uint16_t nearest(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+  __device__ static uint16_t down(float x) { return __bfloat16_as_ushort(__float2bfloat16_rd(x)); }
+  __device__ static uint16_t up(float x) { return __bfloat16_as_ushort(__float2bfloat16_ru(x)); }
+};
+
+constexpr uint16_t kCanonicalNan = 0x7fff;  // of both types
+
+// Loads elements first .. first + 8 of a tile of n_elems, widened. Past the end the last element repeats.
+// tile_ptr: any alignment (2 bytes at least); vectors where it is 16.
+template <class T>
+__device__ __forceinline__ void load_lane(const T* tile_ptr, int first, int n_elems, bool aligned,
+                                          float (&x)[kLaneElems]) {
+  if (aligned && first + kLaneElems <= n_elems) {
+    const Vec16 v = load_vec16(tile_ptr + first);
+#pragma unroll
+    for (int e = 0; e < kLaneElems; ++e) {
+      x[e] = Element<T>::to_float(uint16_t(v.words[e / 2] >> (e % 2 * 16)));
+    }
+  } else {
+    const uint16_t* bits = reinterpret_cast<const uint16_t*>(tile_ptr);
+#pragma unroll
+    for (int e = 0; e < kLaneElems; ++e) {
+      x[e] = Element<T>::to_float(bits[min(first + e, n_elems - 1)]);
+    }
+  }
+}
+
+// Stores y, rounded to nearest, as elements first .. first + 8 of a tile of n_elems; nothing past the end.
+template <class T>
+__device__ __forceinline__ void store_lane(T* tile_ptr, int first, int n_elems, bool aligned,
+                                           const float (&y)[kLaneElems]) {
+  if (aligned && first + kLaneElems <= n_elems) {
+    Vec16 v;
+#pragma unroll
+    for (int e = 0; e < kLaneElems; e += 2) {
+      v.words[e / 2] = Element<T>::nearest(y[e]) | uint32_t(Element<T>::nearest(y[e + 1])) << 16;
+    }
+    store_vec16(tile_ptr + first, v);
+  } else {
+    uint16_t* bits = reinterpret_cast<uint16_t*>(tile_ptr);
+#pragma unroll
+    for (int e = 0; e < kLaneElems; ++e) {
+      if (first + e < n_elems) bits[first + e] = Element<T>::nearest(y[e]);
+    }
+  }
+}
+
+__device__ __forceinline__ bool is_aligned16(const void* ptr) { return reinterpret_cast<uintptr_t>(ptr) % 16 == 0; }
+
+}  // namespace flashcomm

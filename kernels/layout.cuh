@@ -1,0 +1,68 @@
+// Where everything stands: elements in a tile, codes in a payload, tiles in an operation. The numbers are those of
+// wire/src/codec.rs and wire/src/plan.rs, and the GPU tests hold the two sides together byte for byte.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace flashcomm {
+
+constexpr int kTileElems = 4096;  // the unit of coding and chunking
+constexpr int kTileThreads = 128;  // threads that code one tile, 32 elements each
+constexpr int kWarpElems = 1024;
+constexpr int kRows = 4;          // rows of 256 elements that a warp loads, one 16-byte vector a lane
+constexpr int kRowElems = 256;
+constexpr int kLaneElems = 8;     // elements of a lane in a row
+
+// One slice of one all-reduce, as every kernel gets it. Mirrors SliceArgs in src/kernels.rs.
+struct Slice {
+  uint64_t count;            // elements of the whole operation
+  uint64_t first_tile;       // first tile of the slice within each chunk
+  uint64_t chunk_tiles;      // tiles per chunk
+  uint32_t n_tiles;          // tiles of the slice in the longest chunk
+  uint32_t group_lanes;      // lanes that hold one quantization group in a row: group size / 8
+};
+
+// A tile of the operation: where its elements start, and how many there are (0: the chunk ends before it).
+struct Tile {
+  size_t start;
+  int n_elems;
+};
+
+// Tile i of the slice in the chunk of rank owner.
+__device__ __forceinline__ Tile tile_of(const Slice& slice, unsigned owner, unsigned i) {
+  const uint64_t in_chunk = slice.first_tile + i;
+  const uint64_t start = (owner * slice.chunk_tiles + in_chunk) * kTileElems;
+  if (i >= slice.n_tiles || in_chunk >= slice.chunk_tiles || start >= slice.count) return {0, 0};
+  const uint64_t rest = slice.count - start;
+  return {size_t(start), rest < kTileElems ? int(rest) : kTileElems};
+}
+
+// First element, within its tile, of this thread's vector in row.
+__device__ __forceinline__ int lane_first(int row) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  return warp * kWarpElems + row * kRowElems + lane * kLaneElems;
+}
+
+// Bytes of an encoded tile: codes, then 4 bytes for each group.
+template <int kBits>
+__device__ __forceinline__ size_t tile_bytes(unsigned group_lanes) {
+  return kTileElems / 8 * kBits + kTileElems / kLaneElems / group_lanes * 4;
+}
+
+// This thread's share of a plane of kPlaneBits whose first byte is plane_at: 32 codes. (The plane of 8 bits is two
+// half planes of 16 bytes a thread.)
+template <int kPlaneBits>
+__device__ __forceinline__ size_t thread_codes_at(int plane_at, int half = 0) {
+  constexpr int bytes = kPlaneBits == 8 ? 16 : kPlaneBits * 4;
+  return plane_at + half * (kTileElems / 2) + threadIdx.x * bytes;
+}
+
+// Scales and zeros of the four groups, one a row, that this thread's elements belong to: 16 bytes.
+template <int kBits>
+__device__ __forceinline__ size_t thread_params_at(unsigned group_lanes) {
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  return kTileElems / 8 * kBits + (warp * (32 / group_lanes) + lane / group_lanes) * 16;
+}
+
+}  // namespace flashcomm

@@ -1,0 +1,75 @@
+// Decode, sum, requantize: the payloads of hop 1 and the owner's own input to the owner's payload of hop 2.
+//
+//   grid   (tiles of the slice)    block  128 threads, one tile
+//   reads  input    the owner's count elements of T, of which its chunk is used, unquantized
+//          incoming slot of sender r at r * slot_bytes: its tiles of this chunk (the owner's own slot is not read)
+//   writes outgoing the tiles of the sum
+//
+// The sum is taken in fp32 in rank order, whatever order the payloads came in, so that every exchange and every run
+// gives the same bits. Bytes through memory per element of the chunk: 2 + world * (b/8 + 4/g).
+
+#include "codec.cuh"
+
+namespace flashcomm {
+
+// Mirrors ReduceArgs in src/kernels.rs.
+struct ReduceArgs {
+  const void* input;
+  const uint8_t* incoming;
+  uint8_t* outgoing;
+  uint64_t slot_bytes;
+  uint32_t rank;
+  uint32_t world;
+  Slice slice;
+};
+
+template <class T, int kReduceBits, int kGatherBits>
+__device__ __forceinline__ void reduce(const ReduceArgs& args) {
+  using In = Codec<T, kReduceBits>;
+  using Out = Codec<T, kGatherBits>;
+  const Tile tile = tile_of(args.slice, args.rank, blockIdx.x);
+  if (tile.n_elems == 0) return;
+
+  const unsigned lanes = args.slice.group_lanes;
+  const T* input = static_cast<const T*>(args.input) + tile.start;
+  const bool aligned = is_aligned16(input);
+  const uint8_t* incoming = args.incoming + blockIdx.x * In::bytes(lanes);
+  ThreadElems sum;
+#pragma unroll 1  // unrolled, the senders' codes would take 150 registers
+  for (unsigned rank = 0; rank < args.world; ++rank) {
+    typename In::Thread theirs;
+    if (rank != args.rank) theirs = In::load(incoming + rank * args.slot_bytes, lanes);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      float term[kLaneElems];
+      if (rank == args.rank) {
+        load_lane(input, lane_first(row), tile.n_elems, aligned, term);
+      } else {
+        In::decode_row(theirs, row, term);
+      }
+#pragma unroll
+      for (int e = 0; e < kLaneElems; ++e) {
+        // Rank 0 starts the sum: 0 + term would lose the sign of -0.
+        sum[row][e] = rank == 0 ? term[e] : __fadd_rn(sum[row][e], term[e]);
+      }
+    }
+  }
+  Out::store(args.outgoing + blockIdx.x * Out::bytes(lanes), lanes, Out::encode(sum, lanes));
+}
+
+// One entry for each pair of widths.
+#define FLASHCOMM_DEFINE_PAIR(suffix, T, in, out)                                             \
+  extern "C" __global__ void __launch_bounds__(kTileThreads)                                  \
+      flashcomm_reduce_##suffix##_int##in##_int##out(const __grid_constant__ ReduceArgs args) { \
+    reduce<T, in, out>(args);                                                                 \
+  }
+#define FLASHCOMM_DEFINE(suffix, T, in)                                                     \
+  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 2) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 3)           \
+  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 4) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 5)           \
+  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 6) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 7)           \
+  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 8)
+FLASHCOMM_EACH_CODEC(FLASHCOMM_DEFINE)
+#undef FLASHCOMM_DEFINE
+#undef FLASHCOMM_DEFINE_PAIR
+
+}  // namespace flashcomm

@@ -1,0 +1,213 @@
+//! The collectives. An all-reduce is routed; the others, and send and receive, are counted and forwarded.
+
+use std::ffi::{c_int, c_void};
+
+use super::{group, guarded, in_real_nccl, is_reentered};
+use crate::allreduce::Operation;
+use crate::comm;
+use crate::config::Config;
+use crate::nccl::{CollConfig, CommPtr, DataType, NcclResult, RedOp, StreamPtr, Symbol, real};
+use crate::route::{self, Request, Route};
+use crate::stats::{self, Call};
+
+/// What an all-reduce call is to become.
+enum Decision {
+    /// The real NCCL gets the original arguments.
+    Forward,
+    /// Ours; done, or queued for the end of the group.
+    Taken(NcclResult),
+}
+
+/// Routes one all-reduce.
+fn all_reduce(
+    input: *const c_void,
+    output: *mut c_void,
+    request: Request,
+    comm: CommPtr,
+    stream: StreamPtr,
+) -> Decision {
+    if is_reentered() {
+        return Decision::Forward;
+    }
+    let config = Config::global();
+    let element = match route::candidate(&request, config) {
+        Ok(element) => element,
+        Err(reason) => {
+            stats::all_reduce_forwarded(reason);
+            return Decision::Forward;
+        }
+    };
+    if comm.is_null() {
+        stats::forwarded(Call::AllReduce);
+        return Decision::Forward; // the real NCCL says what is wrong
+    }
+    let operation = Operation { comm: comm::of(comm), input, output, request, element, stream };
+    match operation.route() {
+        Route::Forward(reason) => {
+            stats::all_reduce_forwarded(reason);
+            Decision::Forward
+        }
+        Route::Attach(_) | Route::Compress(_) => Decision::Taken(group::issue(operation)),
+    }
+}
+
+/// Exports a function and its `pnccl` twin (NCCL's profiling interface; the same, so that a profiler's layer above us
+/// does not lose the compression).
+macro_rules! all_reduce_exports {
+    ($($name:ident, $symbol:ident)*) => {$(
+        #[doc = concat!("`", stringify!($name), "`: compressed where all ranks agree on it, else forwarded.")]
+        ///
+        /// # Safety
+        /// As NCCL documents.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            sendbuff: *const c_void,
+            recvbuff: *mut c_void,
+            count: usize,
+            datatype: DataType,
+            op: RedOp,
+            comm: CommPtr,
+            stream: StreamPtr,
+        ) -> NcclResult {
+            let request = Request { count, datatype, op };
+            guarded(stringify!($name), || match all_reduce(sendbuff, recvbuff, request, comm, stream) {
+                Decision::Taken(result) => result,
+                // SAFETY: the caller's own arguments.
+                Decision::Forward => in_real_nccl(|| unsafe {
+                    real!($symbol, fn(*const c_void, *mut c_void, usize, DataType, RedOp, CommPtr, StreamPtr))(
+                        sendbuff, recvbuff, count, datatype, op, comm, stream,
+                    )
+                }),
+            })
+        }
+    )*};
+}
+
+all_reduce_exports! {
+    ncclAllReduce, ncclAllReduce
+    pncclAllReduce, pncclAllReduce
+}
+
+macro_rules! all_reduce_config_exports {
+    ($($name:ident, $symbol:ident)*) => {$(
+        #[doc = concat!("`", stringify!($name), "`: as `ncclAllReduce`, unless the configuration asks for more.")]
+        ///
+        /// # Safety
+        /// As NCCL documents.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            sendbuff: *const c_void,
+            recvbuff: *mut c_void,
+            count: usize,
+            datatype: DataType,
+            op: RedOp,
+            comm: CommPtr,
+            stream: StreamPtr,
+            config: *const CollConfig,
+        ) -> NcclResult {
+            let request = Request { count, datatype, op };
+            guarded(stringify!($name), || {
+                // A null configuration asks for nothing; any other may pick an algorithm or want an event, which only
+                // the real NCCL can serve. NCCL wants the same configuration on every rank.
+                let decision = match config.is_null() {
+                    true => all_reduce(sendbuff, recvbuff, request, comm, stream),
+                    false => {
+                        stats::forwarded(Call::AllReduce);
+                        Decision::Forward
+                    }
+                };
+                match decision {
+                    Decision::Taken(result) => result,
+                    // SAFETY: the caller's own arguments.
+                    Decision::Forward => in_real_nccl(|| unsafe {
+                        real!(
+                            $symbol,
+                            fn(*const c_void, *mut c_void, usize, DataType, RedOp, CommPtr, StreamPtr, *const CollConfig)
+                        )(sendbuff, recvbuff, count, datatype, op, comm, stream, config)
+                    }),
+                }
+            })
+        }
+    )*};
+}
+
+all_reduce_config_exports! {
+    ncclAllReduceConfig, ncclAllReduceConfig
+    pncclAllReduceConfig, pncclAllReduceConfig
+}
+
+/// Exports functions that are counted and forwarded.
+macro_rules! counted {
+    ($($call:ident: $($name:ident)+ ($($arg:ident: $type:ty),* $(,)?);)*) => {$(
+        counted!(@each $call, ($($name)+), ($($arg: $type),*));
+    )*};
+    (@each $call:ident, ($name:ident $($more:ident)*), $args:tt) => {
+        counted!(@one $call, $name, $args);
+        counted!(@each $call, ($($more)*), $args);
+    };
+    (@each $call:ident, (), $args:tt) => {};
+    (@one $call:ident, $name:ident, ($($arg:ident: $type:ty),*)) => {
+        #[doc = concat!("`", stringify!($name), "`, counted and forwarded.")]
+        ///
+        /// # Safety
+        /// As NCCL documents.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($arg: $type),*) -> NcclResult {
+            // Nothing here can panic, so this needs no guard; it must cost next to nothing.
+            stats::forwarded(Call::$call);
+            // SAFETY: the caller's own arguments.
+            unsafe { real!($name, fn($($type),*))($($arg),*) }
+        }
+    };
+}
+
+counted! {
+    Broadcast: ncclBcast pncclBcast
+        (buff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr, stream: StreamPtr);
+    Broadcast: ncclBroadcast pncclBroadcast
+        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
+         stream: StreamPtr);
+    Broadcast: ncclBroadcastConfig pncclBroadcastConfig
+        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
+         stream: StreamPtr, config: *const CollConfig);
+    Reduce: ncclReduce pncclReduce
+        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, op: RedOp, root: c_int,
+         comm: CommPtr, stream: StreamPtr);
+    Reduce: ncclReduceConfig pncclReduceConfig
+        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, op: RedOp, root: c_int,
+         comm: CommPtr, stream: StreamPtr, config: *const CollConfig);
+    AllGather: ncclAllGather pncclAllGather
+        (sendbuff: *const c_void, recvbuff: *mut c_void, sendcount: usize, datatype: DataType, comm: CommPtr,
+         stream: StreamPtr);
+    AllGather: ncclAllGatherConfig pncclAllGatherConfig
+        (sendbuff: *const c_void, recvbuff: *mut c_void, sendcount: usize, datatype: DataType, comm: CommPtr,
+         stream: StreamPtr, config: *const CollConfig);
+    ReduceScatter: ncclReduceScatter pncclReduceScatter
+        (sendbuff: *const c_void, recvbuff: *mut c_void, recvcount: usize, datatype: DataType, op: RedOp,
+         comm: CommPtr, stream: StreamPtr);
+    ReduceScatter: ncclReduceScatterConfig pncclReduceScatterConfig
+        (sendbuff: *const c_void, recvbuff: *mut c_void, recvcount: usize, datatype: DataType, op: RedOp,
+         comm: CommPtr, stream: StreamPtr, config: *const CollConfig);
+    AlltoAll: ncclAlltoAll pncclAlltoAll
+        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, comm: CommPtr,
+         stream: StreamPtr);
+    AlltoAll: ncclAlltoAllConfig pncclAlltoAllConfig
+        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, comm: CommPtr,
+         stream: StreamPtr, config: *const CollConfig);
+    Gather: ncclGather pncclGather
+        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
+         stream: StreamPtr);
+    Gather: ncclGatherConfig pncclGatherConfig
+        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
+         stream: StreamPtr, config: *const CollConfig);
+    Scatter: ncclScatter pncclScatter
+        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
+         stream: StreamPtr);
+    Scatter: ncclScatterConfig pncclScatterConfig
+        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
+         stream: StreamPtr, config: *const CollConfig);
+    Send: ncclSend pncclSend
+        (sendbuff: *const c_void, count: usize, datatype: DataType, peer: c_int, comm: CommPtr, stream: StreamPtr);
+    Recv: ncclRecv pncclRecv
+        (recvbuff: *mut c_void, count: usize, datatype: DataType, peer: c_int, comm: CommPtr, stream: StreamPtr);
+}

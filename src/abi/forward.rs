@@ -1,0 +1,54 @@
+//! Bare jumps: the functions that the shim has nothing to say about go to the real library through the jump table,
+//! with every register and the stack as they came. They cost one indirect jump.
+
+use std::arch::naked_asm;
+
+use crate::nccl::Symbol;
+use crate::nccl::symbols::for_each_symbol;
+use crate::nccl::table::TABLE;
+
+macro_rules! define_jumps {
+    ($($how:ident $name:ident $twin:ident $kind:ident $major:literal $minor:literal $patch:literal;)*) => {
+        $(
+            define_jumps!(@$how $name);
+            define_jumps!(@$how $twin);
+        )*
+    };
+    (@own $name:ident) => {};
+    (@jump $name:ident) => {
+        #[doc = concat!("`", stringify!($name), "` of the real library.")]
+        ///
+        /// # Safety
+        /// As NCCL documents.
+        #[cfg(target_arch = "x86_64")]
+        #[unsafe(naked)]
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name() {
+            naked_asm!(
+                "endbr64",
+                "jmp qword ptr [rip + {table} + {offset}]",
+                table = sym TABLE,
+                offset = const Symbol::$name as usize * 8,
+            )
+        }
+
+        #[doc = concat!("`", stringify!($name), "` of the real library.")]
+        ///
+        /// # Safety
+        /// As NCCL documents.
+        #[cfg(target_arch = "aarch64")]
+        #[unsafe(naked)]
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name() {
+            naked_asm!(
+                "hint #34",
+                "adrp x16, {table} + {offset}",
+                "ldr x16, [x16, :lo12:{table} + {offset}]",
+                "br x16",
+                table = sym TABLE,
+                offset = const Symbol::$name as usize * 8,
+            )
+        }
+    };
+}
+for_each_symbol!(define_jumps);

@@ -1,0 +1,272 @@
+//! What ranks tell each other when they attach, and the verdict that every rank derives from it alike.
+//!
+//! A blob is [`BLOB_BYTES`] bytes, little-endian. Peers' blobs are checked like any input: a rank may run another
+//! version, or garbage.
+
+use std::fmt;
+
+use flashcomm_wire::{Codec, GroupSize, Legs, WIRE_VERSION, Width};
+
+use crate::config::{Config, ExchangeChoice};
+
+/// Bytes of a blob.
+pub const BLOB_BYTES: usize = 256;
+
+/// Marks a blob: "flashcom" in ASCII.
+const MAGIC: u64 = u64::from_le_bytes(*b"flashcom");
+
+/// The settings that all ranks must share, as one rank has them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Agreement {
+    /// `FLASHCOMM_BITS` and `FLASHCOMM_GROUP`.
+    pub legs: Legs,
+    /// `FLASHCOMM_MIN_BYTES`.
+    pub min_bytes: Option<u64>,
+    /// `FLASHCOMM_DTYPES`: fp16, bf16.
+    pub dtypes: (bool, bool),
+    /// `FLASHCOMM_EXCHANGE`.
+    pub exchange: ExchangeChoice,
+    /// `FLASHCOMM_BUFFER_MIB`, in bytes.
+    pub buffer_bytes: usize,
+}
+
+impl From<&Config> for Agreement {
+    fn from(config: &Config) -> Self {
+        Self {
+            legs: config.legs,
+            min_bytes: config.min_bytes,
+            dtypes: (config.fp16, config.bf16),
+            exchange: config.exchange,
+            buffer_bytes: config.buffer_bytes,
+        }
+    }
+}
+
+/// One rank's word in attach.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Blob {
+    /// The rank that speaks.
+    pub rank: u32,
+    /// Its settings.
+    pub agreement: Agreement,
+    /// Whether it can take part: kernels loaded, staging allocated, a communicator that blocks.
+    pub ready: bool,
+    /// A hash of its host's boot id: equal on ranks of one host.
+    pub host: u64,
+}
+
+/// Why a communicator stays off.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Disagreement {
+    /// A rank's blob is not one of this wire version.
+    Foreign {
+        /// The rank.
+        rank: usize,
+        /// Its wire version, if it was a blob at all.
+        version: Option<u32>,
+    },
+    /// A setting differs from rank 0's.
+    Setting {
+        /// The rank.
+        rank: usize,
+        /// The variable.
+        setting: &'static str,
+        /// The rank's value.
+        theirs: String,
+        /// Rank 0's value.
+        first: String,
+    },
+    /// A rank could not prepare; its own log says why.
+    NotReady {
+        /// The rank.
+        rank: usize,
+    },
+}
+
+impl fmt::Display for Disagreement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Disagreement::Foreign { rank, version: Some(version) } => write!(
+                f,
+                "rank {rank} runs a flashcomm of wire version {version}, this one has {WIRE_VERSION}; install the \
+                 same flashcomm everywhere"
+            ),
+            Disagreement::Foreign { rank, version: None } => {
+                write!(f, "rank {rank} answered something that is not flashcomm's; install the same everywhere")
+            }
+            Disagreement::Setting { rank, setting, theirs, first } => {
+                write!(f, "rank {rank} has {setting}={theirs}, rank 0 has {first}; set it alike on all ranks")
+            }
+            Disagreement::NotReady { rank } => write!(f, "rank {rank} could not prepare; see that rank's log"),
+        }
+    }
+}
+
+impl Blob {
+    /// The bytes that travel.
+    pub fn encode(&self) -> [u8; BLOB_BYTES] {
+        let Agreement { legs, min_bytes, dtypes, exchange, buffer_bytes } = self.agreement;
+        let fields = [
+            MAGIC,
+            u64::from(WIRE_VERSION),
+            u64::from(self.rank),
+            u64::from(self.ready),
+            self.host,
+            u64::from(legs.reduce.width.bits()),
+            u64::from(legs.gather.width.bits()),
+            legs.reduce.group.n_elems() as u64,
+            min_bytes.unwrap_or(u64::MAX),
+            u64::from(dtypes.0) | u64::from(dtypes.1) << 1,
+            exchange as u64,
+            buffer_bytes as u64,
+        ];
+        let mut bytes = [0; BLOB_BYTES];
+        for (place, field) in bytes.chunks_exact_mut(8).zip(fields) {
+            place.copy_from_slice(&field.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// Reads a peer's blob; `Err` with its wire version if it has one, and it is not ours.
+    pub fn decode(bytes: &[u8; BLOB_BYTES]) -> Result<Self, Option<u32>> {
+        let field = |i: usize| u64::from_le_bytes(bytes[i * 8..i * 8 + 8].try_into().expect("8 bytes"));
+        if field(0) != MAGIC {
+            return Err(None);
+        }
+        if field(1) != u64::from(WIRE_VERSION) {
+            return Err(Some(field(1) as u32));
+        }
+        Self::decode_fields(field).ok_or(None)
+    }
+
+    fn decode_fields(field: impl Fn(usize) -> u64) -> Option<Self> {
+        let width = |i| Width::new(u8::try_from(field(i)).ok()?);
+        let group = GroupSize::new(u16::try_from(field(7)).ok()?)?;
+        Some(Self {
+            rank: u32::try_from(field(2)).ok()?,
+            ready: field(3) == 1,
+            host: field(4),
+            agreement: Agreement {
+                legs: Legs { reduce: Codec { width: width(5)?, group }, gather: Codec { width: width(6)?, group } },
+                min_bytes: Some(field(8)).filter(|n_bytes| *n_bytes != u64::MAX),
+                dtypes: (field(9) & 1 != 0, field(9) & 2 != 0),
+                exchange: match field(10) {
+                    0 => ExchangeChoice::Auto,
+                    1 => ExchangeChoice::Nccl,
+                    _ => return None,
+                },
+                buffer_bytes: usize::try_from(field(11)).ok()?,
+            },
+        })
+    }
+}
+
+/// The verdict over all ranks' blobs, in rank order: the blobs, or the first thing that keeps the communicator off.
+/// Every rank sees the same bytes, so every rank comes to the same end.
+pub fn agree(gathered: &[u8]) -> Result<Vec<Blob>, Disagreement> {
+    let mut blobs: Vec<Blob> = Vec::new();
+    for (rank, bytes) in gathered.chunks_exact(BLOB_BYTES).enumerate() {
+        let bytes = bytes.try_into().expect("a chunk is a blob");
+        let blob = Blob::decode(bytes).map_err(|version| Disagreement::Foreign { rank, version })?;
+        if blob.rank as usize != rank {
+            return Err(Disagreement::Foreign { rank, version: None });
+        }
+        let first = blobs.first().unwrap_or(&blob).agreement;
+        if let Some((setting, theirs, first)) = difference(blob.agreement, first) {
+            return Err(Disagreement::Setting { rank, setting, theirs, first });
+        }
+        blobs.push(blob);
+    }
+    match blobs.iter().position(|blob| !blob.ready) {
+        Some(rank) => Err(Disagreement::NotReady { rank }),
+        None => Ok(blobs),
+    }
+}
+
+/// The first setting that differs, with both values.
+fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, String, String)> {
+    let rows: [(&str, fn(&Agreement) -> String); 6] = [
+        ("FLASHCOMM_BITS", |a| a.legs.to_string()),
+        ("FLASHCOMM_GROUP", |a| a.legs.reduce.group.n_elems().to_string()),
+        ("FLASHCOMM_MIN_BYTES", |a| a.min_bytes.map_or("auto".into(), |n_bytes| n_bytes.to_string())),
+        ("FLASHCOMM_DTYPES", |a| match a.dtypes {
+            (true, true) => "fp16,bf16".into(),
+            (true, false) => "fp16".into(),
+            _ => "bf16".into(),
+        }),
+        ("FLASHCOMM_EXCHANGE", |a| format!("{:?}", a.exchange).to_lowercase()),
+        ("FLASHCOMM_BUFFER_MIB", |a| (a.buffer_bytes >> 20).to_string()),
+    ];
+    rows.into_iter()
+        .map(|(setting, value)| (setting, value(&theirs), value(&first)))
+        .find(|(_, theirs, first)| theirs != first)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn blob(rank: u32) -> Blob {
+        Blob { rank, agreement: Agreement::from(&Config::default()), ready: true, host: 7 }
+    }
+
+    fn gather(blobs: &[Blob]) -> Vec<u8> {
+        blobs.iter().flat_map(Blob::encode).collect()
+    }
+
+    fn with(rank: u32, name: &str, value: &str) -> Blob {
+        let (config, _) = Config::parse(|asked| (asked == name).then(|| value.into()));
+        Blob { agreement: Agreement::from(&config), ..blob(rank) }
+    }
+
+    #[test]
+    fn equal_settings_agree() {
+        let blobs = [blob(0), blob(1), blob(2)];
+        assert_eq!(agree(&gather(&blobs)), Ok(blobs.to_vec()));
+    }
+
+    #[test]
+    fn every_shared_setting_that_differs_is_named_with_rank_and_values() {
+        for (name, value) in [
+            ("FLASHCOMM_BITS", "4:6"),
+            ("FLASHCOMM_GROUP", "64"),
+            ("FLASHCOMM_MIN_BYTES", "77"),
+            ("FLASHCOMM_DTYPES", "bf16"),
+            ("FLASHCOMM_EXCHANGE", "nccl"),
+            ("FLASHCOMM_BUFFER_MIB", "3"),
+        ] {
+            let error = agree(&gather(&[blob(0), blob(1), with(2, name, value)])).unwrap_err();
+            let Disagreement::Setting { rank: 2, setting, theirs, .. } = &error else { panic!("{error:?}") };
+            assert_eq!((*setting, theirs.as_str()), (name, value));
+            assert!(error.to_string().contains(name) && error.to_string().contains("rank 2"));
+        }
+        let shared = crate::config::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
+        assert_eq!(shared, 7, "six are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
+    }
+
+    #[test]
+    fn a_rank_that_is_not_ready_keeps_all_off() {
+        let late = Blob { ready: false, ..blob(1) };
+        assert_eq!(agree(&gather(&[blob(0), late])), Err(Disagreement::NotReady { rank: 1 }));
+    }
+
+    #[test]
+    fn other_versions_and_swapped_ranks_are_foreign() {
+        let mut other = blob(1).encode();
+        other[8] = 99;
+        let gathered = [blob(0).encode(), other].concat();
+        assert_eq!(agree(&gathered), Err(Disagreement::Foreign { rank: 1, version: Some(99) }));
+        assert_eq!(agree(&gather(&[blob(0), blob(2)])), Err(Disagreement::Foreign { rank: 1, version: None }));
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_never_panics(mut bytes in proptest::collection::vec(any::<u8>(), BLOB_BYTES), keep in 0usize..100) {
+            let real = blob(0).encode();
+            bytes[..keep].copy_from_slice(&real[..keep]);
+            let _ = agree(&bytes);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! What the shim knows of a communicator: a side table keyed by the real `ncclComm_t` (invariant I2: the handle is
+//! never wrapped).
+//!
+//! An entry appears at the first candidate all-reduce and is dropped before a destroy or an abort is forwarded, since
+//! NCCL uses addresses again. Its verdict is settled once, by [`attach`]; the staging it then holds is freed with it,
+//! as soon as the last operation that uses it has run.
+
+pub mod attach;
+pub mod blob;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, OnceLock};
+
+use flashcomm_wire::{Legs, Plan};
+use parking_lot::{Mutex, RwLock};
+
+use crate::cuda::{Capture, Context, CudaResult, DeviceMemory, Event, StreamHandle};
+use crate::kernels::Kernels;
+use crate::nccl::CommPtr;
+use crate::route::Verdict;
+
+/// One communicator of this process, one rank of it.
+pub struct Comm {
+    handle: CommHandle,
+    aborted: AtomicBool,
+    state: OnceLock<State>,
+}
+
+/// The settled state.
+enum State {
+    Off,
+    On(Box<Attached>),
+}
+
+/// What an attached communicator holds.
+pub struct Attached {
+    /// This rank.
+    pub rank: usize,
+    /// Ranks of the communicator.
+    pub world: usize,
+    /// The agreed codecs.
+    pub legs: Legs,
+    /// The agreed bound of the staging memory.
+    pub buffer_bytes: usize,
+    /// The agreed threshold.
+    pub min_bytes: u64,
+    /// The context of the communicator's device.
+    pub context: Context,
+    /// Kernels of the agreed codecs, in that context.
+    pub kernels: Kernels,
+    /// Two areas, see [`Plan`].
+    pub staging: DeviceMemory,
+    order: Mutex<Order>,
+}
+
+/// The events that chain the communicator's operations whatever streams they are issued on.
+struct Order {
+    /// The end of the last operation, eager or replayed.
+    last: Event,
+    /// The end of the last operation within the capture of that id.
+    captured: Option<(u64, Event)>,
+}
+
+/// The application's `ncclComm_t`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct CommHandle(CommPtr);
+
+// SAFETY: NCCL's handles may be passed between threads; that they are used by one at a time is the application's duty.
+unsafe impl Send for CommHandle {}
+// SAFETY: as above.
+unsafe impl Sync for CommHandle {}
+
+impl Comm {
+    /// The real handle.
+    pub fn handle(&self) -> CommPtr {
+        self.handle.0
+    }
+
+    /// What the ranks agreed on.
+    pub fn verdict(&self) -> Verdict {
+        match self.state.get() {
+            None => Verdict::Open,
+            Some(State::Off) => Verdict::Off,
+            Some(State::On(attached)) => Verdict::On { min_bytes: attached.min_bytes },
+        }
+    }
+
+    /// The attached state, when the verdict is on.
+    pub fn attached(&self) -> Option<&Attached> {
+        match self.state.get() {
+            Some(State::On(attached)) => Some(attached),
+            _ => None,
+        }
+    }
+
+    /// Whether the application has aborted or destroyed the communicator. Its handle must not be used any more.
+    pub fn is_aborted(&self) -> bool {
+        self.aborted.load(Ordering::Acquire)
+    }
+
+    fn settle(&self, attached: Option<Attached>) {
+        let state = attached.map_or(State::Off, |attached| State::On(Box::new(attached)));
+        // A second settlement would be one of a thread that came late; the first holds.
+        let _ = self.state.set(state);
+    }
+}
+
+impl Attached {
+    /// Starts an operation on `stream`: it will run after the communicator's previous one.
+    ///
+    /// # Safety
+    /// `stream` is live and of the communicator's context, which is current.
+    pub unsafe fn begin(&self, stream: StreamHandle, capture: Capture) -> CudaResult<()> {
+        let order = self.order.lock();
+        match capture {
+            // SAFETY: the caller vouches for the stream.
+            Capture::None => unsafe { order.last.make_wait(stream, false) },
+            Capture::Active(id) => match &order.captured {
+                // Within one graph the edge is drawn in the graph.
+                // SAFETY: as above; the event was recorded in this very capture.
+                Some((captured_id, event)) if *captured_id == id => unsafe { event.make_wait(stream, false) },
+                // A graph's first operation waits, at each replay, for what was last before that replay.
+                // SAFETY: as above.
+                _ => unsafe { order.last.make_wait(stream, true) },
+            },
+        }
+    }
+
+    /// Ends an operation on `stream`: the next one will run after it.
+    ///
+    /// # Safety
+    /// As for [`Attached::begin`].
+    pub unsafe fn end(&self, stream: StreamHandle, capture: Capture) -> CudaResult<()> {
+        let mut order = self.order.lock();
+        let Capture::Active(id) = capture else {
+            // SAFETY: the caller vouches for the stream.
+            return unsafe { order.last.record(stream, false) };
+        };
+        // SAFETY: as above.
+        unsafe { order.last.record(stream, true)? };
+        if order.captured.as_ref().is_none_or(|(captured_id, _)| *captured_id != id) {
+            order.captured = Some((id, Event::new()?));
+        }
+        let (_, event) = order.captured.as_ref().expect("set above");
+        // SAFETY: as above.
+        unsafe { event.record(stream, false) }
+    }
+
+    /// Byte offset of the `incoming` area in the staging memory; `outgoing` is at 0.
+    pub fn incoming_at(&self) -> usize {
+        Plan::area_bytes(self.world, self.legs, self.buffer_bytes)
+    }
+
+    fn is_idle(&self) -> bool {
+        // An error here means that the context is lost; nothing runs in it any more.
+        self.order.lock().last.is_complete().unwrap_or(true)
+    }
+}
+
+static TABLE: LazyLock<RwLock<HashMap<CommHandle, Arc<Comm>>>> = LazyLock::new(Default::default);
+
+/// Communicators that are gone but whose last operation has not run yet.
+static RETIRED: Mutex<Vec<Arc<Comm>>> = Mutex::new(Vec::new());
+
+/// The entry of a communicator, made at its first use. `handle` is not null.
+pub fn of(handle: CommPtr) -> Arc<Comm> {
+    let handle = CommHandle(handle);
+    if let Some(comm) = TABLE.read().get(&handle) {
+        return comm.clone();
+    }
+    let new = || Arc::new(Comm { handle, aborted: AtomicBool::new(false), state: OnceLock::new() });
+    TABLE.write().entry(handle).or_insert_with(new).clone()
+}
+
+/// Drops the entry of a communicator that is about to be destroyed, aborted or revoked. Its staging memory stays
+/// until [`reap`] finds that its last operation has run.
+pub fn retire(handle: CommPtr) {
+    let removed = TABLE.write().remove(&CommHandle(handle));
+    if let Some(comm) = removed {
+        comm.aborted.store(true, Ordering::Release);
+        if comm.attached().is_some() {
+            RETIRED.lock().push(comm);
+        }
+    }
+}
+
+/// Settles a communicator as off, for good: after a revocation the real NCCL answers.
+pub fn turn_off(handle: CommPtr) {
+    retire(handle);
+    of(handle).settle(None);
+}
+
+/// Frees the staging of retired communicators that are idle. Waits for nothing of a communicator, but frees memory,
+/// which the driver may synchronize: for the end and the beginning of communicators only.
+pub fn reap() {
+    let idle: Vec<Arc<Comm>> = {
+        let mut retired = RETIRED.lock();
+        let all = std::mem::take(&mut *retired);
+        let (idle, busy) = all.into_iter().partition(|comm| comm.attached().is_none_or(Attached::is_idle));
+        *retired = busy;
+        idle
+    };
+    for comm in idle {
+        if let Some(attached) = comm.attached() {
+            // Freed in its own context, where it was allocated.
+            let _entered = attached.context.enter();
+            drop(comm);
+        }
+    }
+}

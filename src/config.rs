@@ -1,0 +1,343 @@
+//! The settings: environment variables, parsed once into typed values.
+//!
+//! [`SETTINGS`] is the one place that documents them; the README's table is checked against it. A malformed value
+//! never stops anybody's server: it gives one warning, which names the variable, the value and what is allowed, and
+//! the default holds.
+
+use std::env;
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use flashcomm_wire::{Codec, GroupSize, Legs, Width};
+use log::LevelFilter;
+
+use crate::kernels::ElementType;
+
+/// One environment variable.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    /// Its name.
+    pub name: &'static str,
+    /// The value that holds when it is unset or malformed.
+    pub default: &'static str,
+    /// The values it takes.
+    pub allowed: &'static str,
+    /// What it does.
+    pub effect: &'static str,
+    /// Whether all ranks of a communicator must have the same value.
+    pub same_on_all_ranks: bool,
+}
+
+/// Every setting.
+pub const SETTINGS: [Setting; 14] = [
+    setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
+    setting("FLASHCOMM_BITS", "8", "2 to 8, or reduce:gather as in 4:8", "bits per element on the wire", true),
+    setting("FLASHCOMM_GROUP", "128", "32, 64 or 128", "elements that share a scale and a zero point", true),
+    setting(
+        "FLASHCOMM_MIN_BYTES",
+        "auto",
+        "auto, or a number of bytes, K, M or G allowed behind it",
+        "smaller all-reduces go to the real NCCL",
+        true,
+    ),
+    setting("FLASHCOMM_DTYPES", "fp16,bf16", "fp16, bf16 or both", "element types that are compressed", true),
+    setting("FLASHCOMM_EXCHANGE", "auto", "auto or nccl", "what carries the payloads", true),
+    setting("FLASHCOMM_BUFFER_MIB", "64", "1 to 16384", "staging memory of a communicator, MiB of GPU memory", true),
+    setting("FLASHCOMM_MAX_CTAS", "0", "0 to 1024", "blocks of a waiting kernel at most; 0: its own choice", false),
+    setting("FLASHCOMM_TIMEOUT_S", "0", "0 to 86400", "seconds a kernel waits for peers; 0: until aborted", false),
+    setting("FLASHCOMM_ATTACH_TIMEOUT_S", "60", "1 to 86400", "seconds to wait for the other ranks' shim", false),
+    setting("FLASHCOMM_NCCL_LIB", "", "a path", "the real libnccl.so.2, where it is not found by itself", false),
+    setting("FLASHCOMM_LOG", "warn", "off, error, warn, info, debug or trace", "what is logged", false),
+    setting("FLASHCOMM_LOG_FILE", "", "a path; %p is the process id", "where the log goes; unset: stderr", false),
+    setting("FLASHCOMM_STATS_FILE", "", "a path; %p is the process id", "counts as JSON, written at exit", false),
+];
+
+const fn setting(
+    name: &'static str,
+    default: &'static str,
+    allowed: &'static str,
+    effect: &'static str,
+    same_on_all_ranks: bool,
+) -> Setting {
+    Setting { name, default, allowed, effect, same_on_all_ranks }
+}
+
+/// What carries the payloads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ExchangeChoice {
+    /// The best that all ranks can.
+    Auto,
+    /// The real NCCL's send, receive and all-gather.
+    Nccl,
+}
+
+/// The settings, typed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// `FLASHCOMM_ENABLE`.
+    pub enable: bool,
+    /// `FLASHCOMM_BITS` and `FLASHCOMM_GROUP`.
+    pub legs: Legs,
+    /// `FLASHCOMM_MIN_BYTES`; `None`: the exchange's measured default.
+    pub min_bytes: Option<u64>,
+    /// `FLASHCOMM_DTYPES`: whether fp16 is compressed.
+    pub fp16: bool,
+    /// `FLASHCOMM_DTYPES`: whether bf16 is compressed.
+    pub bf16: bool,
+    /// `FLASHCOMM_EXCHANGE`.
+    pub exchange: ExchangeChoice,
+    /// `FLASHCOMM_BUFFER_MIB`, in bytes.
+    pub buffer_bytes: usize,
+    /// `FLASHCOMM_MAX_CTAS`.
+    pub max_ctas: u32,
+    /// `FLASHCOMM_TIMEOUT_S`; `None`: until aborted.
+    pub timeout: Option<Duration>,
+    /// `FLASHCOMM_ATTACH_TIMEOUT_S`.
+    pub attach_timeout: Duration,
+    /// `FLASHCOMM_LOG`.
+    pub log_level: LevelFilter,
+    /// `FLASHCOMM_LOG_FILE`.
+    pub log_file: Option<PathBuf>,
+    /// `FLASHCOMM_STATS_FILE`.
+    pub stats_file: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let (config, malformed) = Config::parse(|_| None);
+        debug_assert!(malformed.is_empty());
+        config
+    }
+}
+
+/// A value that a setting does not take.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Malformed {
+    /// The variable.
+    pub name: &'static str,
+    /// What it was set to.
+    pub value: String,
+}
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let setting = find(self.name);
+        let default = if setting.default.is_empty() { "unset" } else { setting.default };
+        write!(f, "{}={:?} is not allowed; it takes {}. {} holds.", self.name, self.value, setting.allowed, default)
+    }
+}
+
+fn find(name: &str) -> &'static Setting {
+    SETTINGS.iter().find(|setting| setting.name == name).expect("only documented settings are read")
+}
+
+impl Config {
+    /// The process's settings, parsed at the first call.
+    pub fn global() -> &'static Config {
+        &Self::global_with_warnings().0
+    }
+
+    /// As [`Config::global`], with what was malformed.
+    pub fn global_with_warnings() -> &'static (Config, Vec<Malformed>) {
+        static GLOBAL: OnceLock<(Config, Vec<Malformed>)> = OnceLock::new();
+        GLOBAL.get_or_init(|| Config::parse(|name| env::var_os(name)))
+    }
+
+    /// Parses what `lookup` knows of each variable. An empty value counts as unset.
+    pub fn parse(lookup: impl Fn(&str) -> Option<OsString>) -> (Config, Vec<Malformed>) {
+        let mut reader = Reader { lookup, malformed: Vec::new() };
+        let (reduce, gather) = reader.read("FLASHCOMM_BITS", parse_bits);
+        let group = reader.read("FLASHCOMM_GROUP", |text| GroupSize::new(text.parse().ok()?));
+        let (fp16, bf16) = reader.read("FLASHCOMM_DTYPES", parse_dtypes);
+        let config = Config {
+            enable: reader.read("FLASHCOMM_ENABLE", parse_switch),
+            legs: Legs { reduce: Codec { width: reduce, group }, gather: Codec { width: gather, group } },
+            min_bytes: reader.read("FLASHCOMM_MIN_BYTES", parse_min_bytes),
+            fp16,
+            bf16,
+            exchange: reader.read("FLASHCOMM_EXCHANGE", |text| match text {
+                "auto" => Some(ExchangeChoice::Auto),
+                "nccl" => Some(ExchangeChoice::Nccl),
+                _ => None,
+            }),
+            buffer_bytes: reader.read("FLASHCOMM_BUFFER_MIB", |text| parse_within(text, 1, 16384)) as usize * (1 << 20),
+            max_ctas: reader.read("FLASHCOMM_MAX_CTAS", |text| parse_within(text, 0, 1024)) as u32,
+            timeout: match reader.read("FLASHCOMM_TIMEOUT_S", |text| parse_within(text, 0, 86400)) {
+                0 => None,
+                seconds => Some(Duration::from_secs(seconds)),
+            },
+            attach_timeout: Duration::from_secs(
+                reader.read("FLASHCOMM_ATTACH_TIMEOUT_S", |text| parse_within(text, 1, 86400)),
+            ),
+            log_level: reader.read("FLASHCOMM_LOG", |text| text.parse().ok()),
+            log_file: reader.path("FLASHCOMM_LOG_FILE"),
+            stats_file: reader.path("FLASHCOMM_STATS_FILE"),
+        };
+        (config, reader.malformed)
+    }
+
+    /// Whether all-reduces of this element type are compressed.
+    pub fn compresses(&self, element: ElementType) -> bool {
+        match element {
+            ElementType::Fp16 => self.fp16,
+            ElementType::Bf16 => self.bf16,
+        }
+    }
+}
+
+struct Reader<L> {
+    lookup: L,
+    malformed: Vec<Malformed>,
+}
+
+impl<L: Fn(&str) -> Option<OsString>> Reader<L> {
+    /// The variable's value, or its default with a note where it does not parse.
+    fn read<T>(&mut self, name: &'static str, parse: impl Fn(&str) -> Option<T>) -> T {
+        if let Some(value) = (self.lookup)(name).filter(|value| !value.is_empty()) {
+            if let Some(parsed) = value.to_str().and_then(|text| parse(text.trim())) {
+                return parsed;
+            }
+            self.malformed.push(Malformed { name, value: value.to_string_lossy().into_owned() });
+        }
+        parse(find(name).default).expect("defaults parse")
+    }
+
+    /// A path, `%p` replaced by the process id.
+    fn path(&self, name: &'static str) -> Option<PathBuf> {
+        let value = (self.lookup)(name).filter(|value| !value.is_empty())?;
+        match value.into_string() {
+            Ok(text) => Some(text.replace("%p", &std::process::id().to_string()).into()),
+            Err(raw) => Some(raw.into()),
+        }
+    }
+}
+
+fn parse_switch(text: &str) -> Option<bool> {
+    match text {
+        "0" => Some(false),
+        "1" => Some(true),
+        _ => None,
+    }
+}
+
+fn parse_bits(text: &str) -> Option<(Width, Width)> {
+    let width = |text: &str| Width::new(text.parse().ok()?);
+    match text.split_once(':') {
+        Some((reduce, gather)) => Some((width(reduce)?, width(gather)?)),
+        None => width(text).map(|width| (width, width)),
+    }
+}
+
+fn parse_dtypes(text: &str) -> Option<(bool, bool)> {
+    let (mut fp16, mut bf16) = (false, false);
+    for name in text.split(',') {
+        match name.trim() {
+            "fp16" => fp16 = true,
+            "bf16" => bf16 = true,
+            _ => return None,
+        }
+    }
+    Some((fp16, bf16))
+}
+
+/// `auto` is `Some(None)`: allowed, and no number.
+fn parse_min_bytes(text: &str) -> Option<Option<u64>> {
+    if text == "auto" {
+        return Some(None);
+    }
+    let digits = text.trim_end_matches(['K', 'M', 'G']);
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        _ => return None,
+    };
+    let number: u64 = digits.parse().ok()?;
+    Some(Some(number.checked_mul(1 << shift)?))
+}
+
+fn parse_within(text: &str, min: u64, max: u64) -> Option<u64> {
+    text.parse().ok().filter(|number| (min..=max).contains(number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_one(name: &str, value: &str) -> (Config, Vec<Malformed>) {
+        Config::parse(|asked| (asked == name).then(|| value.into()))
+    }
+
+    #[test]
+    fn defaults_are_what_the_table_says() {
+        let config = Config::default();
+        assert!(config.enable && config.fp16 && config.bf16);
+        assert_eq!(config.legs.to_string(), "8");
+        assert_eq!(config.legs.reduce.group.n_elems(), 128);
+        assert_eq!((config.min_bytes, config.exchange), (None, ExchangeChoice::Auto));
+        assert_eq!(config.buffer_bytes, 64 << 20);
+        assert_eq!((config.max_ctas, config.timeout), (0, None));
+        assert_eq!(config.attach_timeout, Duration::from_secs(60));
+        assert_eq!((config.log_level, config.log_file, config.stats_file), (LevelFilter::Warn, None, None));
+    }
+
+    #[test]
+    fn every_setting_takes_its_values() {
+        assert!(!parse_one("FLASHCOMM_ENABLE", "0").0.enable);
+        assert_eq!(parse_one("FLASHCOMM_BITS", "4:8").0.legs.to_string(), "4:8");
+        assert_eq!(parse_one("FLASHCOMM_BITS", " 5 ").0.legs.to_string(), "5");
+        assert_eq!(parse_one("FLASHCOMM_GROUP", "32").0.legs.gather.group.n_elems(), 32);
+        assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "0").0.min_bytes, Some(0));
+        assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "3M").0.min_bytes, Some(3 << 20));
+        assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "auto").0.min_bytes, None);
+        let bf16_only = parse_one("FLASHCOMM_DTYPES", "bf16").0;
+        assert!(!bf16_only.compresses(ElementType::Fp16) && bf16_only.compresses(ElementType::Bf16));
+        assert_eq!(parse_one("FLASHCOMM_EXCHANGE", "nccl").0.exchange, ExchangeChoice::Nccl);
+        assert_eq!(parse_one("FLASHCOMM_BUFFER_MIB", "2").0.buffer_bytes, 2 << 20);
+        assert_eq!(parse_one("FLASHCOMM_MAX_CTAS", "16").0.max_ctas, 16);
+        assert_eq!(parse_one("FLASHCOMM_TIMEOUT_S", "5").0.timeout, Some(Duration::from_secs(5)));
+        assert_eq!(parse_one("FLASHCOMM_ATTACH_TIMEOUT_S", "5").0.attach_timeout, Duration::from_secs(5));
+        assert_eq!(parse_one("FLASHCOMM_LOG", "debug").0.log_level, LevelFilter::Debug);
+        let expected = format!("x.{}.json", std::process::id());
+        assert_eq!(parse_one("FLASHCOMM_STATS_FILE", "x.%p.json").0.stats_file, Some(expected.into()));
+        assert_eq!(parse_one("FLASHCOMM_LOG_FILE", "y").0.log_file, Some("y".into()));
+    }
+
+    #[test]
+    fn a_malformed_value_warns_by_name_and_keeps_the_default() {
+        for (name, value) in [
+            ("FLASHCOMM_ENABLE", "yes"),
+            ("FLASHCOMM_BITS", "9"),
+            ("FLASHCOMM_BITS", "4:"),
+            ("FLASHCOMM_BITS", "4:8:8"),
+            ("FLASHCOMM_GROUP", "100"),
+            ("FLASHCOMM_MIN_BYTES", "-1"),
+            ("FLASHCOMM_MIN_BYTES", "1T"),
+            ("FLASHCOMM_MIN_BYTES", "1KM"),
+            ("FLASHCOMM_MIN_BYTES", "99999999999999G"),
+            ("FLASHCOMM_DTYPES", "fp32"),
+            ("FLASHCOMM_EXCHANGE", "pigeon"),
+            ("FLASHCOMM_BUFFER_MIB", "0"),
+            ("FLASHCOMM_MAX_CTAS", "many"),
+            ("FLASHCOMM_TIMEOUT_S", "1.5"),
+            ("FLASHCOMM_ATTACH_TIMEOUT_S", "0"),
+            ("FLASHCOMM_LOG", "loud"),
+        ] {
+            let (config, malformed) = parse_one(name, value);
+            assert_eq!(config, Config::default(), "{name}={value}");
+            assert_eq!(malformed, [Malformed { name: find(name).name, value: value.into() }]);
+            let text = malformed[0].to_string();
+            assert!(text.contains(name) && text.contains(value) && text.contains(find(name).allowed), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_empty_value_counts_as_unset() {
+        let (config, malformed) = Config::parse(|_| Some("".into()));
+        assert_eq!((config, malformed), (Config::default(), vec![]));
+    }
+}

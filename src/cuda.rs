@@ -1,0 +1,406 @@
+//! The one unsafe edge to the CUDA driver: small owned types over `cudarc::driver::sys`, and nothing else.
+//!
+//! The driver is bound at run time, symbol by symbol, so that a machine without one can load the library. Check
+//! [`is_available`] before the first call: the bindings panic where there is no libcuda.
+//!
+//! Streams and contexts of the application are borrowed as raw handles. Everything that allocates or waits here is
+//! used in attach and at the end of a communicator only; the hot path launches kernels and records events.
+
+use std::ffi::{CStr, c_int, c_uint, c_void};
+use std::fmt;
+use std::ptr;
+
+use cudarc::driver::sys;
+
+/// A stream of the application, or one of ours, borrowed.
+pub type StreamHandle = sys::CUstream;
+
+/// What the driver answered, kept raw.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct CudaError(pub sys::CUresult);
+
+/// The driver's answer or its error.
+pub type CudaResult<T> = Result<T, CudaError>;
+
+impl fmt::Display for CudaError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = ptr::null();
+        // SAFETY: `text` is a valid place; the driver fills it with a static string or null.
+        let found = unsafe { sys::cuGetErrorString(self.0, &mut text) } == sys::CUresult::CUDA_SUCCESS;
+        if !found || text.is_null() {
+            return write!(f, "CUDA driver error {}", self.0 as u32);
+        }
+        // SAFETY: not null, so a NUL-terminated string of static storage.
+        let text = unsafe { CStr::from_ptr(text) };
+        write!(f, "CUDA driver error {} ({})", self.0 as u32, text.to_string_lossy())
+    }
+}
+
+impl fmt::Debug for CudaError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::error::Error for CudaError {}
+
+fn check(result: sys::CUresult) -> CudaResult<()> {
+    if result == sys::CUresult::CUDA_SUCCESS { Ok(()) } else { Err(CudaError(result)) }
+}
+
+/// Whether a CUDA driver can be loaded.
+pub fn is_available() -> bool {
+    // SAFETY: only tries to open the driver library.
+    unsafe { sys::is_culib_present() }
+}
+
+/// Initializes the driver; idempotent.
+pub fn init() -> CudaResult<()> {
+    // SAFETY: takes no pointers.
+    check(unsafe { sys::cuInit(0) })
+}
+
+/// Number of devices the driver shows.
+pub fn device_count() -> CudaResult<i32> {
+    let mut count = 0;
+    // SAFETY: `count` is a valid place.
+    check(unsafe { sys::cuDeviceGetCount(&mut count) })?;
+    Ok(count)
+}
+
+/// The primary context of a device, retained while this lives.
+#[derive(Debug)]
+pub struct Context {
+    device: c_int,
+    handle: sys::CUcontext,
+}
+
+// SAFETY: a context handle may be used from any thread; the driver locks.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Retains the primary context of device `ordinal` (the runtime API's numbering).
+    pub fn retain(ordinal: c_int) -> CudaResult<Self> {
+        let (mut device, mut handle) = (0, ptr::null_mut());
+        // SAFETY: `device` is a valid place.
+        check(unsafe { sys::cuDeviceGet(&mut device, ordinal) })?;
+        // SAFETY: `handle` is a valid place.
+        check(unsafe { sys::cuDevicePrimaryCtxRetain(&mut handle, device) })?;
+        Ok(Self { device, handle })
+    }
+
+    /// Makes the context current on this thread until the guard drops. Cheap where it is current already.
+    pub fn enter(&self) -> CudaResult<Entered> {
+        let mut current = ptr::null_mut();
+        // SAFETY: `current` is a valid place.
+        check(unsafe { sys::cuCtxGetCurrent(&mut current) })?;
+        if current == self.handle {
+            return Ok(Entered { pushed: false });
+        }
+        // SAFETY: the handle is retained while `self` lives.
+        check(unsafe { sys::cuCtxPushCurrent_v2(self.handle) })?;
+        Ok(Entered { pushed: true })
+    }
+
+    /// The 16 bytes that identify the physical device.
+    pub fn device_uuid(&self) -> CudaResult<[u8; 16]> {
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: `uuid` is a valid place and the device came from the driver.
+        check(unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, self.device) })?;
+        Ok(uuid.bytes.map(|byte| byte as u8))
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: retained in `retain`, released once.
+        log_drop("release of a context", unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) });
+    }
+}
+
+/// Keeps a context current; see [`Context::enter`].
+#[derive(Debug)]
+pub struct Entered {
+    pushed: bool,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if self.pushed {
+            let mut popped = ptr::null_mut();
+            // SAFETY: undoes the push of `enter`; `popped` is a valid place.
+            log_drop("pop of a context", unsafe { sys::cuCtxPopCurrent_v2(&mut popped) });
+        }
+    }
+}
+
+/// Lets this thread allocate while some thread captures a graph in global mode, until dropped.
+#[derive(Debug)]
+pub struct RelaxedCapture {
+    previous: sys::CUstreamCaptureMode,
+}
+
+impl RelaxedCapture {
+    /// Switches this thread to the relaxed capture mode.
+    pub fn enter() -> CudaResult<Self> {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: `mode` is a valid place; the driver swaps in the previous mode.
+        check(unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) })?;
+        Ok(Self { previous: mode })
+    }
+}
+
+impl Drop for RelaxedCapture {
+    fn drop(&mut self) {
+        // SAFETY: restores the mode that `enter` found.
+        log_drop("capture mode", unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut self.previous) });
+    }
+}
+
+/// Whether work issued to a stream now is captured, and into which graph.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Capture {
+    /// It runs.
+    None,
+    /// It becomes part of the graph of this capture, by the driver's unique id.
+    Active(u64),
+}
+
+/// What happens to work that is issued to `stream` now.
+///
+/// # Safety
+/// `stream` is a live stream or one of the driver's special handles, of the current context.
+pub unsafe fn capture_of(stream: StreamHandle) -> CudaResult<Capture> {
+    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    let mut id = 0;
+    let (graph, dependencies, count) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
+    // SAFETY: the caller vouches for the stream; null asks for no further answers.
+    check(unsafe { sys::cuStreamGetCaptureInfo_v2(stream, &mut status, &mut id, graph, dependencies, count) })?;
+    match status {
+        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(Capture::None),
+        sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE => Ok(Capture::Active(id)),
+        _ => Err(CudaError(sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)),
+    }
+}
+
+/// A stream of ours, for attach. It does not synchronize with the legacy default stream.
+#[derive(Debug)]
+pub struct Stream(StreamHandle);
+
+impl Stream {
+    /// A new stream in the current context.
+    pub fn new() -> CudaResult<Self> {
+        let mut handle = ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
+        // SAFETY: `handle` is a valid place.
+        check(unsafe { sys::cuStreamCreate(&mut handle, flags) })?;
+        Ok(Self(handle))
+    }
+
+    /// The raw handle.
+    pub fn handle(&self) -> StreamHandle {
+        self.0
+    }
+
+    /// Waits for its work, and for that of no other stream.
+    pub fn synchronize(&self) -> CudaResult<()> {
+        // SAFETY: the stream lives.
+        check(unsafe { sys::cuStreamSynchronize(self.0) })
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`, destroyed once; the driver finishes its work first.
+        log_drop("destruction of a stream", unsafe { sys::cuStreamDestroy_v2(self.0) });
+    }
+}
+
+/// An event without timing.
+#[derive(Debug)]
+pub struct Event(sys::CUevent);
+
+// SAFETY: an event handle may be used from any thread; the driver locks.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// A new event in the current context.
+    pub fn new() -> CudaResult<Self> {
+        let mut handle = ptr::null_mut();
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
+        // SAFETY: `handle` is a valid place.
+        check(unsafe { sys::cuEventCreate(&mut handle, flags) })?;
+        Ok(Self(handle))
+    }
+
+    /// Records the work of `stream` so far. `external` makes it a node of the graph being captured, so that the
+    /// replay, not the capture, records.
+    ///
+    /// # Safety
+    /// `stream` is live and of the event's context.
+    pub unsafe fn record(&self, stream: StreamHandle, external: bool) -> CudaResult<()> {
+        let external_flag = sys::CUevent_record_flags::CU_EVENT_RECORD_EXTERNAL as c_uint;
+        // SAFETY: the caller vouches for the stream; the event lives.
+        check(unsafe { sys::cuEventRecordWithFlags(self.0, stream, if external { external_flag } else { 0 }) })
+    }
+
+    /// Makes `stream` wait for the event; `external` as in [`Event::record`].
+    ///
+    /// # Safety
+    /// As for [`Event::record`].
+    pub unsafe fn make_wait(&self, stream: StreamHandle, external: bool) -> CudaResult<()> {
+        let external_flag = sys::CUevent_wait_flags::CU_EVENT_WAIT_EXTERNAL as c_uint;
+        // SAFETY: the caller vouches for the stream; the event lives.
+        check(unsafe { sys::cuStreamWaitEvent(stream, self.0, if external { external_flag } else { 0 }) })
+    }
+
+    /// Whether everything recorded has finished (also when nothing was recorded).
+    pub fn is_complete(&self) -> CudaResult<bool> {
+        // SAFETY: the event lives.
+        match unsafe { sys::cuEventQuery(self.0) } {
+            sys::CUresult::CUDA_SUCCESS => Ok(true),
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            error => Err(CudaError(error)),
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`, destroyed once.
+        log_drop("destruction of an event", unsafe { sys::cuEventDestroy_v2(self.0) });
+    }
+}
+
+/// Device memory. Freed when dropped, in the context that allocated it.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    address: sys::CUdeviceptr,
+    n_bytes: usize,
+}
+
+impl DeviceMemory {
+    /// Allocates `n_bytes` in the current context; 256-byte aligned.
+    pub fn new(n_bytes: usize) -> CudaResult<Self> {
+        let mut address = 0;
+        // SAFETY: `address` is a valid place.
+        check(unsafe { sys::cuMemAlloc_v2(&mut address, n_bytes) })?;
+        Ok(Self { address, n_bytes })
+    }
+
+    /// Address of byte `offset`.
+    pub fn at(&self, offset: usize) -> *mut c_void {
+        debug_assert!(offset <= self.n_bytes);
+        (self.address as usize + offset) as *mut c_void
+    }
+
+    /// Bytes allocated.
+    pub fn n_bytes(&self) -> usize {
+        self.n_bytes
+    }
+
+    /// Copies `bytes` to `offset` on `stream`; `bytes` may be used again on return.
+    pub fn write(&self, offset: usize, bytes: &[u8], stream: &Stream) -> CudaResult<()> {
+        assert!(offset + bytes.len() <= self.n_bytes);
+        let target = self.address + offset as u64;
+        // SAFETY: the range lies in the allocation, the source in `bytes`; pageable memory is staged before return.
+        check(unsafe { sys::cuMemcpyHtoDAsync_v2(target, bytes.as_ptr().cast(), bytes.len(), stream.0) })?;
+        stream.synchronize()
+    }
+
+    /// Copies from `offset` into `bytes` on `stream`, finished on return.
+    pub fn read(&self, offset: usize, bytes: &mut [u8], stream: &Stream) -> CudaResult<()> {
+        assert!(offset + bytes.len() <= self.n_bytes);
+        let source = self.address + offset as u64;
+        // SAFETY: the range lies in the allocation, the target in `bytes`, which outlives the synchronization.
+        check(unsafe { sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), source, bytes.len(), stream.0) })?;
+        stream.synchronize()
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`, freed once; the driver waits for work that uses it.
+        log_drop("free of device memory", unsafe { sys::cuMemFree_v2(self.address) });
+    }
+}
+
+/// A loaded module, never unloaded (its functions live as long as the process).
+#[derive(Debug)]
+pub struct Module(sys::CUmodule);
+
+// SAFETY: a module handle may be used from any thread; the driver locks.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+impl Module {
+    /// Loads a fatbin into the current context.
+    pub fn load(image: &'static [u8]) -> CudaResult<Self> {
+        let mut handle = ptr::null_mut();
+        // SAFETY: `image` is a whole fatbin, whose header says how long it is.
+        check(unsafe { sys::cuModuleLoadData(&mut handle, image.as_ptr().cast()) })?;
+        Ok(Self(handle))
+    }
+
+    /// The kernel of this name.
+    pub fn function(&self, name: &CStr) -> CudaResult<Function> {
+        let mut handle = ptr::null_mut();
+        // SAFETY: `name` is NUL-terminated, the module lives.
+        check(unsafe { sys::cuModuleGetFunction(&mut handle, self.0, name.as_ptr()) })?;
+        Ok(Function(handle))
+    }
+}
+
+/// A kernel of a [`Module`].
+#[derive(Clone, Copy, Debug)]
+pub struct Function(sys::CUfunction);
+
+// SAFETY: a function handle may be used from any thread; the driver locks.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Function {
+    /// Launches the kernel with one by-value argument.
+    ///
+    /// # Safety
+    /// `args` is what the kernel takes, its pointers are good for what the kernel does with them until it has run,
+    /// and `stream` is live and of the current context.
+    pub unsafe fn launch<A>(
+        self,
+        grid: (u32, u32),
+        n_threads: u32,
+        stream: StreamHandle,
+        args: &A,
+    ) -> CudaResult<()> {
+        let mut params = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        // SAFETY: the caller vouches for the arguments; the driver copies them before it returns.
+        check(unsafe {
+            sys::cuLaunchKernel(
+                self.0,
+                grid.0,
+                grid.1,
+                1,
+                n_threads,
+                1,
+                1,
+                0,
+                stream,
+                params.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        })
+    }
+}
+
+/// A destructor cannot answer; what went wrong is logged (at process exit the driver may be gone already).
+fn log_drop(what: &str, result: sys::CUresult) {
+    if result != sys::CUresult::CUDA_SUCCESS && result != sys::CUresult::CUDA_ERROR_DEINITIALIZED {
+        log::debug!("{what}: {}", CudaError(result));
+    }
+}

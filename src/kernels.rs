@@ -1,0 +1,259 @@
+//! Typed launches of the kernels in `kernels/`, found by name in the embedded fatbin.
+//!
+//! The argument structs mirror those of the `.cu` files; the GPU tests would not survive a difference.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ffi::{CString, c_void};
+use std::sync::LazyLock;
+
+use flashcomm_wire::{Codec, Legs, Plan, TILE_ELEMS};
+use parking_lot::Mutex;
+
+use crate::cuda::{Context, CudaResult, Function, Module, StreamHandle};
+
+/// Every kernel for every architecture, from build.rs.
+static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbin"));
+
+/// Threads of every block: one tile.
+const TILE_THREADS: u32 = 128;
+
+/// Storage type of the elements.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum ElementType {
+    /// IEEE half precision.
+    Fp16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl ElementType {
+    /// Both types, in the order of the kernel tables.
+    pub const ALL: [ElementType; 2] = [ElementType::Fp16, ElementType::Bf16];
+
+    /// As in kernel names and settings.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ElementType::Fp16 => "fp16",
+            ElementType::Bf16 => "bf16",
+        }
+    }
+
+    /// Bytes of an element.
+    pub const fn n_bytes(self) -> usize {
+        2
+    }
+}
+
+/// Mirrors `Slice` in `kernels/layout.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct SliceArgs {
+    count: u64,
+    first_tile: u64,
+    chunk_tiles: u64,
+    n_tiles: u32,
+    group_lanes: u32,
+}
+
+#[repr(C)]
+struct QuantizeArgs {
+    input: *const c_void,
+    payload: *mut c_void,
+    slot_bytes: u64,
+    first_owner: u32,
+    skip_owner: u32,
+    slice: SliceArgs,
+}
+
+#[repr(C)]
+struct ReduceArgs {
+    input: *const c_void,
+    incoming: *const c_void,
+    outgoing: *mut c_void,
+    slot_bytes: u64,
+    rank: u32,
+    world: u32,
+    slice: SliceArgs,
+}
+
+#[repr(C)]
+struct DequantizeArgs {
+    payload: *const c_void,
+    output: *mut c_void,
+    slot_bytes: u64,
+    slice: SliceArgs,
+}
+
+/// The three kernels of one element type and pair of widths.
+#[derive(Clone, Copy, Debug)]
+struct Entries {
+    quantize: Function,
+    reduce: Function,
+    dequantize: Function,
+}
+
+/// One slice of one planned all-reduce: what every launch is about.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// The whole operation.
+    pub plan: &'a Plan,
+    /// Which slice of it.
+    pub slice: usize,
+    /// Storage type of the elements.
+    pub element: ElementType,
+}
+
+impl Piece<'_> {
+    fn args(&self, codec: Codec) -> SliceArgs {
+        SliceArgs {
+            count: self.plan.count() as u64,
+            first_tile: self.plan.first_tile(self.slice) as u64,
+            chunk_tiles: self.plan.chunk_tiles() as u64,
+            n_tiles: self.n_tiles(),
+            group_lanes: (codec.group.n_elems() / 8) as u32,
+        }
+    }
+
+    fn n_tiles(&self) -> u32 {
+        u32::try_from(self.plan.max_slice_tiles(self.slice)).expect("a slice fits the staging buffer")
+    }
+}
+
+/// The kernels for one pair of codecs, ready in one context.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernels {
+    entries: [Entries; ElementType::ALL.len()],
+}
+
+impl Kernels {
+    /// The kernels for `legs` in the primary context of device `ordinal`, loaded at the first call.
+    ///
+    /// Loading may wait for all work of the context, some of which may wait for another rank of this very process;
+    /// whoever comes second must find the kernels loaded. Hence the one lock around it all.
+    ///
+    /// # Errors
+    /// The driver's, when the fatbin has no code for this GPU or the driver is older than the compiler.
+    pub fn load(ordinal: i32, legs: Legs) -> CudaResult<Self> {
+        static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Default::default);
+        let mut loaded = LOADED.lock();
+        let Loaded { modules, kernels } = &mut *loaded;
+        if let Some(kernels) = kernels.get(&(ordinal, legs)) {
+            return Ok(*kernels);
+        }
+        if let Entry::Vacant(vacant) = modules.entry(ordinal) {
+            let context = Context::retain(ordinal)?;
+            let entered = context.enter()?;
+            let module = Module::load(FATBIN)?;
+            drop(entered);
+            vacant.insert((context, module));
+        }
+        let (context, module) = &modules[&ordinal];
+        let _entered = context.enter()?;
+        let found = Self::find(module, legs)?;
+        kernels.insert((ordinal, legs), found);
+        Ok(found)
+    }
+
+    fn find(module: &Module, legs: Legs) -> CudaResult<Self> {
+        let (reduce, gather) = (legs.reduce.width.bits(), legs.gather.width.bits());
+        let function = |name: String| module.function(&CString::new(name).expect("kernel names hold no NUL"));
+        let entries = |element: ElementType| -> CudaResult<Entries> {
+            let element = element.name();
+            Ok(Entries {
+                quantize: function(format!("flashcomm_quantize_{element}_int{reduce}"))?,
+                reduce: function(format!("flashcomm_reduce_{element}_int{reduce}_int{gather}"))?,
+                dequantize: function(format!("flashcomm_dequantize_{element}_int{gather}"))?,
+            })
+        };
+        Ok(Self { entries: [entries(ElementType::ALL[0])?, entries(ElementType::ALL[1])?] })
+    }
+
+    /// Quantizes the chunks of all ranks but `rank` into their slots of `outgoing`.
+    ///
+    /// # Safety
+    /// `input` holds the operation's elements and `outgoing` is a staging area of the plan, both until the kernel
+    /// has run on `stream`, which is of the current context.
+    pub unsafe fn quantize(
+        &self,
+        piece: Piece<'_>,
+        rank: usize,
+        input: *const c_void,
+        outgoing: *mut c_void,
+        stream: StreamHandle,
+    ) -> CudaResult<()> {
+        let n_owners = piece.plan.world() as u32 - 1;
+        let args = QuantizeArgs {
+            input,
+            payload: outgoing,
+            slot_bytes: piece.plan.reduce_slot(1) as u64,
+            first_owner: 0,
+            skip_owner: rank as u32,
+            slice: piece.args(piece.plan.legs().reduce),
+        };
+        let grid = (piece.n_tiles(), n_owners);
+        // SAFETY: as the caller vouches; the struct is the kernel's.
+        unsafe { self.entries(piece.element).quantize.launch(grid, TILE_THREADS, stream, &args) }
+    }
+
+    /// Sums the payloads in `incoming` and the caller's own chunk, and quantizes the sum to `outgoing`.
+    ///
+    /// # Safety
+    /// As for [`Kernels::quantize`]; `outgoing` is the rank's own gather slot.
+    pub unsafe fn reduce(
+        &self,
+        piece: Piece<'_>,
+        rank: usize,
+        input: *const c_void,
+        incoming: *const c_void,
+        outgoing: *mut c_void,
+        stream: StreamHandle,
+    ) -> CudaResult<()> {
+        let args = ReduceArgs {
+            input,
+            incoming,
+            outgoing,
+            slot_bytes: piece.plan.reduce_slot(1) as u64,
+            rank: rank as u32,
+            world: piece.plan.world() as u32,
+            slice: piece.args(piece.plan.legs().reduce),
+        };
+        // SAFETY: as the caller vouches; the struct is the kernel's.
+        unsafe { self.entries(piece.element).reduce.launch((piece.n_tiles(), 1), TILE_THREADS, stream, &args) }
+    }
+
+    /// Decodes the gathered payloads of all ranks into `output`.
+    ///
+    /// # Safety
+    /// As for [`Kernels::quantize`]; `output` has room for the operation's elements.
+    pub unsafe fn dequantize(
+        &self,
+        piece: Piece<'_>,
+        gathered: *const c_void,
+        output: *mut c_void,
+        stream: StreamHandle,
+    ) -> CudaResult<()> {
+        let args = DequantizeArgs {
+            payload: gathered,
+            output,
+            slot_bytes: piece.plan.gather_slot(1, piece.slice) as u64,
+            slice: piece.args(piece.plan.legs().gather),
+        };
+        let grid = (piece.n_tiles(), piece.plan.world() as u32);
+        // SAFETY: as the caller vouches; the struct is the kernel's.
+        unsafe { self.entries(piece.element).dequantize.launch(grid, TILE_THREADS, stream, &args) }
+    }
+
+    fn entries(&self, element: ElementType) -> &Entries {
+        &self.entries[element as usize]
+    }
+}
+
+/// What has been loaded, by device; kept as long as the process.
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<i32, (Context, Module)>,
+    kernels: HashMap<(i32, Legs), Kernels>,
+}
+
+const _: () = assert!(TILE_ELEMS == 32 * TILE_THREADS as usize, "a thread codes 32 elements");

@@ -1,0 +1,57 @@
+//! NCCL's C types as they cross the boundary: transparent integers with constants, never closed enums, since NCCL
+//! makes new operation values at run time and later versions add members.
+
+use std::ffi::c_void;
+
+/// `ncclComm_t`.
+pub type CommPtr = *mut c_void;
+/// `cudaStream_t`.
+pub type StreamPtr = *mut c_void;
+
+/// `ncclCollConfig_t`, passed through.
+#[repr(C)]
+#[derive(Debug)]
+pub struct CollConfig {
+    _private: [u8; 0],
+}
+
+/// `ncclResult_t`.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NcclResult(pub i32);
+
+#[allow(missing_docs, reason = "NCCL's names")]
+impl NcclResult {
+    pub const SUCCESS: Self = Self(0);
+    pub const UNHANDLED_CUDA_ERROR: Self = Self(1);
+    pub const SYSTEM_ERROR: Self = Self(2);
+    pub const INTERNAL_ERROR: Self = Self(3);
+    pub const INVALID_ARGUMENT: Self = Self(4);
+    pub const INVALID_USAGE: Self = Self(5);
+    pub const REMOTE_ERROR: Self = Self(6);
+    pub const IN_PROGRESS: Self = Self(7);
+}
+
+/// `ncclDataType_t`.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DataType(pub i32);
+
+#[allow(missing_docs, reason = "NCCL's names")]
+impl DataType {
+    pub const INT8: Self = Self(0);
+    pub const UINT8: Self = Self(1);
+    pub const FLOAT16: Self = Self(6);
+    pub const FLOAT32: Self = Self(7);
+    pub const BFLOAT16: Self = Self(9);
+}
+
+/// `ncclRedOp_t`; user-defined operations are handles beyond the built-in ones.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RedOp(pub i32);
+
+#[allow(missing_docs, reason = "NCCL's names")]
+impl RedOp {
+    pub const SUM: Self = Self(0);
+}

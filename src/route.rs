@@ -1,0 +1,187 @@
+//! Pure: does this all-reduce go to the real NCCL as it is, or is it compressed?
+//!
+//! Decided from rank-invariant facts alone: element type, operation, count, the communicator's verdict, capturing or
+//! not. Never from whether it is in place, from alignment, allocator, group nesting or anything else that may differ
+//! between ranks: a rank that decides otherwise hangs the job. In doubt, forward.
+
+use crate::config::Config;
+use crate::kernels::ElementType;
+use crate::nccl::{DataType, RedOp};
+
+/// What one call asks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Request {
+    /// Elements.
+    pub count: usize,
+    /// Their type.
+    pub datatype: DataType,
+    /// The reduction.
+    pub op: RedOp,
+}
+
+/// What the ranks of a communicator have agreed on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Not asked yet.
+    Open,
+    /// Every rank compresses operations of this many bytes and more.
+    On {
+        /// The threshold.
+        min_bytes: u64,
+    },
+    /// Every rank forwards.
+    Off,
+}
+
+/// Where an all-reduce goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Route {
+    /// To the real NCCL, unchanged.
+    Forward(Reason),
+    /// The communicator must attach first; then ask again.
+    Attach(ElementType),
+    /// Through the two hops.
+    Compress(ElementType),
+}
+
+/// Why a call is forwarded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reason {
+    /// `FLASHCOMM_ENABLE=0`.
+    Disabled,
+    /// Not fp16 or bf16, or excluded by `FLASHCOMM_DTYPES`.
+    DataType,
+    /// Not `ncclSum`.
+    Operation,
+    /// No elements; the real NCCL answers.
+    Empty,
+    /// Below the threshold.
+    Small,
+    /// The communicator is off.
+    CommunicatorOff,
+    /// First use inside a graph capture: attaching would break the capture.
+    UnattachedCapture,
+}
+
+impl Reason {
+    /// Every reason, in the order of their counters.
+    pub const ALL: [Reason; 7] = [
+        Reason::Disabled,
+        Reason::DataType,
+        Reason::Operation,
+        Reason::Empty,
+        Reason::Small,
+        Reason::CommunicatorOff,
+        Reason::UnattachedCapture,
+    ];
+
+    /// As in the statistics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Reason::Disabled => "disabled",
+            Reason::DataType => "datatype",
+            Reason::Operation => "operation",
+            Reason::Empty => "empty",
+            Reason::Small => "small",
+            Reason::CommunicatorOff => "communicator_off",
+            Reason::UnattachedCapture => "unattached_capture",
+        }
+    }
+}
+
+/// The element type, when a request is one that some setting compresses; otherwise why none does.
+///
+/// Looks at no setting but `FLASHCOMM_ENABLE`: these are the calls at which a communicator attaches, and if a setting
+/// had a say, ranks whose settings differ would never meet in the attach that is to tell them so.
+pub fn candidate(request: &Request, config: &Config) -> Result<ElementType, Reason> {
+    if !config.enable {
+        return Err(Reason::Disabled);
+    }
+    let element = match request.datatype {
+        DataType::FLOAT16 => ElementType::Fp16,
+        DataType::BFLOAT16 => ElementType::Bf16,
+        _ => return Err(Reason::DataType),
+    };
+    if request.op != RedOp::SUM {
+        return Err(Reason::Operation);
+    }
+    if request.count == 0 {
+        return Err(Reason::Empty);
+    }
+    Ok(element)
+}
+
+/// Where a candidate goes. `is_capturing` is asked only where the answer depends on it.
+pub fn route(
+    element: ElementType,
+    request: &Request,
+    verdict: Verdict,
+    config: &Config,
+    is_capturing: impl FnOnce() -> bool,
+) -> Route {
+    match verdict {
+        Verdict::Off => Route::Forward(Reason::CommunicatorOff),
+        Verdict::Open if is_capturing() => Route::Forward(Reason::UnattachedCapture),
+        Verdict::Open => Route::Attach(element),
+        Verdict::On { .. } if !config.compresses(element) => Route::Forward(Reason::DataType),
+        Verdict::On { min_bytes } => {
+            let n_bytes = (request.count as u64).saturating_mul(element.n_bytes() as u64);
+            if n_bytes < min_bytes { Route::Forward(Reason::Small) } else { Route::Compress(element) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ON: Verdict = Verdict::On { min_bytes: 1000 };
+
+    fn decide(count: usize, datatype: DataType, op: RedOp, verdict: Verdict, capturing: bool, config: &Config) -> Route {
+        let request = Request { count, datatype, op };
+        match candidate(&request, config) {
+            Ok(element) => route(element, &request, verdict, config, || capturing),
+            Err(reason) => Route::Forward(reason),
+        }
+    }
+
+    #[test]
+    fn the_table() {
+        use ElementType::{Bf16, Fp16};
+        use Route::{Attach, Compress, Forward};
+        let (fp16, bf16, sum) = (DataType::FLOAT16, DataType::BFLOAT16, RedOp::SUM);
+        let on = Config::default();
+        let off = Config { enable: false, ..Config::default() };
+        let bf16_only = Config { fp16: false, ..Config::default() };
+        for (count, datatype, op, verdict, capturing, config, expected) in [
+            (500, fp16, sum, ON, false, &on, Compress(Fp16)),
+            (500, bf16, sum, ON, true, &on, Compress(Bf16)),
+            (499, fp16, sum, ON, false, &on, Forward(Reason::Small)),
+            (usize::MAX, fp16, sum, ON, false, &on, Compress(Fp16)),
+            (500, fp16, sum, Verdict::Open, false, &on, Attach(Fp16)),
+            (1, bf16, sum, Verdict::Open, false, &on, Attach(Bf16)),
+            (500, fp16, sum, Verdict::Open, true, &on, Forward(Reason::UnattachedCapture)),
+            (500, fp16, sum, Verdict::Off, true, &on, Forward(Reason::CommunicatorOff)),
+            (0, fp16, sum, ON, false, &on, Forward(Reason::Empty)),
+            (500, DataType::FLOAT32, sum, ON, false, &on, Forward(Reason::DataType)),
+            (500, DataType::INT8, sum, ON, false, &on, Forward(Reason::DataType)),
+            (500, fp16, RedOp(1), ON, false, &on, Forward(Reason::Operation)),
+            (500, fp16, RedOp(4), ON, false, &on, Forward(Reason::Operation)),
+            (500, fp16, RedOp(5), ON, false, &on, Forward(Reason::Operation)), // a user-defined one
+            (500, fp16, sum, ON, false, &off, Forward(Reason::Disabled)),
+            (500, fp16, sum, ON, false, &bf16_only, Forward(Reason::DataType)),
+            (500, fp16, sum, Verdict::Open, false, &bf16_only, Attach(Fp16)), // settings are compared first
+        ] {
+            let got = decide(count, datatype, op, verdict, capturing, config);
+            assert_eq!(got, expected, "{count} {datatype:?} {op:?} {verdict:?} capturing={capturing}");
+        }
+    }
+
+    #[test]
+    fn capture_is_asked_only_where_it_matters() {
+        let request = Request { count: 500, datatype: DataType::FLOAT16, op: RedOp::SUM };
+        for verdict in [ON, Verdict::Off] {
+            route(ElementType::Fp16, &request, verdict, &Config::default(), || panic!("asked"));
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! The codec: one tile of up to [`TILE_ELEMS`] elements as integers of 2 to 8 bits, with a scale and a zero point
+//! per quantization group. This scalar code is the specification; `kernels/codec.cuh` equals it bit for bit.
+//!
+//! # Arithmetic
+//!
+//! A quantization group is g consecutive elements (Flash Communication, arXiv 2412.04964, asymmetric). All arithmetic
+//! is IEEE fp32, rounding to nearest even unless said otherwise, with subnormals kept:
+//!
+//! ```text
+//! z  = min(group) rounded toward -inf to the storage type, -0 written as +0
+//! s  = (max(group) - z) / (2^b - 1) rounded toward +inf to the storage type
+//! q  = clamp(rint((x - z) * (1/s)), 0, 2^b - 1)          a NaN product gives 0
+//! x' = fma(q, s, z)
+//! ```
+//!
+//! The directed roundings see to it that nothing is clipped. A group that holds a NaN or an infinity, or whose `z`
+//! or `s` is not finite, is written with `s = z = NaN` and `q = 0`: it decodes to NaN throughout, so overflow checks
+//! downstream still fire.
+//!
+//! # Layout of a tile
+//!
+//! A tile is always encoded whole: past the last element, that element repeats. (So a short tile needs no special
+//! case anywhere; a receiver ignores the repeats.) A payload is the *planes* of the codes, widest first, then the
+//! groups' scales and zeros; every part is a multiple of 128 bytes.
+//!
+//! Codes are split by bits (*FlashCommunication V2*, arXiv 2508.03760): 8; 4+2+1; 4+2; 4+1; 4; 2+1; 2. The widest
+//! plane holds the lowest bits. Within a tile the elements are dealt to 128 threads so that every access of the
+//! kernels is one vector per thread: element `i` is code `k` of thread `t`, where (`warp`, `row`, `lane`, `e`) are
+//! the digits of `i` in the bases (4, 4, 32, 8), `t = warp * 32 + lane` and `k = row * 8 + e`. Thread `t` owns 32
+//! consecutive codes of each plane, little-endian; the plane of 8 bits is two half planes of 16 codes a thread.
+//! Scales and zeros lie in the order (warp, lane / (g / 8), row), `s` first: four groups, 16 bytes, per thread.
+
+use std::fmt;
+
+use crate::element::Element;
+
+/// Elements of a tile, the unit of coding and of chunking.
+pub const TILE_ELEMS: usize = 4096;
+
+/// Elements of a tile that one warp codes.
+const WARP_ELEMS: usize = 1024;
+/// Elements that a warp loads at once: 32 lanes, 8 elements (16 bytes) each.
+const ROW_ELEMS: usize = 256;
+/// Elements that a lane loads at once.
+const LANE_ELEMS: usize = 8;
+/// Codes of one thread in a tile.
+const THREAD_CODES: usize = 32;
+/// Bytes of one group's scale and zero.
+const META_BYTES: usize = 4;
+
+/// Bits per code, 2 to 8.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Width(u8);
+
+impl Width {
+    /// `bits` as a width, if it is one of 2 to 8.
+    pub const fn new(bits: u8) -> Option<Self> {
+        if bits >= 2 && bits <= 8 { Some(Self(bits)) } else { None }
+    }
+
+    /// Bits per code.
+    pub const fn bits(self) -> u8 {
+        self.0
+    }
+
+    /// The largest code, 2^b - 1.
+    pub const fn max_code(self) -> u8 {
+        (u8::MAX) >> (8 - self.0)
+    }
+
+    /// The bit planes, widest first: (bits of the plane, position of its lowest bit in the code).
+    pub fn planes(self) -> impl Iterator<Item = (usize, u32)> {
+        let bits = self.0;
+        let mut shift = 0;
+        [8u8, 4, 2, 1].into_iter().filter(move |plane| bits & plane != 0).map(move |plane| {
+            let at = shift;
+            shift += u32::from(plane);
+            (usize::from(plane), at)
+        })
+    }
+}
+
+/// Elements per quantization group: 32, 64 or 128.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct GroupSize(u16);
+
+impl GroupSize {
+    /// `n_elems` as a group size, if it is 32, 64 or 128.
+    pub const fn new(n_elems: u16) -> Option<Self> {
+        match n_elems {
+            32 | 64 | 128 => Some(Self(n_elems)),
+            _ => None,
+        }
+    }
+
+    /// Elements per group.
+    pub const fn n_elems(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// How a tile is coded.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Codec {
+    /// Bits per code.
+    pub width: Width,
+    /// Elements per quantization group.
+    pub group: GroupSize,
+}
+
+/// The codecs of the two legs of an all-reduce. `4:8` sends 4 bits to the owner of a chunk and 8 bits back.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Legs {
+    /// Hop 1, to the owner of the chunk.
+    pub reduce: Codec,
+    /// Hop 2, from the owner to everyone.
+    pub gather: Codec,
+}
+
+impl fmt::Display for Legs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (reduce, gather) = (self.reduce.width.bits(), self.gather.width.bits());
+        if reduce == gather { write!(f, "{reduce}") } else { write!(f, "{reduce}:{gather}") }
+    }
+}
+
+/// Scale and zero point of one group, as fp32 values that the storage type holds exactly.
+#[derive(Clone, Copy, Debug)]
+struct GroupParams {
+    scale: f32,
+    zero: f32,
+}
+
+impl Codec {
+    /// Bytes of one encoded tile: codes, then 4 bytes per group.
+    pub const fn tile_bytes(self) -> usize {
+        self.codes_bytes() + TILE_ELEMS / self.group.n_elems() * META_BYTES
+    }
+
+    /// Bytes of the codes of one tile.
+    const fn codes_bytes(self) -> usize {
+        TILE_ELEMS / 8 * self.width.bits() as usize
+    }
+
+    /// Encodes one tile.
+    ///
+    /// `values`: 1 to [`TILE_ELEMS`] elements in fp32 (exact inputs, or sums); `payload`: [`Codec::tile_bytes`] bytes.
+    ///
+    /// # Panics
+    /// When a length is not that.
+    pub fn encode_tile<E: Element>(self, values: &[f32], payload: &mut [u8]) {
+        assert!((1..=TILE_ELEMS).contains(&values.len()), "a tile has 1 to {TILE_ELEMS} elements");
+        assert_eq!(payload.len(), self.tile_bytes(), "payload of one tile");
+        payload.fill(0);
+        let last = values[values.len() - 1];
+        let value = |i: usize| values.get(i).copied().unwrap_or(last);
+        for start in (0..TILE_ELEMS).step_by(self.group.n_elems()) {
+            let group = start..start + self.group.n_elems();
+            let params = self.group_params::<E>(group.clone().map(value));
+            self.write_params::<E>(start, params, payload);
+            for i in group {
+                self.write_code(i, self.quantize(value(i), params), payload);
+            }
+        }
+    }
+
+    /// Decodes the first `values.len()` elements of one tile to fp32 (not rounded to the storage type).
+    ///
+    /// # Panics
+    /// When `payload` is not [`Codec::tile_bytes`] long or `values` longer than a tile.
+    pub fn decode_tile<E: Element>(self, payload: &[u8], values: &mut [f32]) {
+        assert!(values.len() <= TILE_ELEMS, "a tile has at most {TILE_ELEMS} elements");
+        assert_eq!(payload.len(), self.tile_bytes(), "payload of one tile");
+        for (g, group) in values.chunks_mut(self.group.n_elems()).enumerate() {
+            let start = g * self.group.n_elems();
+            let GroupParams { scale, zero } = self.read_params::<E>(start, payload);
+            for (i, value) in group.iter_mut().enumerate() {
+                *value = f32::from(self.read_code(start + i, payload)).mul_add(scale, zero);
+            }
+        }
+    }
+
+    fn group_params<E: Element>(self, values: impl Iterator<Item = f32>) -> GroupParams {
+        let (mut min, mut max, mut all_finite) = (f32::INFINITY, f32::NEG_INFINITY, true);
+        for x in values {
+            (min, max) = (min.min(x), max.max(x));
+            all_finite &= x.is_finite();
+        }
+        // Adding +0 turns -0 into +0: which of the two is the minimum depends on the order of comparison.
+        let zero = E::from_f32_down(min).to_f32() + 0.0;
+        let scale = E::from_f32_up((max - zero) / f32::from(self.width.max_code())).to_f32();
+        if all_finite && zero.is_finite() && scale.is_finite() {
+            GroupParams { scale, zero }
+        } else {
+            GroupParams { scale: f32::NAN, zero: f32::NAN }
+        }
+    }
+
+    fn quantize(self, x: f32, GroupParams { scale, zero }: GroupParams) -> u8 {
+        // f32::max takes the other operand for a NaN: 0 * (1/0) in a constant group, anything in a NaN group.
+        let q = ((x - zero) * (1.0 / scale)).round_ties_even().max(0.0);
+        q.min(f32::from(self.width.max_code())) as u8
+    }
+
+    fn write_params<E: Element>(self, start: usize, params: GroupParams, payload: &mut [u8]) {
+        let at = self.params_at(start);
+        payload[at..at + 2].copy_from_slice(&E::from_f32_nearest(params.scale).to_bits().to_le_bytes());
+        payload[at + 2..at + 4].copy_from_slice(&E::from_f32_nearest(params.zero).to_bits().to_le_bytes());
+    }
+
+    fn read_params<E: Element>(self, start: usize, payload: &[u8]) -> GroupParams {
+        let at = self.params_at(start);
+        let read = |at: usize| E::from_bits(u16::from_le_bytes([payload[at], payload[at + 1]])).to_f32();
+        GroupParams { scale: read(at), zero: read(at + 2) }
+    }
+
+    /// Byte of the payload where scale and zero of the group that starts at element `start` stand.
+    fn params_at(self, start: usize) -> usize {
+        let Place { warp, row, lane, .. } = Place::of(start);
+        let groups_per_row = ROW_ELEMS / self.group.n_elems();
+        let column = lane * LANE_ELEMS / self.group.n_elems();
+        let rows = WARP_ELEMS / ROW_ELEMS;
+        self.codes_bytes() + ((warp * groups_per_row + column) * rows + row) * META_BYTES
+    }
+
+    fn write_code(self, i: usize, code: u8, payload: &mut [u8]) {
+        self.for_each_plane(i, |byte, bit, mask, shift| payload[byte] |= ((code >> shift) & mask) << bit);
+    }
+
+    fn read_code(self, i: usize, payload: &[u8]) -> u8 {
+        let mut code = 0;
+        self.for_each_plane(i, |byte, bit, mask, shift| code |= ((payload[byte] >> bit) & mask) << shift);
+        code
+    }
+
+    /// Calls `visit(byte of the payload, bit in it, mask of the plane, shift in the code)` for each plane of code `i`.
+    fn for_each_plane(self, i: usize, mut visit: impl FnMut(usize, usize, u8, u32)) {
+        let place = Place::of(i);
+        let (thread, k) = (place.warp * 32 + place.lane, place.row * LANE_ELEMS + place.e);
+        let mut plane_at = 0;
+        for (plane_bits, shift) in self.width.planes() {
+            let bit = if plane_bits == 8 {
+                let (half, k) = (k / 16, k % 16);
+                (half * TILE_ELEMS / 2 + thread * 16 + k) * 8
+            } else {
+                (thread * THREAD_CODES + k) * plane_bits
+            };
+            visit(plane_at + bit / 8, bit % 8, u8::MAX >> (8 - plane_bits), shift);
+            plane_at += TILE_ELEMS / 8 * plane_bits;
+        }
+    }
+}
+
+/// The digits of an element's index in a tile, in the bases (4, 4, 32, 8).
+struct Place {
+    warp: usize,
+    row: usize,
+    lane: usize,
+    e: usize,
+}
+
+impl Place {
+    fn of(i: usize) -> Self {
+        Place {
+            warp: i / WARP_ELEMS,
+            row: i % WARP_ELEMS / ROW_ELEMS,
+            lane: i % ROW_ELEMS / LANE_ELEMS,
+            e: i % LANE_ELEMS,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

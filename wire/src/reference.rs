@@ -1,0 +1,100 @@
+//! The all-reduce as a pure function: what every rank of every exchange must hold, bit for bit (invariant I1).
+
+use crate::codec::{Legs, TILE_ELEMS};
+use crate::element::Element;
+use crate::plan::Plan;
+
+/// The compressed sum of `inputs`, one slice of equal length per rank, in rank order.
+///
+/// Each chunk's owner adds, in fp32 and in rank order, what it decodes of the others and its own input unquantized;
+/// the sum is quantized for the gather leg, and everyone (the owner, too) keeps what that decodes to.
+///
+/// # Panics
+/// When there is no rank, no element, or the lengths differ.
+pub fn all_reduce<E: Element>(inputs: &[&[E]], legs: Legs) -> Vec<E> {
+    let count = inputs[0].len();
+    assert!(inputs.iter().all(|input| input.len() == count), "every rank has the same count");
+    let plan = Plan::new(count, inputs.len(), legs, usize::MAX).expect("an unbounded buffer holds any plan");
+    let mut output = vec![E::from_bits(0); count];
+    let mut rest = output.as_mut_slice();
+    // Chunks are independent, so a core each.
+    std::thread::scope(|scope| {
+        for owner in 0..inputs.len() {
+            let chunk = plan.chunk(owner);
+            let (mine, after) = rest.split_at_mut(chunk.len());
+            rest = after;
+            scope.spawn(move || {
+                for (i, out) in mine.chunks_mut(TILE_ELEMS).enumerate() {
+                    reduce_tile(inputs, owner, chunk.start + i * TILE_ELEMS, legs, out);
+                }
+            });
+        }
+    });
+    output
+}
+
+/// One tile of the chunk of rank `owner`, the elements from `start` on, into `out`.
+fn reduce_tile<E: Element>(inputs: &[&[E]], owner: usize, start: usize, legs: Legs, out: &mut [E]) {
+    let n_elems = out.len();
+    let mut payload = vec![0; legs.reduce.tile_bytes()];
+    let (mut sum, mut term) = (vec![0.0f32; n_elems], vec![0.0f32; n_elems]);
+    for (rank, input) in inputs.iter().enumerate() {
+        for (t, x) in term.iter_mut().zip(&input[start..start + n_elems]) {
+            *t = x.to_f32();
+        }
+        if rank != owner {
+            legs.reduce.encode_tile::<E>(&term, &mut payload);
+            legs.reduce.decode_tile::<E>(&payload, &mut term);
+        }
+        if rank == 0 {
+            sum.copy_from_slice(&term); // not 0 + term: that would lose the sign of -0
+        } else {
+            sum.iter_mut().zip(&term).for_each(|(s, t)| *s += t);
+        }
+    }
+    let mut payload = vec![0; legs.gather.tile_bytes()];
+    legs.gather.encode_tile::<E>(&sum, &mut payload);
+    legs.gather.decode_tile::<E>(&payload, &mut sum);
+    out.iter_mut().zip(&sum).for_each(|(o, s)| *o = E::from_f32_nearest(*s));
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+    use crate::codec::{Codec, GroupSize, Width};
+
+    fn legs(reduce: u8, gather: u8) -> Legs {
+        let codec = |bits| Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(32).unwrap() };
+        Legs { reduce: codec(reduce), gather: codec(gather) }
+    }
+
+    #[test]
+    fn equal_inputs_of_two_values_sum_exactly() {
+        // Two values per group are the group's ends: every code is exact, and so are these sums.
+        let input: Vec<f16> = (0..9000).map(|i| f16::from_f32(if i % 3 == 0 { -1.5 } else { 3.0 })).collect();
+        let sum = all_reduce(&[&input, &input, &input], legs(2, 2));
+        assert!(input.iter().zip(&sum).all(|(x, s)| s.to_f32() == 3.0 * x.to_f32()));
+    }
+
+    #[test]
+    fn the_owner_keeps_what_it_sent_and_adds_its_own_unquantized() {
+        // One rank: nothing is sent in hop 1, so the result is one quantization of the input itself.
+        let input: Vec<f16> = (0..100).map(|i| f16::from_f32(i as f32 / 7.0)).collect();
+        let legs = legs(2, 4);
+        let mut payload = vec![0; legs.gather.tile_bytes()];
+        let mut once: Vec<f32> = input.iter().map(|x| x.to_f32()).collect();
+        legs.gather.encode_tile::<f16>(&once.clone(), &mut payload);
+        legs.gather.decode_tile::<f16>(&payload, &mut once);
+        let expected: Vec<f16> = once.into_iter().map(f16::from_f32).collect();
+        assert_eq!(all_reduce(&[&input], legs), expected);
+    }
+
+    #[test]
+    fn a_sum_beyond_fp16_becomes_an_infinity_as_with_nccl() {
+        let input: Vec<f16> = (0..32).map(|i| f16::from_f32(if i == 5 { 60000.0 } else { 1.0 })).collect();
+        let sum = all_reduce(&[&input, &input], legs(8, 8));
+        assert!(sum[5].is_infinite() && sum.iter().enumerate().all(|(i, s)| i == 5 || s.is_finite()));
+    }
+}
