@@ -371,13 +371,7 @@ impl Function {
     /// # Safety
     /// `args` is what the kernel takes, its pointers are good for what the kernel does with them until it has run,
     /// and `stream` is live and of the current context.
-    pub unsafe fn launch<A>(
-        self,
-        grid: (u32, u32),
-        n_threads: u32,
-        stream: StreamHandle,
-        args: &A,
-    ) -> CudaResult<()> {
+    pub unsafe fn launch<A>(self, grid: (u32, u32), n_threads: u32, stream: StreamHandle, args: &A) -> CudaResult<()> {
         let mut params = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the caller vouches for the arguments; the driver copies them before it returns.
         check(unsafe {

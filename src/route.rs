@@ -137,7 +137,14 @@ mod tests {
 
     const ON: Verdict = Verdict::On { min_bytes: 1000 };
 
-    fn decide(count: usize, datatype: DataType, op: RedOp, verdict: Verdict, capturing: bool, config: &Config) -> Route {
+    fn decide(
+        count: usize,
+        datatype: DataType,
+        op: RedOp,
+        verdict: Verdict,
+        capturing: bool,
+        config: &Config,
+    ) -> Route {
         let request = Request { count, datatype, op };
         match candidate(&request, config) {
             Ok(element) => route(element, &request, verdict, config, || capturing),

@@ -187,10 +187,7 @@ mod tests {
         let after = Stats::collect();
         assert_eq!(after.forwarded["send"] - before.forwarded["send"], 4000);
         assert_eq!(after.forwarded["all_reduce"] - before.forwarded["all_reduce"], 4000);
-        assert_eq!(
-            after.all_reduces_forwarded_because["small"] - before.all_reduces_forwarded_because["small"],
-            4000
-        );
+        assert_eq!(after.all_reduces_forwarded_because["small"] - before.all_reduces_forwarded_because["small"], 4000);
         assert_eq!(after.all_reduces_compressed - before.all_reduces_compressed, 4000);
         assert_eq!((after.bytes_in - before.bytes_in, after.bytes_wire - before.bytes_wire), (800_000, 228_000));
     }

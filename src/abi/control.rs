@@ -1,6 +1,6 @@
 //! flashcomm's own calls, for C and C++ engines. `include/flashcomm.h` is generated from this file.
 
-#![allow(non_camel_case_types, reason = "C's names")]
+#![allow(non_camel_case_types, non_snake_case, reason = "C's names")]
 
 use std::ffi::c_int;
 use std::panic::catch_unwind;

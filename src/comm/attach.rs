@@ -144,11 +144,7 @@ fn prepare(device: i32, world: usize, agreement: &Agreement) -> Result<Prepared>
 }
 
 /// Asks the real NCCL for one number of a communicator.
-fn query(
-    comm: &Comm,
-    function: &'static str,
-    ask: unsafe fn(nccl::CommPtr, *mut i32) -> NcclResult,
-) -> Result<usize> {
+fn query(comm: &Comm, function: &'static str, ask: unsafe fn(nccl::CommPtr, *mut i32) -> NcclResult) -> Result<usize> {
     let mut number = 0;
     // SAFETY: the application has just used the handle, and it is not aborted.
     let result = unsafe { ask(comm.handle(), &mut number) };

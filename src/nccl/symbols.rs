@@ -168,7 +168,8 @@ mod tests {
 
     #[test]
     fn there_are_97_functions_and_their_twins() {
-        let (twins, names): (Vec<_>, Vec<_>) = SYMBOLS.iter().partition(|(name, ..)| name.starts_with('p'));
+        let twins: Vec<_> = SYMBOLS.iter().filter(|(name, ..)| name.starts_with('p')).collect();
+        let names: Vec<_> = SYMBOLS.iter().filter(|(name, ..)| name.starts_with("nccl")).collect();
         assert_eq!((names.len(), twins.len()), (97, 97));
         assert_eq!(SYMBOLS[Symbol::pncclCommSplit as usize].0, "pncclCommSplit");
     }

@@ -27,7 +27,9 @@ fn naive_group<E: Element>(x: &[f32], bits: u8) -> Vec<f32> {
         return vec![f32::NAN; x.len()];
     }
     let code = |x: f32| if s == 0.0 { 0.0 } else { ((x - z) * (1.0 / s)).round_ties_even().clamp(0.0, q_max) };
-    x.iter().map(|x| if code(*x).is_nan() { z } else { (f64::from(code(*x)) * f64::from(s) + f64::from(z)) as f32 }).collect()
+    x.iter()
+        .map(|x| if code(*x).is_nan() { z } else { (f64::from(code(*x)) * f64::from(s) + f64::from(z)) as f32 })
+        .collect()
 }
 
 fn round_trip<E: Element>(codec: Codec, x: &[f32]) -> Vec<f32> {
@@ -130,7 +132,8 @@ fn scales_and_zeros_stand_where_the_layout_says() {
             let mut payload = vec![0; codec.tile_bytes()];
             codec.encode_tile::<bf16>(&x, &mut payload);
             let (warp, row, lane) = (start / 1024, start / 256 % 4, start / 8 % 32);
-            let at = TILE_ELEMS * usize::from(codec.width.bits()) / 8 + ((warp * (256 / g) + lane / (g / 8)) * 4 + row) * 4;
+            let at =
+                TILE_ELEMS * usize::from(codec.width.bits()) / 8 + ((warp * (256 / g) + lane / (g / 8)) * 4 + row) * 4;
             let (one, minus_three) = (bf16::from_f32(1.0).to_le_bytes(), bf16::from_f32(-3.0).to_le_bytes());
             assert_eq!(payload[at..at + 4], [one[0], one[1], minus_three[0], minus_three[1]], "{codec:?} {start}");
         }

@@ -1,0 +1,34 @@
+"""Runs a program as N ranks on one GPU, each believing that it is on a host of its own.
+
+usage: launch.py N SECONDS PROGRAM [ARGUMENT...]
+
+Ends all ranks when one fails or the time is up, and fails then.
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+
+def main():
+    n, seconds, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+    port = 20000 + os.getpid() % 20000
+    ranks = []
+    for rank in range(n):
+        env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        env.update(MASTER_PORT=str(port), NCCL_HOSTID=f"host{rank}", NCCL_SOCKET_IFNAME="lo")
+        ranks.append(subprocess.Popen([sys.executable, *command], env=env))
+    deadline = time.monotonic() + seconds
+    while any(rank.poll() is None for rank in ranks):
+        failed = [r for r, rank in enumerate(ranks) if rank.poll() not in (None, 0)]
+        if failed or time.monotonic() > deadline:
+            for rank in ranks:
+                rank.kill()
+            sys.exit(f"rank {failed[0]} failed" if failed else f"not done after {seconds:.0f} s")
+        time.sleep(0.05)
+    if any(rank.returncode for rank in ranks):
+        sys.exit("a rank failed")
+
+
+main()

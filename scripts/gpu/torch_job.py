@@ -1,0 +1,215 @@
+"""One rank of a PyTorch job whose all-reduces go through the shim, checked against the reference.
+
+Started by scripts/gpu/launch.py with LD_PRELOAD of the shim; the program itself is plain torch.distributed. All ranks
+share GPU 0 and run with different NCCL_HOSTIDs. Needs FLASHCOMM_LIB (for the counts), FLASHCOMM_REFERENCE (the
+program of wire/examples) and FLASHCOMM_BITS. Exits with an assertion where something is off.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import torch
+import torch.distributed as dist
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+BITS = os.environ["FLASHCOMM_BITS"]
+SCRATCH = os.environ["FLASHCOMM_SCRATCH"]
+
+
+class Stats(ctypes.Structure):
+    names = ["compressed", "forwarded", "others", "bytes_in", "bytes_wire"]
+    _fields_ = [("size", ctypes.c_size_t)] + [(name, ctypes.c_uint64) for name in names]
+
+
+def stats():
+    shim = ctypes.CDLL(os.environ["FLASHCOMM_LIB"])
+    s = Stats(size=ctypes.sizeof(Stats))
+    assert shim.flashcommGetStats(ctypes.byref(s)) == 0
+    return s
+
+
+def raw(x):
+    return x.view(torch.int16)
+
+
+def same_bits(x, y):
+    return torch.equal(raw(x), raw(y))
+
+
+def random(count, dtype, seed):
+    generator = torch.Generator(device="cuda").manual_seed(1000 * seed + RANK)
+    return (torch.randn(count, device="cuda", generator=generator) * 3).to(dtype)
+
+
+def say(*words):
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def check_against_reference(count, dtype):
+    """Every rank's output equals the reference pipeline's on the same input, bit for bit."""
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    x = random(count, dtype, count % 97)
+    raw(x).cpu().numpy().tofile(f"{SCRATCH}/in{RANK}")
+    before = stats().compressed
+    dist.all_reduce(x)
+    torch.cuda.synchronize()
+    assert stats().compressed == before + 1, "not compressed"
+    raw(x).cpu().numpy().tofile(f"{SCRATCH}/out{RANK}")
+    dist.barrier()
+    if RANK == 0:
+        inputs = [f"{SCRATCH}/in{r}" for r in range(WORLD)]
+        subprocess.run([os.environ["FLASHCOMM_REFERENCE"], name, BITS, "128", f"{SCRATCH}/ref", *inputs], check=True)
+        expected = open(f"{SCRATCH}/ref", "rb").read()
+        for r in range(WORLD):
+            assert open(f"{SCRATCH}/out{r}", "rb").read() == expected, f"rank {r}: {count} of {name}"
+    dist.barrier()
+
+
+def check_exact_and_forwarded():
+    """What is not an fp16 or bf16 sum is exact, and counted as forwarded."""
+    before = stats()
+    expected_sum = WORLD * (WORLD + 1) // 2
+    n_all_reduces = n_others = 0
+    for dtype in [torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8, torch.int8]:
+        x = torch.full((100_003,), RANK + 1, device="cuda", dtype=dtype)
+        dist.all_reduce(x)
+        assert (x == expected_sum).all(), dtype
+        n_all_reduces += 1
+    for dtype in [torch.float16, torch.bfloat16, torch.float32]:
+        for op, expected in [
+            (dist.ReduceOp.MAX, WORLD),
+            (dist.ReduceOp.MIN, 1),
+            (dist.ReduceOp.AVG, expected_sum / WORLD),
+            (dist.ReduceOp.PRODUCT, [1, 1, 2, 6, 24][WORLD]),
+        ]:
+            x = torch.full((70_001,), RANK + 1, device="cuda", dtype=dtype)
+            dist.all_reduce(x, op=op)
+            assert (x == expected).all(), (dtype, op)
+            n_all_reduces += 1
+    half = torch.float16
+    x = torch.full((5000,), RANK + 1.0, device="cuda", dtype=half)
+    dist.broadcast(x, 0)
+    assert (x == 1).all()
+    gathered = torch.empty(WORLD * 5000, device="cuda", dtype=half)
+    dist.all_gather_into_tensor(gathered, torch.full((5000,), RANK + 1.0, device="cuda", dtype=half))
+    assert all((gathered[r * 5000 : (r + 1) * 5000] == r + 1).all() for r in range(WORLD))
+    scattered = torch.empty(5000, device="cuda", dtype=half)
+    dist.reduce_scatter_tensor(scattered, torch.full((WORLD * 5000,), RANK + 1.0, device="cuda", dtype=half))
+    assert (scattered == expected_sum).all()
+    x = torch.full((5000,), RANK + 1.0, device="cuda", dtype=half)
+    dist.reduce(x, 0)
+    assert RANK != 0 or (x == expected_sum).all()
+    n_others += 4
+    sent = torch.arange(WORLD * 10, device="cuda", dtype=half) + 100 * RANK
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    assert all((received[r * 10] == RANK * 10 + 100 * r) for r in range(WORLD))
+    x = torch.full((5000,), float(RANK), device="cuda", dtype=half)
+    if RANK == 0:
+        dist.send(x + 7, 1)
+    elif RANK == 1:
+        dist.recv(x, 0)
+        assert (x == 7).all()
+    torch.cuda.synchronize()
+    after = stats()
+    assert after.compressed == before.compressed
+    assert after.forwarded - before.forwarded == n_all_reduces, (after.forwarded - before.forwarded, n_all_reduces)
+    assert after.others - before.others > n_others, "the others are counted"
+
+
+def eager(x, group=None):
+    y = x.clone()
+    dist.all_reduce(y, group=group)
+    return y
+
+
+def check_coalesced():
+    xs = [random(count, torch.float16, count % 89) for count in [1, 4096, 70_001, 300_000]]
+    expected = [eager(x) for x in xs]
+    before = stats().compressed
+    dist.all_reduce_coalesced(xs)
+    assert stats().compressed == before + len(xs)
+    assert all(same_bits(x, y) for x, y in zip(xs, expected))
+
+
+def check_graph():
+    x = random(200_003, torch.float16, 5)
+    y, other = torch.empty_like(x), torch.empty(50_000, device="cuda", dtype=torch.bfloat16)
+    eager(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    before = stats().compressed
+    with torch.cuda.graph(graph):
+        y.copy_(x)
+        dist.all_reduce(y)
+        z = other * 2
+        dist.all_reduce(z)
+    assert stats().compressed == before + 2, "captured and compressed"
+    for i in range(100):
+        x.copy_(random(200_003, torch.float16, 100 + i))
+        other.copy_(random(50_000, torch.bfloat16, 300 + i))
+        graph.replay()
+        if i % 3 == 0:
+            expected, expected_other = eager(x), eager(other * 2)  # mixed with eager calls
+            assert same_bits(y, expected) and same_bits(z, expected_other), i
+
+
+def check_groups_and_streams():
+    first, second = dist.new_group(range(WORLD)), dist.new_group(range(WORLD))
+    xs = [random(500_000, torch.float16, 400 + i) for i in range(2)]
+    expected = [eager(x) for x in xs]
+    works = [dist.all_reduce(x, group=g, async_op=True) for x, g in zip(xs, [first, second])]
+    for work in works:
+        work.wait()
+    assert all(same_bits(x, y) for x, y in zip(xs, expected)), "two groups at once"
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    x = random(300_000, torch.bfloat16, 9)
+    y = x.clone()
+    torch.cuda.synchronize()
+    expected = eager(x)
+    with torch.cuda.stream(side):
+        for _ in range(20):
+            y.copy_(x)
+            dist.all_reduce(y)
+    mixed = [eager(x) for _ in range(20)]
+    torch.cuda.current_stream().wait_stream(side)
+    assert same_bits(y, expected) and all(same_bits(m, expected) for m in mixed), "side stream"
+
+    if WORLD > 2:
+        pairs = [dist.new_group([0, 1]), dist.new_group(list(range(2, WORLD)))]
+        mine = pairs[0] if RANK < 2 else pairs[1]
+        x = torch.full((10_000,), float(RANK), device="cuda", dtype=torch.float16)
+        dist.all_reduce(x, group=mine)
+        assert (x == (1 if RANK < 2 else sum(range(2, WORLD)))).all(), "subset"
+    views = random(9001, torch.float16, 11)
+    expected = eager(views[1:])
+    odd = views.clone()[1:]  # 2-byte aligned
+    dist.all_reduce(odd)
+    assert same_bits(odd, expected), "unaligned"
+
+
+def main():
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl")
+    counts = [1, 7, 4096, 4097, 100_003, 1 << 20, 32 << 20]
+    for dtype in [torch.float16, torch.bfloat16]:
+        for count in counts:
+            check_against_reference(count, dtype)
+    say(f"world {WORLD} bits {BITS}: equal to the reference, {len(counts)} sizes of fp16 and bf16")
+    for check in [check_exact_and_forwarded, check_coalesced, check_graph, check_groups_and_streams]:
+        check()
+        torch.cuda.synchronize()
+        dist.barrier()
+        say(f"world {WORLD} bits {BITS}: {check.__name__} ok")
+    s = stats()
+    say(f"world {WORLD} bits {BITS}: compressed {s.compressed}, forwarded {s.forwarded} all-reduces, {s.others} others")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+//! The kernels against the scalar codec of `wire/`, bit for bit, on a GPU.
+//!
+//! Where there is no GPU these tests say so and pass; `FLASHCOMM_REQUIRE_GPU=1` turns that into a failure.
+
+use std::ffi::c_void;
+
+use flashcomm::cuda::{self, Context, DeviceMemory, Stream};
+use flashcomm::kernels::{ElementType, Kernels, Piece};
+use flashcomm_wire::{Codec, Element, GroupSize, Legs, Plan, TILE_ELEMS, Width};
+use half::{bf16, f16};
+
+/// The first device, or `None` with a word about it.
+fn gpu() -> Option<Context> {
+    let found = cuda::is_available() && cuda::init().is_ok() && cuda::device_count().is_ok_and(|n| n > 0);
+    if found {
+        return Some(Context::retain(0).expect("device 0"));
+    }
+    assert!(std::env::var_os("FLASHCOMM_REQUIRE_GPU").is_none(), "FLASHCOMM_REQUIRE_GPU is set and there is no GPU");
+    eprintln!("SKIPPED: no GPU on this machine, the kernels were not run");
+    None
+}
+
+fn codec(bits: u8, group: u16) -> Codec {
+    Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(group).unwrap() }
+}
+
+/// A small fast generator; the seed is in the failure's message.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 ^ (self.0 >> 29)) >> 16
+    }
+}
+
+/// Adversarial and ordinary elements, in stretches: bell-like, any bits, subnormal, constant, zeros of both signs,
+/// extremes, and now and then a NaN or an infinity.
+fn elements<E: Element>(count: usize, seed: u64) -> Vec<E> {
+    let mut random = Random(seed);
+    let mut out = Vec::with_capacity(count);
+    while out.len() < count {
+        let stretch = 1 + random.next() as usize % 700;
+        let kind = random.next() % 9;
+        let fixed = E::from_bits(random.next() as u16);
+        let scale = (random.next() % 1000) as f32 / 50.0;
+        for _ in 0..stretch {
+            let unit = (0..4).map(|_| (random.next() % 2001) as f32 / 1000.0 - 1.0).sum::<f32>();
+            let any = E::from_bits(random.next() as u16);
+            let x = match kind {
+                0..=3 => E::from_f32_nearest(unit * scale),
+                4 if any.to_f32().is_finite() => any,
+                4 => E::from_f32_nearest(0.0),
+                5 => E::from_bits((random.next() % 300) as u16 | (random.next() as u16 & 0x8000)),
+                6 if fixed.to_f32().is_finite() => fixed,
+                6 => E::from_f32_nearest(-0.0),
+                7 => E::from_bits((random.next() as u16) & 0x8000),
+                _ => match random.next() % 400 {
+                    0 => E::CANONICAL_NAN,
+                    1 => E::from_f32_nearest(f32::INFINITY),
+                    2 => E::from_f32_nearest(f32::NEG_INFINITY),
+                    3 => E::from_bits(0xffff),
+                    4 | 5 => E::from_f32_nearest(65504.0),
+                    6 => E::from_f32_nearest(-65504.0),
+                    _ => E::from_f32_nearest(unit),
+                },
+            };
+            out.push(x);
+        }
+    }
+    out.truncate(count);
+    out
+}
+
+fn bytes<E: Element>(x: &[E]) -> Vec<u8> {
+    x.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect()
+}
+
+/// Expected payloads of the tiles of `x`.
+fn encode<E: Element>(x: &[f32], codec: Codec) -> Vec<u8> {
+    let mut payload = Vec::new();
+    for tile in x.chunks(TILE_ELEMS) {
+        let at = payload.len();
+        payload.resize(at + codec.tile_bytes(), 0);
+        codec.encode_tile::<E>(tile, &mut payload[at..]);
+    }
+    payload
+}
+
+fn decode<E: Element>(payload: &[u8], n_elems: usize, codec: Codec) -> Vec<f32> {
+    let mut x = vec![0.0; n_elems];
+    for (tile, payload) in x.chunks_mut(TILE_ELEMS).zip(payload.chunks(codec.tile_bytes())) {
+        codec.decode_tile::<E>(payload, tile);
+    }
+    x
+}
+
+/// One operation as one rank sees it, each kernel on given inputs, compared byte for byte.
+struct Case {
+    count: usize,
+    world: usize,
+    legs: Legs,
+    buffer_bytes: usize,
+    /// 2-byte steps by which the user's buffers are off 256-byte alignment.
+    misaligned: usize,
+    seed: u64,
+}
+
+fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
+    let Case { count, world, legs, buffer_bytes, misaligned, seed } = *case;
+    let about = || format!("{element:?} {legs} count {count} world {world} off by {misaligned} seed {seed}");
+    let plan = Plan::new(count, world, legs, buffer_bytes).unwrap();
+    let kernels = Kernels::load(0, legs).expect("kernels load");
+    let area = Plan::area_bytes(world, legs, buffer_bytes).max(1);
+    let offset = misaligned * 2;
+    let (user, outgoing, incoming) = (
+        DeviceMemory::new(count * 2 + offset + 16).unwrap(),
+        DeviceMemory::new(area).unwrap(),
+        DeviceMemory::new(area).unwrap(),
+    );
+    let inputs: Vec<Vec<E>> = (0..world).map(|rank| elements(count, seed + rank as u64)).collect();
+    let wide = |x: &[E]| x.iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
+    let rank = seed as usize % world;
+
+    for slice in 0..plan.n_slices() {
+        let piece = Piece { plan: &plan, slice, element };
+
+        // Quantize: every other rank's chunk.
+        user.write(offset, &bytes(&inputs[rank]), stream).unwrap();
+        // SAFETY: buffers of the plan's sizes, waited for below.
+        unsafe { kernels.quantize(piece, rank, user.at(offset), outgoing.at(0), stream.handle()) }.unwrap();
+        for owner in (0..world).filter(|owner| *owner != rank) {
+            let range = plan.slice(owner, slice);
+            let expected = encode::<E>(&wide(&inputs[rank][range]), legs.reduce);
+            let mut got = vec![0; expected.len()];
+            outgoing.read(plan.reduce_slot(owner), &mut got, stream).unwrap();
+            assert!(got == expected, "quantize: {}", about());
+        }
+
+        // Reduce: this rank's chunk.
+        let mine = plan.slice(rank, slice);
+        if !mine.is_empty() {
+            let mut sum: Vec<f32> = Vec::new();
+            for sender in 0..world {
+                let mut term = wide(&inputs[sender][mine.clone()]);
+                if sender != rank {
+                    let payload = encode::<E>(&term, legs.reduce);
+                    incoming.write(plan.reduce_slot(sender), &payload, stream).unwrap();
+                    term = decode::<E>(&payload, term.len(), legs.reduce);
+                }
+                sum = if sender == 0 { term } else { sum.iter().zip(&term).map(|(s, t)| s + t).collect() };
+            }
+            let own_slot = outgoing.at(plan.gather_slot(rank, slice));
+            // SAFETY: buffers of the plan's sizes, waited for below.
+            unsafe { kernels.reduce(piece, rank, user.at(offset), incoming.at(0), own_slot, stream.handle()) }.unwrap();
+            let expected = encode::<E>(&sum, legs.gather);
+            let mut got = vec![0; expected.len()];
+            outgoing.read(plan.gather_slot(rank, slice), &mut got, stream).unwrap();
+            assert!(got == expected, "reduce: {}", about());
+        }
+
+        // Dequantize: every chunk, into a buffer whose other bytes must stay.
+        user.write(0, &vec![0xa5; user.n_bytes()], stream).unwrap();
+        let mut expected = vec![0xa5; user.n_bytes()];
+        for owner in 0..world {
+            let range = plan.slice(owner, slice);
+            if range.is_empty() {
+                continue;
+            }
+            let payload = encode::<E>(&wide(&inputs[owner][range.clone()]), legs.gather);
+            outgoing.write(plan.gather_slot(owner, slice), &payload, stream).unwrap();
+            let decoded = decode::<E>(&payload, range.len(), legs.gather);
+            let decoded: Vec<E> = decoded.into_iter().map(E::from_f32_nearest).collect();
+            expected[offset + range.start * 2..offset + range.end * 2].copy_from_slice(&bytes(&decoded));
+        }
+        let output: *mut c_void = user.at(offset);
+        // SAFETY: buffers of the plan's sizes, waited for below.
+        unsafe { kernels.dequantize(piece, outgoing.at(0), output, stream.handle()) }.unwrap();
+        let mut got = vec![0; user.n_bytes()];
+        user.read(0, &mut got, stream).unwrap();
+        assert!(got == expected, "dequantize: {}", about());
+    }
+}
+
+fn check_both(stream: &Stream, case: &Case) {
+    check::<f16>(stream, ElementType::Fp16, case);
+    check::<bf16>(stream, ElementType::Bf16, case);
+}
+
+#[test]
+fn kernels_equal_the_reference_for_every_pair_of_widths() {
+    let Some(context) = gpu() else { return };
+    let _entered = context.enter().unwrap();
+    let stream = Stream::new().unwrap();
+    let mut seed = 1;
+    for reduce in 2..=8 {
+        for gather in 2..=8 {
+            for group in [32, 64, 128] {
+                let legs = Legs { reduce: codec(reduce, group), gather: codec(gather, group) };
+                let case = Case { count: 30_011, world: 3, legs, buffer_bytes: 1 << 20, misaligned: 0, seed };
+                check_both(&stream, &case);
+                seed += 10;
+            }
+        }
+    }
+}
+
+#[test]
+fn kernels_equal_the_reference_at_every_border_and_alignment() {
+    let Some(context) = gpu() else { return };
+    let _entered = context.enter().unwrap();
+    let stream = Stream::new().unwrap();
+    let mut seed = 7;
+    let counts =
+        [1, 2, 7, 8, 9, 31, 127, 128, 129, 255, 257, 1023, 1025, 4095, 4096, 4097, 8191, 8193, 40_961, 100_003];
+    for count in counts {
+        for (world, misaligned) in [(2, 0), (2, 1), (3, 3), (4, 8), (5, 7), (8, 0)] {
+            let bits = [(4, 4), (8, 8), (5, 5), (6, 6), (4, 8), (3, 7), (2, 2)][seed as usize % 7];
+            let legs = Legs { reduce: codec(bits.0, 128), gather: codec(bits.1, 128) };
+            // A buffer of a few tiles a rank makes many slices of the larger counts.
+            let buffer_bytes = 3 * Plan::staging_bytes_per_tile(world, legs);
+            check_both(&stream, &Case { count, world, legs, buffer_bytes, misaligned, seed });
+            seed += 1;
+        }
+    }
+}
+
+#[test]
+fn kernels_equal_the_reference_on_ten_million_elements() {
+    let Some(context) = gpu() else { return };
+    let _entered = context.enter().unwrap();
+    let stream = Stream::new().unwrap();
+    for (seed, bits) in [(100, 4), (200, 8)] {
+        let legs = Legs { reduce: codec(bits, 128), gather: codec(bits, 128) };
+        let case = Case { count: 10_000_000, world: 2, legs, buffer_bytes: 16 << 20, misaligned: 0, seed };
+        check_both(&stream, &case);
+    }
+}
