@@ -28,7 +28,6 @@ struct Codec {
   // A width's planes: 8, or those of 4, 2, 1 that add up to it. The widest holds the lowest bits of a code.
   static constexpr bool kHas8 = kBits == 8, kHas4 = kBits & 4, kHas2 = kBits & 2, kHas1 = kBits & 1;
   static constexpr int kShift2 = kHas4 ? 4 : 0, kShift1 = kShift2 + (kHas2 ? 2 : 0);
-  static constexpr bool kOnePlane = kBits == 8 || kBits == 4 || kBits == 2;
   // First bytes of the planes in a payload, and first words in a thread's registers.
   static constexpr int kPlane2At = kHas4 ? kTileElems / 2 : 0;
   static constexpr int kPlane1At = kPlane2At + (kHas2 ? kTileElems / 4 : 0);
@@ -53,14 +52,15 @@ struct Codec {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float zero = Element<T>::to_float(uint16_t(out.params[row] >> 16));
+      // No clamp: the directed roundings keep the product within the codes wherever 1/scale is a number.
       uint32_t q[kLaneElems];
 #pragma unroll
       for (int e = 0; e < kLaneElems; ++e) {
-        // fmaxf takes the other operand for a NaN: 0 * (1/0) in a constant group, anything in a NaN group.
-        const float v = fminf(fmaxf(__fmul_rn(__fsub_rn(x[row][e], zero), inverse[row]), 0.0f), kMaxCode);
-        q[e] = __float_as_uint(__fadd_rn(v, kIntegerMagic));
+        q[e] = __float_as_uint(__fadd_rn(__fmul_rn(__fsub_rn(x[row][e], zero), inverse[row]), kIntegerMagic));
       }
-      pack_row(q, row, out.codes);
+      const uint32_t keep = inverse[row] == 0.0f ? 0 : ~0u;
+      put_codes(pack_bytes(q) & keep, row * 2, out.codes);
+      put_codes(pack_bytes(q + 4) & keep, row * 2 + 1, out.codes);
     }
     return out;
   }
@@ -71,9 +71,13 @@ struct Codec {
     const float scale = Element<T>::to_float(uint16_t(in.params[row]));
     const float zero = Element<T>::to_float(uint16_t(in.params[row] >> 16));
 #pragma unroll
-    for (int e = 0; e < kLaneElems; ++e) {
-      const float q = __fsub_rn(__uint_as_float(code(in.codes, row, e) | kIntegerPattern), kIntegerMagic);
-      y[e] = __fmaf_rn(q, scale, zero);
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t codes = get_codes(in.codes, row * 2 + half);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t integer = __byte_perm(codes, kIntegerPattern, 0x7550 + e);
+        y[half * 4 + e] = __fmaf_rn(__fsub_rn(__uint_as_float(integer), kIntegerMagic), scale, zero);
+      }
     }
   }
 
@@ -105,7 +109,7 @@ struct Codec {
   }
 
  private:
-  // Scale, zero and 1/scale of the group in each row. Each lane works out one row, lane % 4, and the four lanes
+  // Scale, zero and 1/scale (0 where that is no number) of the group in each row. Each lane works out one row, lane % 4, and the four lanes
   // of a quad (always of one group) exchange the results.
   __device__ static void group_params(const ThreadElems& x, unsigned group_lanes, uint32_t (&params)[kRows],
                                       float (&inverse)[kRows]) {
@@ -128,7 +132,8 @@ struct Codec {
     const bool finite = isfinite(min) && isfinite(max) && isfinite(zero) && isfinite(scale);
     const uint32_t mine = finite ? Element<T>::nearest(scale) | uint32_t(Element<T>::nearest(zero)) << 16
                                  : kCanonicalNan | uint32_t(kCanonicalNan) << 16;
-    const float my_inverse = __frcp_rn(scale);
+    const float reciprocal = __frcp_rn(scale);
+    const float my_inverse = finite && isfinite(reciprocal) ? reciprocal : 0.0f;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       params[row] = __shfl_sync(kAllLanes, mine, row, 4);
@@ -149,39 +154,35 @@ struct Codec {
     return c;
   }
 
-  // Packs one row: q are integers under kIntegerPattern.
-  __device__ static void pack_row(const uint32_t (&q)[kLaneElems], int row, uint32_t (&codes)[kBits]) {
-    if constexpr (kHas8) {
-      codes[row * 2] = pack<8, 0, 4>(q);
-      codes[row * 2 + 1] = pack<8, 0, 4>(q + 4);
-    }
-    if constexpr (kHas4) codes[row] = pack<4, 0, 8>(q);
-    if constexpr (kHas2) codes[kWord2 + row / 2] |= pack<2, kShift2, 8>(q) << (row % 2 * 16);
-    if constexpr (kHas1) codes[kWord1] |= pack<1, kShift1, 8>(q) << (row * 8);
+  // Four integers under kIntegerPattern, of 8 bits at most, as bytes, the first lowest.
+  __device__ static uint32_t pack_bytes(const uint32_t* q) {
+    return __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
   }
 
-  // kCodes codes' bits kShift .. kShift + kPlaneBits, the first code lowest.
-  template <int kPlaneBits, int kShift, int kCodes>
-  __device__ static uint32_t pack(const uint32_t* q) {
-    uint32_t word = 0, patterns = 0;
-#pragma unroll
-    for (int e = kCodes - 1; e >= 0; --e) {
-      // In a one-plane width the patterns above the codes are added up modulo 2^32, a constant, and taken off at
-      // the end: one shift-and-add a code.
-      word = (word << kPlaneBits) + (kOnePlane ? q[e] : (q[e] >> kShift) & ((1 << kPlaneBits) - 1));
-      patterns = (patterns << kPlaneBits) + (kOnePlane ? kIntegerPattern : 0);
-    }
-    return word - patterns;
+  // Adds half row n (4 codes, as bytes) to the planes. In a plane of p bits it stands in word n * p / 8, in each byte
+  // from bit n * p % 8 on, so that four codes move at a time.
+  __device__ static void put_codes(uint32_t bytes, int n, uint32_t (&codes)[kBits]) {
+    if constexpr (kHas8) codes[n] = bytes;
+    if constexpr (kHas4) codes[n / 2] |= plane_bits<4>(bytes, 0) << (n % 2 * 4);
+    if constexpr (kHas2) codes[kWord2 + n / 4] |= plane_bits<2>(bytes, kShift2) << (n % 4 * 2);
+    if constexpr (kHas1) codes[kWord1] |= plane_bits<1>(bytes, kShift1) << n;
   }
 
-  // Code e of a row.
-  __device__ static uint32_t code(const uint32_t (&codes)[kBits], int row, int e) {
-    if constexpr (kHas8) return (codes[row * 2 + e / 4] >> (e % 4 * 8)) & 0xff;
-    uint32_t q = 0;
-    if constexpr (kHas4) q |= (codes[row] >> (e * 4)) & 0xf;
-    if constexpr (kHas2) q |= ((codes[kWord2 + row / 2] >> (row % 2 * 16 + e * 2)) & 0x3) << kShift2;
-    if constexpr (kHas1) q |= ((codes[kWord1] >> (row * 8 + e)) & 0x1) << kShift1;
-    return q;
+  // Half row n of the planes, 4 codes as bytes.
+  __device__ static uint32_t get_codes(const uint32_t (&codes)[kBits], int n) {
+    uint32_t bytes = 0;
+    if constexpr (kHas8) bytes = codes[n];
+    if constexpr (kHas4) bytes |= plane_bits<4>(codes[n / 2], n % 2 * 4);
+    if constexpr (kHas2) bytes |= plane_bits<2>(codes[kWord2 + n / 4], n % 4 * 2) << kShift2;
+    if constexpr (kHas1) bytes |= plane_bits<1>(codes[kWord1], n) << kShift1;
+    return bytes;
+  }
+
+  // Bits shift .. shift + kPlaneBits of each byte, at the bottom of the byte.
+  template <int kPlaneBits>
+  __device__ static uint32_t plane_bits(uint32_t bytes, int shift) {
+    constexpr uint32_t kMask = 0x01010101u * ((1 << kPlaneBits) - 1);
+    return (bytes >> shift) & kMask;
   }
 
   template <int kWords>

@@ -50,8 +50,8 @@ __device__ __forceinline__ size_t tile_bytes(unsigned group_lanes) {
   return kTileElems / 8 * kBits + kTileElems / kLaneElems / group_lanes * 4;
 }
 
-// This thread's share of a plane of kPlaneBits whose first byte is plane_at: 32 codes. (The plane of 8 bits is two
-// half planes of 16 bytes a thread.)
+// This thread's words of a plane of kPlaneBits whose first byte is plane_at: one per bit. (The plane of 8 bits is two
+// half planes of 4 words a thread.)
 template <int kPlaneBits>
 __device__ __forceinline__ size_t thread_codes_at(int plane_at, int half = 0) {
   constexpr int bytes = kPlaneBits == 8 ? 16 : kPlaneBits * 4;

@@ -2,7 +2,7 @@
 //
 //   grid   (tiles of the slice)    block  128 threads, one tile
 //   reads  input    the owner's count elements of T, of which its chunk is used, unquantized
-//          incoming slot of sender r at r * slot_bytes: its tiles of this chunk (the owner's own slot is not read)
+//          incoming slots of the other ranks in order, slot_bytes apart: their tiles of this chunk
 //   writes outgoing the tiles of the sum
 //
 // The sum is taken in fp32 in rank order, whatever order the payloads came in, so that every exchange and every run
@@ -38,7 +38,7 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
 #pragma unroll 1  // unrolled, the senders' codes would take 150 registers
   for (unsigned rank = 0; rank < args.world; ++rank) {
     typename In::Thread theirs;
-    if (rank != args.rank) theirs = In::load(incoming + rank * args.slot_bytes, lanes);
+    if (rank != args.rank) theirs = In::load(incoming + (rank - (rank > args.rank)) * args.slot_bytes, lanes);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       float term[kLaneElems];

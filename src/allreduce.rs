@@ -230,7 +230,7 @@ impl<'a> Step<'a> {
             peer,
             send: attached.staging.at(plan.reduce_slot(peer)),
             send_bytes: plan.slice_tiles(peer, slice) * tile_bytes,
-            receive: attached.staging.at(attached.incoming_at() + plan.reduce_slot(peer)),
+            receive: attached.staging.at(attached.incoming_at() + plan.incoming_slot(attached.rank, peer)),
             receive_bytes,
             stream: self.operation.stream(),
         })

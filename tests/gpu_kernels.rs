@@ -111,7 +111,7 @@ fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
     let about = || format!("{element:?} {legs} count {count} world {world} off by {misaligned} seed {seed}");
     let plan = Plan::new(count, world, legs, buffer_bytes).unwrap();
     let kernels = Kernels::load(0, legs).expect("kernels load");
-    let area = Plan::area_bytes(world, legs, buffer_bytes).max(1);
+    let area = Plan::staging_bytes(world, legs, buffer_bytes);
     let offset = misaligned * 2;
     let (user, outgoing, incoming) = (
         DeviceMemory::new(count * 2 + offset + 16).unwrap(),
@@ -145,7 +145,7 @@ fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
                 let mut term = wide(&inputs[sender][mine.clone()]);
                 if sender != rank {
                     let payload = encode::<E>(&term, legs.reduce);
-                    incoming.write(plan.reduce_slot(sender), &payload, stream).unwrap();
+                    incoming.write(plan.incoming_slot(rank, sender), &payload, stream).unwrap();
                     term = decode::<E>(&payload, term.len(), legs.reduce);
                 }
                 sum = if sender == 0 { term } else { sum.iter().zip(&term).map(|(s, t)| s + t).collect() };

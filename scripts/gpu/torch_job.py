@@ -9,6 +9,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -194,6 +195,7 @@ def check_groups_and_streams():
 
 
 def main():
+    warnings.simplefilter("ignore")
     torch.cuda.set_device(0)
     dist.init_process_group("nccl")
     counts = [1, 7, 4096, 4097, 100_003, 1 << 20, 32 << 20]

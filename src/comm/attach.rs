@@ -133,7 +133,7 @@ struct Prepared {
 fn prepare(device: i32, world: usize, agreement: &Agreement) -> Result<Prepared> {
     let kernels = Kernels::load(device, agreement.legs)
         .map_err(Error::cuda("loading the kernels (is the driver older than the CUDA that built flashcomm?)"))?;
-    let n_bytes = 2 * Plan::area_bytes(world, agreement.legs, agreement.buffer_bytes);
+    let n_bytes = Plan::staging_bytes(world, agreement.legs, agreement.buffer_bytes);
     if n_bytes == 0 {
         return Err(Error::BufferTooSmall { world });
     }

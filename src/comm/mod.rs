@@ -149,7 +149,7 @@ impl Attached {
 
     /// Byte offset of the `incoming` area in the staging memory; `outgoing` is at 0.
     pub fn incoming_at(&self) -> usize {
-        Plan::area_bytes(self.world, self.legs, self.buffer_bytes)
+        Plan::outgoing_bytes(self.world, self.legs, self.buffer_bytes)
     }
 
     fn is_idle(&self) -> bool {

@@ -9,11 +9,11 @@
 //! ```text
 //! z  = min(group) rounded toward -inf to the storage type, -0 written as +0
 //! s  = (max(group) - z) / (2^b - 1) rounded toward +inf to the storage type
-//! q  = clamp(rint((x - z) * (1/s)), 0, 2^b - 1)          a NaN product gives 0
+//! q  = rint((x - z) * (1/s)), or 0 where 1/s is not finite
 //! x' = fma(q, s, z)
 //! ```
 //!
-//! The directed roundings see to it that nothing is clipped. A group that holds a NaN or an infinity, or whose `z`
+//! The directed roundings see to it that q stays within 0 and 2^b - 1 without a clamp. A group that holds a NaN or an infinity, or whose `z`
 //! or `s` is not finite, is written with `s = z = NaN` and `q = 0`: it decodes to NaN throughout, so overflow checks
 //! downstream still fire.
 //!
@@ -26,8 +26,10 @@
 //! Codes are split by bits (*FlashCommunication V2*, arXiv 2508.03760): 8; 4+2+1; 4+2; 4+1; 4; 2+1; 2. The widest
 //! plane holds the lowest bits. Within a tile the elements are dealt to 128 threads so that every access of the
 //! kernels is one vector per thread: element `i` is code `k` of thread `t`, where (`warp`, `row`, `lane`, `e`) are
-//! the digits of `i` in the bases (4, 4, 32, 8), `t = warp * 32 + lane` and `k = row * 8 + e`. Thread `t` owns 32
-//! consecutive codes of each plane, little-endian; the plane of 8 bits is two half planes of 16 codes a thread.
+//! the digits of `i` in the bases (4, 4, 32, 8), `t = warp * 32 + lane` and `k = row * 8 + e`. Thread `t` owns p
+//! consecutive 32-bit words of a plane of p bits, little-endian (the plane of 8 bits is two half planes of 4 words a
+//! thread). With `n = k / 4`, code `k` stands in word `n * p / 8`, in byte `k % 4`, from bit `n * p % 8` on: so four codes,
+//! one in each byte, move at a time.
 //! Scales and zeros lie in the order (warp, lane / (g / 8), row), `s` first: four groups, 16 bytes, per thread.
 
 use std::fmt;
@@ -43,8 +45,6 @@ const WARP_ELEMS: usize = 1024;
 const ROW_ELEMS: usize = 256;
 /// Elements that a lane loads at once.
 const LANE_ELEMS: usize = 8;
-/// Codes of one thread in a tile.
-const THREAD_CODES: usize = 32;
 /// Bytes of one group's scale and zero.
 const META_BYTES: usize = 4;
 
@@ -197,9 +197,13 @@ impl Codec {
     }
 
     fn quantize(self, x: f32, GroupParams { scale, zero }: GroupParams) -> u8 {
-        // f32::max takes the other operand for a NaN: 0 * (1/0) in a constant group, anything in a NaN group.
-        let q = ((x - zero) * (1.0 / scale)).round_ties_even().max(0.0);
-        q.min(f32::from(self.width.max_code())) as u8
+        let inverse = 1.0 / scale;
+        if !inverse.is_finite() {
+            return 0; // a constant group, a NaN group, or a scale so small that its inverse overflows
+        }
+        let q = ((x - zero) * inverse).round_ties_even();
+        debug_assert!((0.0..=f32::from(self.width.max_code())).contains(&q), "{x} {zero} {scale}");
+        q as u8
     }
 
     fn write_params<E: Element>(self, start: usize, params: GroupParams, payload: &mut [u8]) {
@@ -239,13 +243,13 @@ impl Codec {
         let (thread, k) = (place.warp * 32 + place.lane, place.row * LANE_ELEMS + place.e);
         let mut plane_at = 0;
         for (plane_bits, shift) in self.width.planes() {
-            let bit = if plane_bits == 8 {
-                let (half, k) = (k / 16, k % 16);
-                (half * TILE_ELEMS / 2 + thread * 16 + k) * 8
-            } else {
-                (thread * THREAD_CODES + k) * plane_bits
+            let n = k / 4;
+            let word = n * plane_bits / 8;
+            let word_at = match plane_bits {
+                8 => word / 4 * TILE_ELEMS / 2 + (thread * 4 + word % 4) * 4,
+                _ => (thread * plane_bits + word) * 4,
             };
-            visit(plane_at + bit / 8, bit % 8, u8::MAX >> (8 - plane_bits), shift);
+            visit(plane_at + word_at + k % 4, n * plane_bits % 8, u8::MAX >> (8 - plane_bits), shift);
             plane_at += TILE_ELEMS / 8 * plane_bits;
         }
     }

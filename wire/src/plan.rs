@@ -7,10 +7,11 @@
 //!
 //! # Staging
 //!
-//! Two areas, each one slot per rank, a slot being `slice_tiles` payload tiles of the wider leg:
+//! Two areas of slots, a slot being `slice_tiles` payload tiles of the wider leg:
 //!
-//! * `outgoing`: hop 1's payloads by owner; afterwards hop 2's, gathered, by owner (hop 1's are spent by then);
-//! * `incoming`: hop 1's payloads by sender.
+//! * `outgoing`, a slot per rank: hop 1's payloads by owner; afterwards hop 2's, gathered, by owner (hop 1's are
+//!   spent by then);
+//! * `incoming`, a slot per other rank: hop 1's payloads by sender.
 
 use std::fmt;
 use std::ops::Range;
@@ -64,9 +65,9 @@ impl Plan {
         Ok(Plan { count, world, legs, chunk_tiles, slice_tiles, n_slices: chunk_tiles.div_ceil(slice_tiles) })
     }
 
-    /// Staging bytes that a slice of one tile takes: a slot per rank in each of the two areas.
+    /// Staging bytes that a slice of one tile takes: the slots of both areas.
     pub const fn staging_bytes_per_tile(world: usize, legs: Legs) -> usize {
-        2 * world * slot_tile_bytes(legs)
+        (2 * world - 1) * slot_tile_bytes(legs)
     }
 
     /// Elements of the whole operation.
@@ -112,9 +113,14 @@ impl Plan {
         self.slice_tiles(0, slice)
     }
 
-    /// Offset in bytes of rank `rank`'s slot in the `outgoing` area during hop 1, and in `incoming`.
-    pub const fn reduce_slot(&self, rank: usize) -> usize {
-        rank * self.slice_tiles * self.legs.reduce.tile_bytes()
+    /// Offset in bytes of the slot for rank `owner` in the `outgoing` area during hop 1.
+    pub const fn reduce_slot(&self, owner: usize) -> usize {
+        owner * self.slice_tiles * self.legs.reduce.tile_bytes()
+    }
+
+    /// Offset in bytes, in the `incoming` area of rank `rank`, of the slot for what `sender` sends.
+    pub const fn incoming_slot(&self, rank: usize, sender: usize) -> usize {
+        self.reduce_slot(if sender > rank { sender - 1 } else { sender })
     }
 
     /// Offset in bytes of rank `owner`'s slot in the `outgoing` area during hop 2 of slice `slice`. The slots of one
@@ -123,9 +129,15 @@ impl Plan {
         owner * self.max_slice_tiles(slice) * self.legs.gather.tile_bytes()
     }
 
-    /// Bytes of each of the two staging areas when the buffer has `buffer_bytes`; a multiple of 128.
-    pub const fn area_bytes(world: usize, legs: Legs, buffer_bytes: usize) -> usize {
+    /// Bytes of the `outgoing` area when the buffer has `buffer_bytes`, a multiple of 128; `incoming` follows it.
+    pub const fn outgoing_bytes(world: usize, legs: Legs, buffer_bytes: usize) -> usize {
         buffer_bytes / Self::staging_bytes_per_tile(world, legs) * world * slot_tile_bytes(legs)
+    }
+
+    /// Bytes of both areas together, at most `buffer_bytes`; 0 where not even one tile per rank fits.
+    pub const fn staging_bytes(world: usize, legs: Legs, buffer_bytes: usize) -> usize {
+        let per_tile = Self::staging_bytes_per_tile(world, legs);
+        buffer_bytes / per_tile * per_tile
     }
 
     /// The codecs of the two legs.
@@ -199,14 +211,19 @@ mod tests {
         ) {
             let legs = legs(bits.0, bits.1);
             let plan = Plan::new(count, world, legs, mib << 20).unwrap();
-            let area = Plan::area_bytes(world, legs, mib << 20);
-            prop_assert!(2 * area <= mib << 20);
-            prop_assert_eq!(area % 128, 0);
+            let outgoing = Plan::outgoing_bytes(world, legs, mib << 20);
+            let incoming = Plan::staging_bytes(world, legs, mib << 20) - outgoing;
+            prop_assert!(outgoing + incoming <= mib << 20);
+            prop_assert_eq!(outgoing % 128, 0);
             for slice in 0..plan.n_slices() {
                 let tiles = plan.max_slice_tiles(slice);
-                let reduce_end = plan.reduce_slot(world - 1) + tiles * legs.reduce.tile_bytes();
-                let gather_end = plan.gather_slot(world - 1, slice) + tiles * legs.gather.tile_bytes();
-                prop_assert!(reduce_end <= area && gather_end <= area);
+                let slot = tiles * legs.reduce.tile_bytes();
+                prop_assert!(plan.reduce_slot(world - 1) + slot <= outgoing);
+                prop_assert!(plan.gather_slot(world - 1, slice) + tiles * legs.gather.tile_bytes() <= outgoing);
+                for rank in 0..world {
+                    let mut senders = (0..world).filter(|sender| *sender != rank);
+                    prop_assert!(senders.all(|sender| plan.incoming_slot(rank, sender) + slot <= incoming));
+                }
             }
         }
     }
@@ -223,9 +240,16 @@ mod tests {
 
     #[test]
     fn a_buffer_below_one_tile_per_rank_is_refused() {
-        let needed_bytes = 2 * 300 * 4224;
+        let needed_bytes = (2 * 300 - 1) * 4224;
         assert_eq!(Plan::new(1, 300, legs(4, 8), needed_bytes - 1), Err(BufferTooSmall { needed_bytes }));
         assert!(Plan::new(1, 300, legs(4, 8), needed_bytes).is_ok());
+    }
+
+    #[test]
+    fn the_default_buffer_takes_64_mib_of_fp16_at_8_bits_in_one_slice() {
+        for world in [2, 4, 8] {
+            assert_eq!(Plan::new(32 << 20, world, legs(8, 8), 64 << 20).unwrap().n_slices(), 1, "{world} ranks");
+        }
     }
 
     #[test]

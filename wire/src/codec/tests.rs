@@ -26,10 +26,9 @@ fn naive_group<E: Element>(x: &[f32], bits: u8) -> Vec<f32> {
     if !z.is_finite() || !s.is_finite() {
         return vec![f32::NAN; x.len()];
     }
-    let code = |x: f32| if s == 0.0 { 0.0 } else { ((x - z) * (1.0 / s)).round_ties_even().clamp(0.0, q_max) };
-    x.iter()
-        .map(|x| if code(*x).is_nan() { z } else { (f64::from(code(*x)) * f64::from(s) + f64::from(z)) as f32 })
-        .collect()
+    let code =
+        |x: f32| if (1.0 / s).is_finite() { ((x - z) * (1.0 / s)).round_ties_even().clamp(0.0, q_max) } else { 0.0 };
+    x.iter().map(|x| (f64::from(code(*x)) * f64::from(s) + f64::from(z)) as f32).collect()
 }
 
 fn round_trip<E: Element>(codec: Codec, x: &[f32]) -> Vec<f32> {
@@ -108,10 +107,14 @@ fn codes_stand_where_the_layout_says() {
             let mut expected = Vec::new();
             let mut at = 0;
             for plane in [8, 4, 2, 1].into_iter().filter(|p| usize::from(codec.width.bits()) & p != 0) {
-                let first = match plane {
-                    8 => (k / 16 * 2048 + t * 16 + k % 16) * 8,
-                    _ => (t * 32 + k) * plane,
+                let n = k / 4;
+                let word = match plane {
+                    8 => n / 4 * 512 + t * 4 + n % 4,
+                    4 => t * 4 + n / 2,
+                    2 => t * 2 + n / 4,
+                    _ => t,
                 };
+                let first = (word * 4 + k % 4) * 8 + n * plane % 8;
                 expected.extend((first..first + plane).map(|bit| at * 8 + bit));
                 at += TILE_ELEMS * plane / 8;
             }
