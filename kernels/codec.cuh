@@ -17,9 +17,6 @@ constexpr unsigned kAllLanes = 0xffffffff;
 constexpr float kIntegerMagic = 8388608.0f;
 constexpr uint32_t kIntegerPattern = 0x4b000000;
 
-// The elements of one thread.
-using ThreadElems = float[kRows][kLaneElems];
-
 // Codec of kBits per element, elements (and scales and zeros) of type T.
 template <class T, int kBits>
 struct Codec {
@@ -126,9 +123,10 @@ struct Codec {
     const float min = reduce_rows(low, group_lanes, min_nan);
     const float max = reduce_rows(high, group_lanes, max_nan);
 
-    // + 0.0f turns -0 into +0: which of the two is the minimum depends on the order of comparison.
+    // + 0.0f turns -0 into +0: which of the two is the minimum or the maximum depends on the order of comparison.
     const float zero = __fadd_rn(Element<T>::to_float(Element<T>::down(min)), 0.0f);
-    const float scale = Element<T>::to_float(Element<T>::up(__fdiv_rn(__fsub_rn(max, zero), kMaxCode)));
+    const float step = __fdiv_rn(__fsub_rn(max, zero), kMaxCode);
+    const float scale = __fadd_rn(Element<T>::to_float(Element<T>::up(step)), 0.0f);
     const bool finite = isfinite(min) && isfinite(max) && isfinite(zero) && isfinite(scale);
     const uint32_t mine = finite ? Element<T>::nearest(scale) | uint32_t(Element<T>::nearest(zero)) << 16
                                  : kCanonicalNan | uint32_t(kCanonicalNan) << 16;

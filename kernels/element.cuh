@@ -26,6 +26,8 @@ __device__ __forceinline__ void store_vec16(void* ptr, const Vec16& v) {
   *static_cast<uint4*>(ptr) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
 }
 
+__device__ __forceinline__ bool is_aligned16(const void* ptr) { return reinterpret_cast<uintptr_t>(ptr) % 16 == 0; }
+
 template <class T>
 struct Element;
 
@@ -47,22 +49,32 @@ struct Element<__nv_bfloat16> {
 
 constexpr uint16_t kCanonicalNan = 0x7fff;  // of both types
 
-// Loads elements first .. first + 8 of a tile of n_elems, widened. Past the end the last element repeats.
-// tile_ptr: any alignment (2 bytes at least); vectors where it is 16.
+// The elements of one thread.
+using ThreadElems = float[kRows][kLaneElems];
+
+// Loads this thread's elements of a tile of n_elems, widened. Past the end the last element repeats.
+// tile_ptr: any alignment (2 bytes at least); a whole tile at 16 bytes takes the path of vectors.
 template <class T>
-__device__ __forceinline__ void load_lane(const T* tile_ptr, int first, int n_elems, bool aligned,
-                                          float (&x)[kLaneElems]) {
-  if (aligned && first + kLaneElems <= n_elems) {
-    const Vec16 v = load_vec16(tile_ptr + first);
+__device__ __forceinline__ void load_elems(const T* tile_ptr, int n_elems, ThreadElems& x) {
+  if (is_aligned16(tile_ptr) && n_elems == kTileElems) {
+    Vec16 v[kRows];  // all loads in flight before the first use
 #pragma unroll
-    for (int e = 0; e < kLaneElems; ++e) {
-      x[e] = Element<T>::to_float(uint16_t(v.words[e / 2] >> (e % 2 * 16)));
+    for (int row = 0; row < kRows; ++row) v[row] = load_vec16(tile_ptr + lane_first(row));
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int e = 0; e < kLaneElems; ++e) {
+        x[row][e] = Element<T>::to_float(uint16_t(v[row].words[e / 2] >> (e % 2 * 16)));
+      }
     }
   } else {
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(tile_ptr);
 #pragma unroll
-    for (int e = 0; e < kLaneElems; ++e) {
-      x[e] = Element<T>::to_float(bits[min(first + e, n_elems - 1)]);
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int e = 0; e < kLaneElems; ++e) {
+        x[row][e] = Element<T>::to_float(bits[min(lane_first(row) + e, n_elems - 1)]);
+      }
     }
   }
 }
@@ -86,7 +98,5 @@ __device__ __forceinline__ void store_lane(T* tile_ptr, int first, int n_elems, 
     }
   }
 }
-
-__device__ __forceinline__ bool is_aligned16(const void* ptr) { return reinterpret_cast<uintptr_t>(ptr) % 16 == 0; }
 
 }  // namespace flashcomm

@@ -30,10 +30,8 @@ __device__ __forceinline__ void quantize(const QuantizeArgs& args) {
   if (tile.n_elems == 0) return;
 
   const T* input = static_cast<const T*>(args.input) + tile.start;
-  const bool aligned = is_aligned16(input);
   ThreadElems x;
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) load_lane(input, lane_first(row), tile.n_elems, aligned, x[row]);
+  load_elems(input, tile.n_elems, x);
 
   const unsigned lanes = args.slice.group_lanes;
   uint8_t* payload = args.payload + owner * args.slot_bytes + blockIdx.x * C::bytes(lanes);

@@ -32,25 +32,25 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
 
   const unsigned lanes = args.slice.group_lanes;
   const T* input = static_cast<const T*>(args.input) + tile.start;
-  const bool aligned = is_aligned16(input);
   const uint8_t* incoming = args.incoming + blockIdx.x * In::bytes(lanes);
   ThreadElems sum;
 #pragma unroll 1  // unrolled, the senders' codes would take 150 registers
   for (unsigned rank = 0; rank < args.world; ++rank) {
-    typename In::Thread theirs;
-    if (rank != args.rank) theirs = In::load(incoming + (rank - (rank > args.rank)) * args.slot_bytes, lanes);
+    ThreadElems term;
+    if (rank == args.rank) {
+      load_elems(input, tile.n_elems, term);
+    } else {
+      const unsigned slot = rank - (rank > args.rank);
+      const typename In::Thread theirs = In::load(incoming + slot * args.slot_bytes, lanes);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) In::decode_row(theirs, row, term[row]);
+    }
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      float term[kLaneElems];
-      if (rank == args.rank) {
-        load_lane(input, lane_first(row), tile.n_elems, aligned, term);
-      } else {
-        In::decode_row(theirs, row, term);
-      }
 #pragma unroll
       for (int e = 0; e < kLaneElems; ++e) {
         // Rank 0 starts the sum: 0 + term would lose the sign of -0.
-        sum[row][e] = rank == 0 ? term[e] : __fadd_rn(sum[row][e], term[e]);
+        sum[row][e] = rank == 0 ? term[row][e] : __fadd_rn(sum[row][e], term[row][e]);
       }
     }
   }

@@ -112,6 +112,7 @@ esac
 say "nvcc: $nvcc ($("$nvcc" --version | sed -n 's/.*release \(.*\),.*/\1/p'))"
 
 if $want_test; then
+    fetch .toolkit/cuobjdump nvidia/cu13/ "$cuobjdump_package"
     fetch .toolkit/nccl-2.32.3 nvidia/nccl/ nvidia-nccl-cu13==2.32.3
     if [[ $(uname -m) == x86_64 ]]; then
         fetch .toolkit/nccl-2.18.3 nvidia/nccl/ nvidia-nccl-cu12==2.18.3

@@ -7,8 +7,8 @@
 //! is IEEE fp32, rounding to nearest even unless said otherwise, with subnormals kept:
 //!
 //! ```text
-//! z  = min(group) rounded toward -inf to the storage type, -0 written as +0
-//! s  = (max(group) - z) / (2^b - 1) rounded toward +inf to the storage type
+//! z  = min(group) rounded toward -inf to the storage type
+//! s  = (max(group) - z) / (2^b - 1) rounded toward +inf to the storage type; in both, -0 is written as +0
 //! q  = rint((x - z) * (1/s)), or 0 where 1/s is not finite
 //! x' = fma(q, s, z)
 //! ```
@@ -186,9 +186,10 @@ impl Codec {
             (min, max) = (min.min(x), max.max(x));
             all_finite &= x.is_finite();
         }
-        // Adding +0 turns -0 into +0: which of the two is the minimum depends on the order of comparison.
+        // Adding +0 turns -0 into +0: which of the two is the minimum, or the maximum, depends on the order of
+        // comparison.
         let zero = E::from_f32_down(min).to_f32() + 0.0;
-        let scale = E::from_f32_up((max - zero) / f32::from(self.width.max_code())).to_f32();
+        let scale = E::from_f32_up((max - zero) / f32::from(self.width.max_code())).to_f32() + 0.0;
         if all_finite && zero.is_finite() && scale.is_finite() {
             GroupParams { scale, zero }
         } else {

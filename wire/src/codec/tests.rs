@@ -185,6 +185,20 @@ fn constant_groups_are_exact_and_minus_zero_becomes_zero() {
 }
 
 #[test]
+fn zeros_of_both_signs_encode_alike_in_any_order() {
+    let encode = |x: &[f32]| {
+        let mut payload = vec![0; codec(4, 128).tile_bytes()];
+        codec(4, 128).encode_tile::<f16>(x, &mut payload);
+        payload
+    };
+    let zeros = encode(&[0.0; 128]);
+    assert!(zeros.iter().all(|byte| *byte == 0));
+    for x in [[-0.0, 0.0], [0.0, -0.0], [-0.0, -0.0]] {
+        assert_eq!(encode(&x.repeat(64)), zeros, "{x:?}");
+    }
+}
+
+#[test]
 fn a_short_tile_repeats_its_last_element() {
     let x: Vec<f32> = (0..130).map(|i| (i as f32).sin()).collect();
     let mut whole = x.clone();
