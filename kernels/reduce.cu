@@ -6,7 +6,7 @@
 //   writes outgoing the tiles of the sum
 //
 // The sum is taken in fp32 in rank order, whatever order the payloads came in, so that every exchange and every run
-// gives the same bits. Bytes through memory per element of the chunk: 2 + world * (b/8 + 4/g).
+// gives the same bits. Past the end of a short tile the repeated inputs are summed like any others. Bytes through memory per element of the chunk: 2 + world * (b/8 + 4/g).
 
 #include "codec.cuh"
 

@@ -25,6 +25,3 @@ echo "tests/gpu_*.rs ran no kernel unless this machine has a GPU: ./scripts/test
 step "release build, all architectures"
 cargo build --release
 python3 scripts/check_spills.py target/release/libflashcomm.so
-
-step "overhead"
-FLASHCOMM_CUDA_ARCHS='' cargo bench --bench overhead -- --quick

@@ -9,6 +9,7 @@ pub mod attach;
 pub mod blob;
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
 
@@ -158,7 +159,25 @@ impl Attached {
     }
 }
 
-static TABLE: LazyLock<RwLock<HashMap<CommHandle, Arc<Comm>>>> = LazyLock::new(Default::default);
+type Table = HashMap<CommHandle, Arc<Comm>, BuildHasherDefault<AddressHasher>>;
+
+static TABLE: LazyLock<RwLock<Table>> = LazyLock::new(Default::default);
+
+/// Spreads the bits of an address (Fibonacci hashing): a look-up is on the path of every candidate all-reduce.
+#[derive(Default)]
+struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_usize(usize::from(*byte)));
+    }
+    fn write_usize(&mut self, address: usize) {
+        self.0 = (self.0 ^ address as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    }
+}
 
 /// Communicators that are gone but whose last operation has not run yet.
 static RETIRED: Mutex<Vec<Arc<Comm>>> = Mutex::new(Vec::new());

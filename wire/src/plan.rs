@@ -193,7 +193,7 @@ mod tests {
                 for slice in 0..plan.n_slices() {
                     let range = plan.slice(owner, slice);
                     prop_assert_eq!(range.start, at);
-                    prop_assert!(range.is_empty() || range.start % TILE_ELEMS == 0);
+                    prop_assert!(range.is_empty() || range.start.is_multiple_of(TILE_ELEMS));
                     prop_assert!(plan.slice_tiles(owner, slice) <= plan.max_slice_tiles(slice));
                     at = range.end;
                 }
