@@ -4,6 +4,8 @@
 // A warp needs no other: its rows hold whole quantization groups. Nothing here synchronizes a block.
 #pragma once
 
+#include <type_traits>
+
 #include "element.cuh"
 #include "layout.cuh"
 #include "ptx.cuh"
@@ -36,28 +38,46 @@ struct Codec {
     uint32_t params[kRows];  // of the group in each row: scale, zero << 16
   };
 
-  __device__ static size_t bytes(unsigned group_lanes) { return tile_bytes<kBits>(group_lanes); }
+  __device__ static size_t bytes(unsigned group_shift) { return tile_bytes<kBits>(group_shift); }
 
   // ---- encode -------------------------------------------------------------------------------------------------
 
-  __device__ static Thread encode(const ThreadElems& x, unsigned group_lanes) {
-    float inverse[kRows];
-    Thread out;
-    group_params(x, group_lanes, out.params, inverse);
-#pragma unroll
-    for (int w = 0; w < kBits; ++w) out.codes[w] = 0;
+  __device__ static Thread encode(const ThreadElems& x, unsigned group_shift) {
+    float low[kRows], high[kRows], inverse[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float zero = Element<T>::to_float(uint16_t(out.params[row] >> 16));
-      // No clamp: the directed roundings keep the product within the codes wherever 1/scale is a number.
-      uint32_t q[kLaneElems];
+      low[row] = high[row] = x[row][0];
 #pragma unroll
-      for (int e = 0; e < kLaneElems; ++e) {
-        q[e] = __float_as_uint(__fadd_rn(__fmul_rn(__fsub_rn(x[row][e], zero), inverse[row]), kIntegerMagic));
+      for (int e = 1; e < kLaneElems; ++e) {
+        low[row] = min_nan(low[row], x[row][e]);
+        high[row] = max_nan(high[row], x[row][e]);
       }
-      const uint32_t keep = inverse[row] == 0.0f ? 0 : ~0u;
-      put_codes(pack_bytes(q) & keep, row * 2, out.codes);
-      put_codes(pack_bytes(q + 4) & keep, row * 2 + 1, out.codes);
+    }
+    Thread out = {};
+    group_params(low, high, group_shift, out.params, inverse);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) encode_row(x[row], row, inverse[row], out);
+    return out;
+  }
+
+  // The same of elements as they are stored: two at a time while they are compared, and half the registers.
+  __device__ static Thread encode(const ThreadVecs& x, unsigned group_shift) {
+    float low[kRows], high[kRows], inverse[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const uint32_t(&w)[4] = x[row].words;
+      const uint32_t l = Element<T>::min2(Element<T>::min2(w[0], w[1]), Element<T>::min2(w[2], w[3]));
+      const uint32_t h = Element<T>::max2(Element<T>::max2(w[0], w[1]), Element<T>::max2(w[2], w[3]));
+      low[row] = min_nan(Element<T>::to_float(uint16_t(l)), Element<T>::to_float(uint16_t(l >> 16)));
+      high[row] = max_nan(Element<T>::to_float(uint16_t(h)), Element<T>::to_float(uint16_t(h >> 16)));
+    }
+    Thread out = {};
+    group_params(low, high, group_shift, out.params, inverse);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      float wide[kLaneElems];
+      widen<T>(x[row], wide);
+      encode_row(wide, row, inverse[row], out);
     }
     return out;
   }
@@ -78,10 +98,37 @@ struct Codec {
     }
   }
 
+  // A row as the output has it.
+  __device__ static Vec16 decode_row(const Thread& in, int row) {
+    Vec16 out;
+    if constexpr (std::is_same_v<T, __half>) {
+      const __half2 scale = Element<T>::pair(__byte_perm(in.params[row], 0, 0x1010));
+      const __half2 zero = Element<T>::pair(__byte_perm(in.params[row], 0, 0x3232));
+      const __half2 magic = Element<T>::pair(0x64006400);  // 1024, whose last mantissa bit is worth 1
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t codes = get_codes(in.codes, row * 2 + half);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const __half2 integers = Element<T>::pair(__byte_perm(codes, 0x64646464, e == 0 ? 0x4140 : 0x4342));
+          out.words[half * 2 + e] = Element<T>::word(__hfma2(__hsub2_rn(integers, magic), scale, zero));
+        }
+      }
+    } else {
+      float y[kLaneElems];
+      decode_row(in, row, y);
+#pragma unroll
+      for (int e = 0; e < kLaneElems; e += 2) {
+        out.words[e / 2] = Element<T>::nearest(y[e]) | uint32_t(Element<T>::nearest(y[e + 1])) << 16;
+      }
+    }
+    return out;
+  }
+
   // ---- payload ------------------------------------------------------------------------------------------------
   // payload: the first byte of a tile, 16-byte aligned (every tile and every plane is a multiple of 128 bytes).
 
-  __device__ static Thread load(const uint8_t* payload, unsigned group_lanes) {
+  __device__ static Thread load(const uint8_t* payload, unsigned group_shift) {
     Thread t;
     if constexpr (kHas8) {
       get<4>(payload + thread_codes_at<8>(0, 0), t.codes);
@@ -90,11 +137,11 @@ struct Codec {
     if constexpr (kHas4) get<4>(payload + thread_codes_at<4>(0), t.codes);
     if constexpr (kHas2) get<2>(payload + thread_codes_at<2>(kPlane2At), t.codes + kWord2);
     if constexpr (kHas1) get<1>(payload + thread_codes_at<1>(kPlane1At), t.codes + kWord1);
-    get<4>(payload + thread_params_at<kBits>(group_lanes), t.params);
+    get<4>(payload + thread_params_at<kBits>(group_shift), t.params);
     return t;
   }
 
-  __device__ static void store(uint8_t* payload, unsigned group_lanes, const Thread& t) {
+  __device__ static void store(uint8_t* payload, unsigned group_shift, const Thread& t) {
     if constexpr (kHas8) {
       put<4>(payload + thread_codes_at<8>(0, 0), t.codes);
       put<4>(payload + thread_codes_at<8>(0, 1), t.codes + 4);
@@ -102,26 +149,31 @@ struct Codec {
     if constexpr (kHas4) put<4>(payload + thread_codes_at<4>(0), t.codes);
     if constexpr (kHas2) put<2>(payload + thread_codes_at<2>(kPlane2At), t.codes + kWord2);
     if constexpr (kHas1) put<1>(payload + thread_codes_at<1>(kPlane1At), t.codes + kWord1);
-    if (threadIdx.x % group_lanes == 0) put<4>(payload + thread_params_at<kBits>(group_lanes), t.params);
+    if ((threadIdx.x & ((1u << group_shift) - 1)) == 0) put<4>(payload + thread_params_at<kBits>(group_shift), t.params);
   }
 
  private:
-  // Scale, zero and 1/scale (0 where that is no number) of the group in each row. Each lane works out one row, lane % 4, and the four lanes
-  // of a quad (always of one group) exchange the results.
-  __device__ static void group_params(const ThreadElems& x, unsigned group_lanes, uint32_t (&params)[kRows],
-                                      float (&inverse)[kRows]) {
-    float low[kRows], high[kRows];
+  // Adds a row's codes; its scale and zero stand in out.params.
+  __device__ static void encode_row(const float (&x)[kLaneElems], int row, float inverse, Thread& out) {
+    const float zero = Element<T>::to_float(uint16_t(out.params[row] >> 16));
+    // No clamp: the directed roundings keep the product within the codes, it is 0 where 1/scale is no number, and in a
+    // group that is not finite it is NaN, of which every bit that can be a code's is 1.
+    uint32_t q[kLaneElems];
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      low[row] = high[row] = x[row][0];
-#pragma unroll
-      for (int e = 1; e < kLaneElems; ++e) {
-        low[row] = min_nan(low[row], x[row][e]);
-        high[row] = max_nan(high[row], x[row][e]);
-      }
+    for (int e = 0; e < kLaneElems; ++e) {
+      q[e] = __float_as_uint(__fadd_rn(__fmul_rn(__fsub_rn(x[e], zero), inverse), kIntegerMagic));
     }
-    const float min = reduce_rows(low, group_lanes, min_nan);
-    const float max = reduce_rows(high, group_lanes, max_nan);
+    put_codes(pack_bytes(q), row * 2, out.codes);
+    put_codes(pack_bytes(q + 4), row * 2 + 1, out.codes);
+  }
+
+  // Scale, zero and 1/scale (0 where that is no number) of the group in each row. Each lane works out one row,
+  // lane % 4, and the four lanes of a quad (always of one group) exchange the results.
+  // low, high: the extremes of this thread's elements in each row.
+  __device__ static void group_params(const float (&low)[kRows], const float (&high)[kRows], unsigned group_shift,
+                                      uint32_t (&params)[kRows], float (&inverse)[kRows]) {
+    const float min = reduce_rows(low, group_shift, min_nan);
+    const float max = reduce_rows(high, group_shift, max_nan);
 
     // + 0.0f turns -0 into +0: which of the two is the minimum or the maximum depends on the order of comparison.
     const float zero = __fadd_rn(Element<T>::to_float(Element<T>::down(min)), 0.0f);
@@ -142,13 +194,13 @@ struct Codec {
   // Reduces the four rows over the lanes of a group; lane l gets the result of row l % 4. Halving: a lane passes on
   // the rows that it does not keep, so this takes 5 shuffles at 16 lanes a group instead of 16.
   template <class Op>
-  __device__ static float reduce_rows(const float (&v)[kRows], unsigned group_lanes, Op op) {
+  __device__ static float reduce_rows(const float (&v)[kRows], unsigned group_shift, Op op) {
     const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
     const float a = op(odd ? v[1] : v[0], __shfl_xor_sync(kAllLanes, odd ? v[0] : v[1], 1));
     const float b = op(odd ? v[3] : v[2], __shfl_xor_sync(kAllLanes, odd ? v[2] : v[3], 1));
     float c = op(high ? b : a, __shfl_xor_sync(kAllLanes, high ? a : b, 2));
-    if (group_lanes > 4) c = op(c, __shfl_xor_sync(kAllLanes, c, 4));
-    if (group_lanes > 8) c = op(c, __shfl_xor_sync(kAllLanes, c, 8));
+    if (group_shift > 2) c = op(c, __shfl_xor_sync(kAllLanes, c, 4));
+    if (group_shift > 3) c = op(c, __shfl_xor_sync(kAllLanes, c, 8));
     return c;
   }
 

@@ -26,16 +26,14 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
   const Tile tile = tile_of(args.slice, owner, blockIdx.x);
   if (tile.n_elems == 0) return;
 
-  const unsigned lanes = args.slice.group_lanes;
-  const uint8_t* payload = args.payload + owner * args.slot_bytes + blockIdx.x * C::bytes(lanes);
-  const typename C::Thread codes = C::load(payload, lanes);
+  const unsigned shift = args.slice.group_shift;
+  const uint8_t* payload = args.payload + owner * args.slot_bytes + blockIdx.x * C::bytes(shift);
+  const typename C::Thread codes = C::load(payload, shift);
   T* output = static_cast<T*>(args.output) + tile.start;
   const bool aligned = is_aligned16(output);
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    float y[kLaneElems];
-    C::decode_row(codes, row, y);
-    store_lane(output, lane_first(row), tile.n_elems, aligned, y);
+    store_lane(output, lane_first(row), tile.n_elems, aligned, C::decode_row(codes, row));
   }
 }
 

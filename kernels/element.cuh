@@ -34,6 +34,11 @@ struct Element;
 template <>
 struct Element<__half> {
   __device__ static float to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+  // Of two elements packed in a word, one by one; NaN if either is NaN.
+  __device__ static uint32_t min2(uint32_t a, uint32_t b) { return word(__hmin2_nan(pair(a), pair(b))); }
+  __device__ static uint32_t max2(uint32_t a, uint32_t b) { return word(__hmax2_nan(pair(a), pair(b))); }
+  __device__ static __half2 pair(uint32_t word) { return *reinterpret_cast<const __half2*>(&word); }
+  __device__ static uint32_t word(__half2 pair) { return *reinterpret_cast<const uint32_t*>(&pair); }
   __device__ static uint16_t nearest(float x) { return __half_as_ushort(__float2half_rn(x)); }
   __device__ static uint16_t down(float x) { return __half_as_ushort(__float2half_rd(x)); }
   __device__ static uint16_t up(float x) { return __half_as_ushort(__float2half_ru(x)); }
@@ -42,6 +47,10 @@ struct Element<__half> {
 template <>
 struct Element<__nv_bfloat16> {
   __device__ static float to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+  __device__ static uint32_t min2(uint32_t a, uint32_t b) { return word(__hmin2_nan(pair(a), pair(b))); }
+  __device__ static uint32_t max2(uint32_t a, uint32_t b) { return word(__hmax2_nan(pair(a), pair(b))); }
+  __device__ static __nv_bfloat162 pair(uint32_t word) { return *reinterpret_cast<const __nv_bfloat162*>(&word); }
+  __device__ static uint32_t word(__nv_bfloat162 pair) { return *reinterpret_cast<const uint32_t*>(&pair); }
   __device__ static uint16_t nearest(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
   __device__ static uint16_t down(float x) { return __bfloat16_as_ushort(__float2bfloat16_rd(x)); }
   __device__ static uint16_t up(float x) { return __bfloat16_as_ushort(__float2bfloat16_ru(x)); }
@@ -49,52 +58,56 @@ struct Element<__nv_bfloat16> {
 
 constexpr uint16_t kCanonicalNan = 0x7fff;  // of both types
 
-// The elements of one thread.
+// The elements of one thread, widened and as they are stored.
 using ThreadElems = float[kRows][kLaneElems];
+using ThreadVecs = Vec16[kRows];
 
-// Loads this thread's elements of a tile of n_elems, widened. Past the end the last element repeats.
+// 8 elements, widened.
+template <class T>
+__device__ __forceinline__ void widen(const Vec16& v, float (&x)[kLaneElems]) {
+#pragma unroll
+  for (int e = 0; e < kLaneElems; ++e) x[e] = Element<T>::to_float(uint16_t(v.words[e / 2] >> (e % 2 * 16)));
+}
+
+// Loads this thread's elements of a tile of n_elems. Past the end the last element repeats.
 // tile_ptr: any alignment (2 bytes at least); a whole tile at 16 bytes takes the path of vectors.
 template <class T>
-__device__ __forceinline__ void load_elems(const T* tile_ptr, int n_elems, ThreadElems& x) {
+__device__ __forceinline__ void load_vecs(const T* tile_ptr, int n_elems, ThreadVecs& v) {
   if (is_aligned16(tile_ptr) && n_elems == kTileElems) {
-    Vec16 v[kRows];  // all loads in flight before the first use
 #pragma unroll
     for (int row = 0; row < kRows; ++row) v[row] = load_vec16(tile_ptr + lane_first(row));
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-      for (int e = 0; e < kLaneElems; ++e) {
-        x[row][e] = Element<T>::to_float(uint16_t(v[row].words[e / 2] >> (e % 2 * 16)));
-      }
-    }
   } else {
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(tile_ptr);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-      for (int e = 0; e < kLaneElems; ++e) {
-        x[row][e] = Element<T>::to_float(bits[min(lane_first(row) + e, n_elems - 1)]);
+      for (int e = 0; e < kLaneElems; e += 2) {
+        const int first = lane_first(row) + e;
+        v[row].words[e / 2] = bits[min(first, n_elems - 1)] | uint32_t(bits[min(first + 1, n_elems - 1)]) << 16;
       }
     }
   }
 }
 
-// Stores y, rounded to nearest, as elements first .. first + 8 of a tile of n_elems; nothing past the end.
+// The same, widened.
 template <class T>
-__device__ __forceinline__ void store_lane(T* tile_ptr, int first, int n_elems, bool aligned,
-                                           const float (&y)[kLaneElems]) {
-  if (aligned && first + kLaneElems <= n_elems) {
-    Vec16 v;
+__device__ __forceinline__ void load_elems(const T* tile_ptr, int n_elems, ThreadElems& x) {
+  ThreadVecs v;  // all loads in flight before the first use
+  load_vecs(tile_ptr, n_elems, v);
 #pragma unroll
-    for (int e = 0; e < kLaneElems; e += 2) {
-      v.words[e / 2] = Element<T>::nearest(y[e]) | uint32_t(Element<T>::nearest(y[e + 1])) << 16;
-    }
+  for (int row = 0; row < kRows; ++row) widen<T>(v[row], x[row]);
+}
+
+// Stores elements first .. first + 8 of a tile of n_elems; nothing past the end.
+template <class T>
+__device__ __forceinline__ void store_lane(T* tile_ptr, int first, int n_elems, bool aligned, const Vec16& v) {
+  if (aligned && first + kLaneElems <= n_elems) {
     store_vec16(tile_ptr + first, v);
   } else {
     uint16_t* bits = reinterpret_cast<uint16_t*>(tile_ptr);
 #pragma unroll
     for (int e = 0; e < kLaneElems; ++e) {
-      if (first + e < n_elems) bits[first + e] = Element<T>::nearest(y[e]);
+      if (first + e < n_elems) bits[first + e] = uint16_t(v.words[e / 2] >> (e % 2 * 16));
     }
   }
 }

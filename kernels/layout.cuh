@@ -20,7 +20,7 @@ struct Slice {
   uint64_t first_tile;       // first tile of the slice within each chunk
   uint64_t chunk_tiles;      // tiles per chunk
   uint32_t n_tiles;          // tiles of the slice in the longest chunk
-  uint32_t group_lanes;      // lanes that hold one quantization group in a row: group size / 8
+  uint32_t group_shift;      // log2 of the lanes that hold one quantization group in a row: group size / 8
 };
 
 // A tile of the operation: where its elements start, and how many there are (0: the chunk ends before it).
@@ -46,8 +46,8 @@ __device__ __forceinline__ int lane_first(int row) {
 
 // Bytes of an encoded tile: codes, then 4 bytes for each group.
 template <int kBits>
-__device__ __forceinline__ size_t tile_bytes(unsigned group_lanes) {
-  return kTileElems / 8 * kBits + kTileElems / kLaneElems / group_lanes * 4;
+__device__ __forceinline__ size_t tile_bytes(unsigned group_shift) {
+  return kTileElems / 8 * kBits + (kTileElems / kLaneElems >> group_shift) * 4;
 }
 
 // This thread's words of a plane of kPlaneBits whose first byte is plane_at: one per bit. (The plane of 8 bits is two
@@ -60,9 +60,8 @@ __device__ __forceinline__ size_t thread_codes_at(int plane_at, int half = 0) {
 
 // Scales and zeros of the four groups, one a row, that this thread's elements belong to: 16 bytes.
 template <int kBits>
-__device__ __forceinline__ size_t thread_params_at(unsigned group_lanes) {
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  return kTileElems / 8 * kBits + (warp * (32 / group_lanes) + lane / group_lanes) * 16;
+__device__ __forceinline__ size_t thread_params_at(unsigned group_shift) {
+  return kTileElems / 8 * kBits + (threadIdx.x >> group_shift) * 16;
 }
 
 }  // namespace flashcomm

@@ -1,6 +1,8 @@
 // The instructions that CUDA C++ has no portable name for, each as op_modifiers. Inline assembly lives only here.
 #pragma once
 
+#include <cstdint>
+
 namespace flashcomm {
 
 // Minimum of a and b; NaN if either is NaN (fminf would drop the NaN).
@@ -15,6 +17,67 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   float m;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
   return m;
+}
+
+// ---- memory that other GPUs and the host see -------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t ld_acquire_sys(const uint32_t* ptr) {
+  uint32_t v;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(ptr) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint32_t ld_relaxed_sys(const uint32_t* ptr) {
+  uint32_t v;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(ptr) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void st_relaxed_sys(uint32_t* ptr, uint32_t v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(ptr), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Nanoseconds of a clock that all SMs share.
+__device__ __forceinline__ uint64_t globaltimer() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+// ---- barriers of some of a block's threads ----------------------------------------------------------------------
+
+// Waits for n_threads of the block at barrier id, a multiple of 32; whether all of them brought true.
+__device__ __forceinline__ bool barrier_and(unsigned id, unsigned n_threads, bool value) {
+  int all;
+  asm volatile(
+      "{\n"
+      "  .reg .pred p, q;\n"
+      "  setp.ne.s32 p, %3, 0;\n"
+      "  barrier.cta.red.and.aligned.pred q, %1, %2, p;\n"
+      "  selp.s32 %0, 1, 0, q;\n"
+      "}"
+      : "=r"(all)
+      : "r"(id), "r"(n_threads), "r"(int(value))
+      : "memory");
+  return all;
+}
+
+// ---- copies to shared memory that go on while the thread does -------------------------------------------------
+
+// 16 bytes, past the L1 cache.
+__device__ __forceinline__ void cp_async_16(void* shared_ptr, const void* global_ptr) {
+  const unsigned to = __cvta_generic_to_shared(shared_ptr);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global_ptr) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending of this thread's groups are under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace flashcomm

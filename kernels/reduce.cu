@@ -2,11 +2,14 @@
 //
 //   grid   (tiles of the slice)    block  128 threads, one tile
 //   reads  input    the owner's count elements of T, of which its chunk is used, unquantized
-//          incoming slots of the other ranks in order, slot_bytes apart: their tiles of this chunk
+//          incoming slots of the ranks in order, slot_bytes apart: their tiles of this chunk (not the owner's own slot)
 //   writes outgoing the tiles of the sum
 //
 // The sum is taken in fp32 in rank order, whatever order the payloads came in, so that every exchange and every run
-// gives the same bits. Past the end of a short tile the repeated inputs are summed like any others. Bytes through memory per element of the chunk: 2 + world * (b/8 + 4/g).
+// gives the same bits. Past the
+// end of a short tile the repeated inputs are summed like any others.
+//
+// Bytes through memory per element of the chunk: 2 + world * (b/8 + 4/g).
 
 #include "codec.cuh"
 
@@ -30,9 +33,9 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
   const Tile tile = tile_of(args.slice, args.rank, blockIdx.x);
   if (tile.n_elems == 0) return;
 
-  const unsigned lanes = args.slice.group_lanes;
+  const unsigned shift = args.slice.group_shift;
   const T* input = static_cast<const T*>(args.input) + tile.start;
-  const uint8_t* incoming = args.incoming + blockIdx.x * In::bytes(lanes);
+  const uint8_t* incoming = args.incoming + blockIdx.x * In::bytes(shift);
   ThreadElems sum;
 #pragma unroll 1  // unrolled, the senders' codes would take 150 registers
   for (unsigned rank = 0; rank < args.world; ++rank) {
@@ -40,8 +43,7 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
     if (rank == args.rank) {
       load_elems(input, tile.n_elems, term);
     } else {
-      const unsigned slot = rank - (rank > args.rank);
-      const typename In::Thread theirs = In::load(incoming + slot * args.slot_bytes, lanes);
+      const typename In::Thread theirs = In::load(incoming + rank * args.slot_bytes, shift);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) In::decode_row(theirs, row, term[row]);
     }
@@ -54,7 +56,7 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
       }
     }
   }
-  Out::store(args.outgoing + blockIdx.x * Out::bytes(lanes), lanes, Out::encode(sum, lanes));
+  Out::store(args.outgoing + blockIdx.x * Out::bytes(shift), shift, Out::encode(sum, shift));
 }
 
 // One entry for each pair of widths.

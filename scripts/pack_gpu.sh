@@ -19,5 +19,12 @@ for line in sys.stdin:
         shutil.copy(message["executable"], ".gpu/" + message["target"]["name"])
 '
 cp target/release/libflashcomm.so target/release/examples/kernel_speed target/release/examples/reference .gpu/
+# A real NCCL for the tests that PyTorch's own is too old for. Whole it would be 300 MB; carry one architecture.
+if [[ ${FLASHCOMM_CUDA_ARCHS:-} =~ ^[0-9]+$ && -f .toolkit/nccl-2.32.3/lib/libnccl.so.2 ]]; then
+    python3 scripts/trim_nccl.py .toolkit/nccl-2.32.3/lib/libnccl.so.2 .gpu/libnccl.so.2 "$FLASHCOMM_CUDA_ARCHS"
+    xz -1 -T0 .gpu/libnccl.so.2
+else
+    echo "no trimmed NCCL packed: set FLASHCOMM_CUDA_ARCHS to the one architecture of the GPU and run setup.sh --test"
+fi
 strip .gpu/gpu_* .gpu/kernel_speed .gpu/reference
 du -sh .gpu

@@ -17,8 +17,11 @@ cargo fmt --all --check
 step "clippy"
 FLASHCOMM_CUDA_ARCHS=90 cargo clippy --workspace --all-targets -- -D warnings
 
+step "aarch64 jumps"
+python3 scripts/check_aarch64.py
+
 step "tests"
-FLASHCOMM_CUDA_ARCHS=90 cargo build
+FLASHCOMM_CUDA_ARCHS=90 cargo build --workspace
 FLASHCOMM_CUDA_ARCHS=90 cargo nextest run --workspace --no-fail-fast
 echo "tests/gpu_*.rs ran no kernel unless this machine has a GPU: ./scripts/test_gpu.sh is for one that has"
 

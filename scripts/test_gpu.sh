@@ -3,22 +3,22 @@
 # PyTorch jobs through the shim, and speed beside plain NCCL of the same run. What it runs comes from
 # scripts/pack_gpu.sh. Results go to the folder named by OUT (default: .gpu/results).
 #
-#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [speed]     default: all
+#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [speed]     default: all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-.gpu/results}
 mkdir -p "$out"
 [[ -f .gpu/libflashcomm.so ]] || { echo "run ./scripts/pack_gpu.sh first, where cargo is, and bring .gpu/ along" >&2; exit 1; }
-parts=${*:-kernels sanitize torch settings speed}
+parts=${*:-kernels sanitize torch settings lifecycle speed}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 failed=()
 # check NAME COMMAND...: runs, reports, remembers a failure, goes on.
 check() {
     local name=$1
     shift
-    echo "== $name"
-    if "$@"; then echo "ok: $name"; else
-        echo "FAILED: $name"
+    echo "== $name" >&2 # what it prints itself may go to a file
+    if "$@"; then echo "ok: $name" >&2; else
+        echo "FAILED: $name" >&2
         failed+=("$name")
     fi
 }
@@ -41,12 +41,49 @@ job() {
     return $status
 }
 
+lifecycle() {
+    FLASHCOMM_SCRATCH=$(mktemp -d -p /dev/shm) || return
+    export FLASHCOMM_SCRATCH
+    local status=0
+    python3 -c 'import lzma, shutil; shutil.copyfileobj(lzma.open(".gpu/libnccl.so.2.xz"), open(".gpu/libnccl.so.2", "wb"))' ||
+        return
+    NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=8 FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 FLASHCOMM_MIN_BYTES=0 \
+        FLASHCOMM_BITS=4:8 timeout 200 python3 scripts/gpu/lifecycle_job.py || status=$?
+    rm -rf "$FLASHCOMM_SCRATCH"
+    return $status
+}
+
+# Two ranks over sockets, plain and at 4 and 8 bits, three times in turn; medians of each and their ratios.
+sockets_speed() {
+    local to=$1 round bits
+    mkdir -p "$to"
+    for round in 1 2 3; do
+        check "plain NCCL" python3 scripts/gpu/launch.py 2 100 scripts/gpu/torch_speed.py "$to/speed_plain_$round.json"
+        for bits in 4 8; do
+            check "$bits bits" job 2 "$bits" scripts/gpu/torch_speed.py "$to/speed_${bits}_$round.json"
+        done
+    done
+    python3 - "$to" <<'PYTHON'
+import json, statistics, sys
+def runs(name):
+    return [json.load(open(f"{sys.argv[1]}/speed_{name}_{i}.json")) for i in (1, 2, 3)]
+plain, four, eight = runs("plain"), runs("4"), runs("8")
+print("2 ranks over NCCL's sockets, fp16, in", sys.argv[1], "(medians of three runs; the ratios of each run behind)")
+print("  MiB  plain ms  4 bits ms         8 bits ms")
+for mib in plain[0]:
+    p, a, b = ([run[mib] for run in kind] for kind in (plain, four, eight))
+    P, A, B = map(statistics.median, (p, a, b))
+    each = "  ".join(f"{x / y:.2f} {x / z:.2f}" for x, y, z in zip(p, a, b))
+    print(f"{mib:>5} {P:9.3f} {A:9.3f} {P / A:5.2f}x {B:9.3f} {P / B:5.2f}x    {each}")
+PYTHON
+}
+
 if wants kernels; then
     for test in .gpu/gpu_*; do check "$(basename "$test")" timeout 200 "$test"; done
 fi
 if wants sanitize; then
     check "memcheck of the kernels" timeout 200 compute-sanitizer --tool memcheck --error-exitcode 1 \
-        .gpu/gpu_kernels at_every_border >"$out/memcheck.txt" 2>&1
+        .gpu/gpu_kernels >"$out/memcheck.txt" 2>&1
     tail -n 3 "$out/memcheck.txt"
 fi
 if wants torch; then
@@ -57,21 +94,21 @@ fi
 if wants settings; then
     check "ranks with different settings" timeout 100 python3 scripts/gpu/settings_job.py
 fi
+if wants lifecycle; then
+    # Threads as ranks of one GPU need a newer NCCL than PyTorch brings along.
+    check "communicators of every making" lifecycle
+fi
 if wants speed; then
     check "kernel speed" timeout 100 .gpu/kernel_speed >"$out/kernel_speed.json"
     cat "$out/kernel_speed.json"
-    check "plain NCCL" python3 scripts/gpu/launch.py 2 100 scripts/gpu/torch_speed.py "$out/speed_plain.json"
-    for bits in 4 8; do
-        check "$bits bits" job 2 "$bits" scripts/gpu/torch_speed.py "$out/speed_$bits.json"
-    done
-    python3 - "$out" <<'PYTHON'
-import json, sys
-plain, four, eight = (json.load(open(f"{sys.argv[1]}/speed_{name}.json")) for name in ["plain", "4", "8"])
-print("MiB    plain ms   4 bits ms       8 bits ms       (2 ranks over NCCL's sockets, fp16)")
-for mib in plain:
-    p, a, b = plain[mib], four[mib], eight[mib]
-    print(f"{mib:>5} {p:9.3f} {a:9.3f} {p / a:5.2f}x {b:9.3f} {p / b:5.2f}x")
-PYTHON
+    sockets_speed "$out"
+    # Without MPS two processes take turns on the GPU, which no two hosts do; with it they share it.
+    export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mpslog
+    mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
+    nvidia-cuda-mps-control -d
+    sockets_speed "$out/mps"
+    echo quit | nvidia-cuda-mps-control
+    unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 fi
 
 if ((${#failed[@]})); then

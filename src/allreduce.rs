@@ -3,8 +3,8 @@
 //! ```text
 //! quantize      each other rank's chunk of my input                      -> outgoing, a slot per owner
 //! hop 1         every slot to its owner                                  -> incoming, a slot per sender
-//! reduce        decode, add in rank order, my own chunk unquantized, quantize -> outgoing, my slot
-//! hop 2         every owner's slot to everyone                           -> outgoing, a slot per owner
+//! reduce        decode, add in rank order, my own chunk unquantized, quantize -> outgoing, the first slot
+//! hop 2         every owner's sum to everyone                            -> incoming, a slot per owner
 //! dequantize    all chunks                                               -> the caller's output
 //! ```
 //!
@@ -29,7 +29,6 @@ use crate::route::{self, Reason, Request, Route};
 use crate::stats;
 
 /// An all-reduce as the application asked for it.
-#[derive(Clone)]
 pub struct Operation {
     /// Its communicator.
     pub comm: Arc<Comm>,
@@ -43,11 +42,26 @@ pub struct Operation {
     pub element: ElementType,
     /// The application's stream.
     pub stream: StreamPtr,
+    /// Set when its batch runs.
+    planned: Option<Planned>,
 }
 
 impl Operation {
+    /// A call of the application's: `comm`'s all-reduce of `input` into `output`, both on its device.
+    pub fn new(
+        comm: Arc<Comm>,
+        input: *const c_void,
+        output: *mut c_void,
+        request: Request,
+        element: ElementType,
+        stream: StreamPtr,
+    ) -> Self {
+        Self { comm, input, output, request, element, stream, planned: None }
+    }
+
     /// Where it goes by what is known of its communicator now.
     pub fn route(&self) -> Route {
+        // In doubt (no driver, a communicator still in the making) the call is forwarded, as in a capture.
         let is_capturing = || !matches!(self.capture(), Ok(Capture::None));
         route::route(self.element, &self.request, self.comm.verdict(), Config::global(), is_capturing)
     }
@@ -56,13 +70,25 @@ impl Operation {
         self.stream.cast()
     }
 
-    /// In doubt (no driver, a stream that the driver does not take) this is an error, and the call is forwarded.
-    fn capture(&self) -> std::result::Result<Capture, ()> {
-        if !driver_is_there() {
-            return Err(());
-        }
-        // SAFETY: the application's stream; where there is no current context yet, the driver says so.
-        unsafe { cuda::capture_of(self.stream()) }.map_err(drop)
+    /// The capture that the stream is in, before the communicator is attached. The calling thread need not have set a
+    /// device, and the default stream is that of whatever context is current, hence the communicator's own.
+    fn capture(&self) -> Result<Capture> {
+        let (_, context) = attach::device_of(&self.comm)?;
+        let _entered = context.enter().map_err(Error::cuda("entering the context"))?;
+        // SAFETY: the application's stream, of the communicator's context.
+        unsafe { cuda::capture_of(self.stream()) }.map_err(Error::cuda("asking for a capture"))
+    }
+
+    fn plan(&self, first_wave: usize) -> Result<Planned> {
+        let attached = self.comm.attached().ok_or(Error::Aborted)?;
+        let count = self.request.count;
+        let plan = Plan::new(count, attached.world, attached.legs, attached.buffer_bytes)
+            .map_err(|_| Error::BufferTooSmall { world: attached.world })?;
+        stats::compressed((count * self.element.n_bytes()) as u64, plan.wire_bytes() as u64);
+        let _entered = attached.context.enter().map_err(Error::cuda("entering the context"))?;
+        // SAFETY: the application's stream, of the communicator's context.
+        let capture = unsafe { cuda::capture_of(self.stream()) }.map_err(Error::cuda("asking for a capture"))?;
+        Ok(Planned { plan, capture, first_wave })
     }
 
     /// Hands it to the real NCCL unchanged.
@@ -73,21 +99,18 @@ impl Operation {
     }
 }
 
-fn driver_is_there() -> bool {
-    static THERE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *THERE.get_or_init(|| cuda::is_available() && cuda::init().is_ok())
-}
-
 /// Runs a batch in order: attaches the communicators that have no verdict, forwards what is not compressed, and
 /// compresses the rest. Empties `batch` and keeps its memory.
 pub fn run(batch: &mut Vec<Operation>) -> NcclResult {
-    let mut result = attach::attach_all(batch.iter().map(|operation| &operation.comm));
-    if result.is_ok() {
-        result = forward_some(batch).and_then(|()| compress(batch));
-    }
+    let attached = attach::attach_all(batch.iter().map(|operation| &operation.comm));
+    let result = attached.and_then(|()| {
+        let forwarded = forward_some(batch)?;
+        compress(batch)?;
+        Ok(forwarded)
+    });
     batch.clear();
     match result {
-        Ok(()) => NcclResult::SUCCESS,
+        Ok(result) => result,
         Err(error) => {
             log::error!("all-reduce: {error}");
             NcclResult::from(&error)
@@ -96,14 +119,15 @@ pub fn run(batch: &mut Vec<Operation>) -> NcclResult {
 }
 
 /// Forwards, in one real group, the operations that turn out not to be compressed, and takes them out of the batch.
-fn forward_some(batch: &mut Vec<Operation>) -> Result<()> {
+/// Answers `ncclInProgress` where a communicator that does not block says so: the application must wait for it.
+fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
     let reason = |operation: &Operation| match operation.route() {
         Route::Compress(_) => None,
         Route::Forward(reason) => Some(reason),
         Route::Attach(_) => Some(Reason::CommunicatorOff), // a communicator that has just been aborted
     };
     if batch.iter().all(|operation| reason(operation).is_none()) {
-        return Ok(());
+        return Ok(NcclResult::SUCCESS);
     }
     let issue = || {
         let mut result = NcclResult::SUCCESS;
@@ -119,95 +143,67 @@ fn forward_some(batch: &mut Vec<Operation>) -> Result<()> {
     };
     // SAFETY: the application's own arguments.
     match unsafe { exchange::nccl::grouped(issue) } {
-        NcclResult::SUCCESS | NcclResult::IN_PROGRESS => Ok(()),
+        result @ (NcclResult::SUCCESS | NcclResult::IN_PROGRESS) => Ok(result),
         result => Err(Error::Nccl { function: "ncclAllReduce", result }),
     }
+}
+
+/// How an operation runs.
+struct Planned {
+    plan: Plan,
+    capture: Capture,
+    /// The wave of its first slice; the others follow one by one.
+    first_wave: usize,
+}
+
+impl Planned {
+    fn end_wave(&self) -> usize {
+        self.first_wave + self.plan.n_slices()
+    }
+}
+
+fn compress(batch: &mut [Operation]) -> Result<()> {
+    let mut n_waves = 0;
+    for i in 0..batch.len() {
+        let (before, operation) = (&batch[..i], &batch[i]);
+        // One operation of a communicator ends before its next one begins.
+        let previous = before.iter().rev().find(|other| Arc::ptr_eq(&other.comm, &operation.comm));
+        let planned = operation.plan(previous.and_then(|other| other.planned.as_ref()).map_or(0, Planned::end_wave))?;
+        n_waves = n_waves.max(planned.end_wave());
+        batch[i].planned = Some(planned);
+    }
+    (0..n_waves).try_for_each(|wave| run_wave(batch, wave))
+}
+
+/// Takes the slices of a wave through the all-reduce together.
+fn run_wave(batch: &[Operation], wave: usize) -> Result<()> {
+    let steps = || batch.iter().filter_map(move |operation| Step::of(operation, wave));
+    steps().try_for_each(|step| step.quantize())?;
+    // SAFETY: the plans' areas and the application's streams.
+    let result = unsafe { exchange::nccl::all_to_all(steps().map(|step| step.hop1())) };
+    Error::check("hop 1 over the real NCCL", result)?;
+    steps().try_for_each(|step| step.reduce())?;
+    // SAFETY: as for hop 1.
+    let result = unsafe { exchange::nccl::all_gather(steps().map(|step| step.hop2())) };
+    Error::check("hop 2 over the real NCCL", result)?;
+    steps().try_for_each(|step| step.dequantize())
 }
 
 /// One slice of one operation, on its way through the five steps.
 struct Step<'a> {
     operation: &'a Operation,
     attached: &'a Attached,
-    plan: Plan,
-    slice: usize,
+    plan: &'a Plan,
     capture: Capture,
-}
-
-fn compress(batch: &[Operation]) -> Result<()> {
-    // An operation alone, the common case, needs no bookkeeping of communicators.
-    if let [operation] = batch {
-        let mut step = Step::first(operation)?;
-        for slice in 0..step.plan.n_slices() {
-            step.slice = slice;
-            run_wave(std::slice::from_ref(&step))?;
-        }
-        return Ok(());
-    }
-    let mut queued: Vec<Step<'_>> = batch.iter().map(Step::first).collect::<Result<_>>()?;
-    while !queued.is_empty() {
-        let (wave, mut rest) = next_wave(queued);
-        run_wave(&wave)?;
-        // What has slices left goes back to the front, to keep the order of its communicator.
-        let unfinished = wave.into_iter().filter(|step| step.slice + 1 < step.plan.n_slices());
-        let mut next: Vec<Step<'_>> = unfinished.map(|step| Step { slice: step.slice + 1, ..step }).collect();
-        next.append(&mut rest);
-        queued = next;
-    }
-    Ok(())
-}
-
-/// The first step of each communicator, and the others in order.
-fn next_wave(queued: Vec<Step<'_>>) -> (Vec<Step<'_>>, Vec<Step<'_>>) {
-    let (mut wave, mut rest): (Vec<Step<'_>>, Vec<Step<'_>>) = (Vec::new(), Vec::new());
-    for step in queued {
-        let is_taken = wave.iter().any(|other| Arc::ptr_eq(&other.operation.comm, &step.operation.comm));
-        if is_taken { rest.push(step) } else { wave.push(step) }
-    }
-    (wave, rest)
-}
-
-/// Takes the steps of a wave through the all-reduce together.
-fn run_wave(wave: &[Step<'_>]) -> Result<()> {
-    for step in wave {
-        step.quantize()?;
-    }
-    step_nccl("hop 1", {
-        // SAFETY: the steps' areas and the application's streams.
-        unsafe { exchange::nccl::transfer(wave.iter().flat_map(Step::transfers)) }
-    })?;
-    for step in wave {
-        step.reduce()?;
-    }
-    step_nccl("hop 2", {
-        let issue = || {
-            let mut results = wave.iter().map(Step::all_gather);
-            results.find(|result| *result != NcclResult::SUCCESS).unwrap_or(NcclResult::SUCCESS)
-        };
-        // SAFETY: as for hop 1.
-        unsafe { exchange::nccl::grouped(issue) }
-    })?;
-    for step in wave {
-        step.dequantize()?;
-    }
-    Ok(())
-}
-
-fn step_nccl(function: &'static str, result: NcclResult) -> Result<()> {
-    if result == NcclResult::SUCCESS { Ok(()) } else { Err(Error::Nccl { function, result }) }
+    slice: usize,
 }
 
 impl<'a> Step<'a> {
-    fn first(operation: &'a Operation) -> Result<Self> {
-        let attached = operation.comm.attached().ok_or(Error::Aborted)?;
-        let count = operation.request.count;
-        let plan = Plan::new(count, attached.world, attached.legs, attached.buffer_bytes)
-            .map_err(|_| Error::BufferTooSmall { world: attached.world })?;
-        let n_bytes = count * operation.element.n_bytes();
-        stats::compressed(n_bytes as u64, plan.wire_bytes() as u64);
-        let _entered = attached.context.enter().map_err(Error::cuda("entering the context"))?;
-        // SAFETY: the application's stream, of the communicator's context.
-        let capture = unsafe { cuda::capture_of(operation.stream()) }.map_err(Error::cuda("asking for a capture"))?;
-        Ok(Self { operation, attached, plan, slice: 0, capture })
+    /// The slice of `operation` that is in `wave`, if any.
+    fn of(operation: &'a Operation, wave: usize) -> Option<Self> {
+        let Planned { plan, capture, first_wave } = operation.planned.as_ref()?;
+        let slice = wave.checked_sub(*first_wave).filter(|slice| *slice < plan.n_slices())?;
+        Some(Self { operation, attached: operation.comm.attached()?, plan, capture: *capture, slice })
     }
 
     fn quantize(&self) -> Result<()> {
@@ -221,58 +217,59 @@ impl<'a> Step<'a> {
     }
 
     /// To each other owner its payload, from each other rank mine.
-    fn transfers(&self) -> impl Iterator<Item = Transfer> {
-        let (attached, plan, slice) = (self.attached, &self.plan, self.slice);
-        let tile_bytes = plan.legs().reduce.tile_bytes();
-        let receive_bytes = plan.slice_tiles(attached.rank, slice) * tile_bytes;
-        (0..attached.world).filter(move |peer| *peer != attached.rank).map(move |peer| Transfer {
-            comm: self.operation.comm.handle(),
-            peer,
-            send: attached.staging.at(plan.reduce_slot(peer)),
-            send_bytes: plan.slice_tiles(peer, slice) * tile_bytes,
-            receive: attached.staging.at(attached.incoming_at() + plan.incoming_slot(attached.rank, peer)),
-            receive_bytes,
-            stream: self.operation.stream(),
-        })
+    fn hop1(&self) -> Transfer {
+        self.transfer(self.plan.reduce_slot_bytes(self.slice))
     }
 
     fn reduce(&self) -> Result<()> {
-        let (attached, plan) = (self.attached, &self.plan);
-        if plan.slice_tiles(attached.rank, self.slice) == 0 {
+        let attached = self.attached;
+        if self.plan.slice_tiles(attached.rank, self.slice) == 0 {
             return Ok(());
         }
-        let incoming = attached.staging.at(attached.incoming_at());
-        let mine = attached.staging.at(plan.gather_slot(attached.rank, self.slice));
         let (input, stream) = (self.operation.input, self.operation.stream());
         let _entered = self.enter()?;
         // SAFETY: the application vouches for its input, the plan for the staging areas.
-        unsafe { attached.kernels.reduce(self.piece(), attached.rank, input, incoming, mine, stream) }
+        unsafe { attached.kernels.reduce(self.piece(), attached.rank, input, self.incoming(), self.outgoing(), stream) }
             .map_err(Error::cuda("launching reduce"))
     }
 
-    fn all_gather(&self) -> NcclResult {
-        let (comm, stream) = (self.operation.comm.handle(), self.operation.stream());
-        let slot_bytes = self.plan.gather_slot(1, self.slice);
-        // SAFETY: the plan keeps the slots within the area.
-        unsafe { exchange::nccl::all_gather(self.outgoing(), self.attached.rank, slot_bytes, comm, stream) }
+    /// My sum to everyone.
+    fn hop2(&self) -> Transfer {
+        self.transfer(self.plan.gather_slot_bytes(self.slice))
+    }
+
+    fn transfer(&self, slot_bytes: usize) -> Transfer {
+        Transfer {
+            comm: self.operation.comm.handle(),
+            rank: self.attached.rank,
+            world: self.attached.world,
+            outgoing: self.outgoing(),
+            incoming: self.incoming(),
+            slot_bytes,
+            stream: self.operation.stream(),
+        }
     }
 
     fn dequantize(&self) -> Result<()> {
         let (output, stream) = (self.operation.output, self.operation.stream());
         let _entered = self.enter()?;
         // SAFETY: the application vouches for its output, the plan for the staging area.
-        unsafe { self.attached.kernels.dequantize(self.piece(), self.outgoing(), output, stream) }
+        unsafe { self.attached.kernels.dequantize(self.piece(), self.incoming(), output, stream) }
             .map_err(Error::cuda("launching dequantize"))?;
         // SAFETY: the application's stream, of the context just entered.
         unsafe { self.attached.end(stream, self.capture) }.map_err(Error::cuda("ordering the all-reduce"))
     }
 
     fn piece(&self) -> Piece<'_> {
-        Piece { plan: &self.plan, slice: self.slice, element: self.operation.element }
+        Piece { plan: self.plan, slice: self.slice, element: self.operation.element }
     }
 
     fn outgoing(&self) -> *mut c_void {
         self.attached.staging.at(0)
+    }
+
+    fn incoming(&self) -> *mut c_void {
+        self.attached.staging.at(self.attached.incoming_at())
     }
 
     fn enter(&self) -> Result<Entered> {

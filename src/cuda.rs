@@ -1,7 +1,7 @@
 //! The one unsafe edge to the CUDA driver: small owned types over `cudarc::driver::sys`, and nothing else.
 //!
-//! The driver is bound at run time, symbol by symbol, so that a machine without one can load the library. Check
-//! [`is_available`] before the first call: the bindings panic where there is no libcuda.
+//! The driver is bound at run time, symbol by symbol, so that a machine without one can load the library. [`init`] comes
+//! first: it finds out whether there is one.
 //!
 //! Streams and contexts of the application are borrowed as raw handles. Everything that allocates or waits here is
 //! used in attach and at the end of a communicator only; the hot path launches kernels and records events.
@@ -26,8 +26,8 @@ impl fmt::Display for CudaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut text = ptr::null();
         // SAFETY: `text` is a valid place; the driver fills it with a static string or null.
-        let found = unsafe { sys::cuGetErrorString(self.0, &mut text) } == sys::CUresult::CUDA_SUCCESS;
-        if !found || text.is_null() {
+        let mut found = || unsafe { sys::cuGetErrorString(self.0, &mut text) } == sys::CUresult::CUDA_SUCCESS;
+        if !is_available() || !found() || text.is_null() {
             return write!(f, "CUDA driver error {}", self.0 as u32);
         }
         // SAFETY: not null, so a NUL-terminated string of static storage.
@@ -48,16 +48,22 @@ fn check(result: sys::CUresult) -> CudaResult<()> {
     if result == sys::CUresult::CUDA_SUCCESS { Ok(()) } else { Err(CudaError(result)) }
 }
 
-/// Whether a CUDA driver can be loaded.
-pub fn is_available() -> bool {
-    // SAFETY: only tries to open the driver library.
-    unsafe { sys::is_culib_present() }
-}
-
 /// Initializes the driver; idempotent.
+///
+/// # Errors
+/// `CUDA_ERROR_NO_DEVICE` also where there is no driver at all.
 pub fn init() -> CudaResult<()> {
+    if !is_available() {
+        return Err(CudaError(sys::CUresult::CUDA_ERROR_NO_DEVICE));
+    }
     // SAFETY: takes no pointers.
     check(unsafe { sys::cuInit(0) })
+}
+
+/// Whether a CUDA driver can be loaded. The bindings panic where there is none.
+fn is_available() -> bool {
+    // SAFETY: only tries to open the driver library.
+    unsafe { sys::is_culib_present() }
 }
 
 /// Number of devices the driver shows.
@@ -102,6 +108,41 @@ impl Context {
         // SAFETY: the handle is retained while `self` lives.
         check(unsafe { sys::cuCtxPushCurrent_v2(self.handle) })?;
         Ok(Entered { pushed: true })
+    }
+
+    /// The device's number, as the driver has it.
+    pub fn device(&self) -> c_int {
+        self.device
+    }
+
+    /// An attribute of the device.
+    pub fn attribute(&self, attribute: sys::CUdevice_attribute) -> CudaResult<usize> {
+        let mut value = 0;
+        // SAFETY: `value` is a valid place and the device came from the driver.
+        check(unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.device) })?;
+        Ok(usize::try_from(value).unwrap_or(0))
+    }
+
+    /// The NUMA node that the device hangs on, if the system tells.
+    pub fn numa_node(&self) -> Option<u32> {
+        let mut id: [std::ffi::c_char; 32] = [0; 32];
+        // SAFETY: `id` has the room that it says, and the driver ends it by a NUL.
+        check(unsafe { sys::cuDeviceGetPCIBusId(id.as_mut_ptr(), id.len() as c_int, self.device) }).ok()?;
+        // SAFETY: NUL-terminated by the driver.
+        let id = unsafe { CStr::from_ptr(id.as_ptr()) }.to_str().ok()?.to_lowercase();
+        std::fs::read_to_string(format!("/sys/bus/pci/devices/{id}/numa_node")).ok()?.trim().parse().ok()
+    }
+
+    /// Lets kernels of this, the current context use the memory of `peer`, a context of this process.
+    pub fn enable_peer(&self, peer: &Context) -> CudaResult<()> {
+        if self.device == peer.device {
+            return Ok(());
+        }
+        // SAFETY: a retained context.
+        match check(unsafe { sys::cuCtxEnablePeerAccess(peer.handle, 0) }) {
+            Err(CudaError(sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED)) => Ok(()),
+            result => result,
+        }
     }
 
     /// The 16 bytes that identify the physical device.
@@ -329,6 +370,113 @@ impl Drop for DeviceMemory {
     }
 }
 
+/// What another process needs to map device memory of this one.
+pub type IpcHandle = [u8; 64];
+
+impl DeviceMemory {
+    /// Sets every byte to 0 on `stream`, finished on return.
+    pub fn clear(&self, stream: &Stream) -> CudaResult<()> {
+        // SAFETY: the range is the allocation.
+        check(unsafe { sys::cuMemsetD8Async(self.address, 0, self.n_bytes, stream.0) })?;
+        stream.synchronize()
+    }
+
+    /// A handle for [`open_ipc`] in another process.
+    pub fn export(&self) -> CudaResult<IpcHandle> {
+        let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
+        // SAFETY: `handle` is a valid place, the address that of a live allocation.
+        check(unsafe { sys::cuIpcGetMemHandle(&mut handle, self.address) })?;
+        Ok(handle.reserved.map(|byte| byte as u8))
+    }
+}
+
+/// Maps the device memory of another process, with peer access to its device. It stays mapped while the process lives:
+/// whoever exported it may be gone before its memory is.
+pub fn open_ipc(handle: &IpcHandle) -> CudaResult<*mut c_void> {
+    let mut address = 0;
+    let handle = sys::CUipcMemHandle { reserved: handle.map(|byte| byte as std::ffi::c_char) };
+    let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
+    // SAFETY: `address` is a valid place; a handle that is none is refused.
+    check(unsafe { sys::cuIpcOpenMemHandle_v2(&mut address, handle, flags) })?;
+    Ok(address as *mut c_void)
+}
+
+/// Zeroed host memory that kernels of every context read and write.
+#[derive(Debug)]
+pub struct PinnedMemory(*mut c_void);
+
+// SAFETY: an allocation; whoever uses it synchronizes.
+unsafe impl Send for PinnedMemory {}
+// SAFETY: as above.
+unsafe impl Sync for PinnedMemory {}
+
+impl PinnedMemory {
+    /// Allocates `n_bytes`, page-aligned.
+    pub fn new(n_bytes: usize) -> CudaResult<Self> {
+        let mut address = ptr::null_mut();
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        // SAFETY: `address` is a valid place.
+        check(unsafe { sys::cuMemHostAlloc(&mut address, n_bytes, flags) })?;
+        // SAFETY: that many bytes have just been allocated.
+        unsafe { ptr::write_bytes(address.cast::<u8>(), 0, n_bytes) };
+        Ok(Self(address))
+    }
+
+    /// Its address, the same for the host and for kernels.
+    pub fn address(&self) -> *mut c_void {
+        self.0
+    }
+}
+
+impl Drop for PinnedMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`, freed once.
+        log_drop("free of host memory", unsafe { sys::cuMemFreeHost(self.0) });
+    }
+}
+
+/// Host memory of the caller's, made known to every context; forgotten when dropped.
+#[derive(Debug)]
+pub struct Registered {
+    host: *mut c_void,
+    device: *mut c_void,
+}
+
+// SAFETY: two addresses.
+unsafe impl Send for Registered {}
+// SAFETY: as above.
+unsafe impl Sync for Registered {}
+
+impl Registered {
+    /// Registers `n_bytes` at `host`, both whole pages.
+    ///
+    /// # Safety
+    /// The range stays mapped until this is dropped.
+    pub unsafe fn new(host: *mut c_void, n_bytes: usize) -> CudaResult<Self> {
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: as the caller vouches.
+        check(unsafe { sys::cuMemHostRegister_v2(host, n_bytes, flags) })?;
+        let mut registered = Self { host, device: ptr::null_mut() };
+        let mut address = 0;
+        // SAFETY: `address` is a valid place, the range has just been registered.
+        check(unsafe { sys::cuMemHostGetDevicePointer_v2(&mut address, host, 0) })?;
+        registered.device = address as *mut c_void;
+        Ok(registered)
+    }
+
+    /// Its address for kernels.
+    pub fn device_address(&self) -> *mut c_void {
+        self.device
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        // SAFETY: registered in `new`, once.
+        log_drop("unregistering host memory", unsafe { sys::cuMemHostUnregister(self.host) });
+    }
+}
+
 /// A loaded module, never unloaded (its functions live as long as the process).
 #[derive(Debug)]
 pub struct Module(sys::CUmodule);
@@ -356,6 +504,17 @@ impl Module {
     }
 }
 
+/// The extent of a launch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shape {
+    /// Blocks, x and y.
+    pub grid: (u32, u32),
+    /// Threads of a block, x and y.
+    pub block: (u32, u32),
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+}
+
 /// A kernel of a [`Module`].
 #[derive(Clone, Copy, Debug)]
 pub struct Function(sys::CUfunction);
@@ -366,24 +525,42 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Function {
+    /// Lets blocks of the kernel have `n_bytes` of dynamic shared memory. Loads the kernel, too, where the driver puts that
+    /// off to the first use.
+    pub fn allow_shared(self, n_bytes: usize) -> CudaResult<()> {
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: a function of a loaded module.
+        check(unsafe { sys::cuFuncSetAttribute(self.0, attribute, n_bytes as c_int) })
+    }
+
+    /// Blocks of so many threads and so much shared memory that a multiprocessor holds at once.
+    pub fn occupancy(self, n_threads: u32, shared_bytes: usize) -> CudaResult<usize> {
+        let mut n_blocks = 0;
+        // SAFETY: `n_blocks` is a valid place.
+        check(unsafe {
+            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut n_blocks, self.0, n_threads as c_int, shared_bytes)
+        })?;
+        Ok(usize::try_from(n_blocks).unwrap_or(0))
+    }
+
     /// Launches the kernel with one by-value argument.
     ///
     /// # Safety
     /// `args` is what the kernel takes, its pointers are good for what the kernel does with them until it has run,
     /// and `stream` is live and of the current context.
-    pub unsafe fn launch<A>(self, grid: (u32, u32), n_threads: u32, stream: StreamHandle, args: &A) -> CudaResult<()> {
+    pub unsafe fn launch<A>(self, shape: Shape, stream: StreamHandle, args: &A) -> CudaResult<()> {
         let mut params = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the caller vouches for the arguments; the driver copies them before it returns.
         check(unsafe {
             sys::cuLaunchKernel(
                 self.0,
-                grid.0,
-                grid.1,
+                shape.grid.0,
+                shape.grid.1,
                 1,
-                n_threads,
+                shape.block.0,
+                shape.block.1,
                 1,
-                1,
-                0,
+                shape.shared_bytes,
                 stream,
                 params.as_mut_ptr(),
                 ptr::null_mut(),

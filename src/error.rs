@@ -4,10 +4,11 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::cuda::CudaError;
+use crate::kernels::Report;
 use crate::nccl::NcclResult;
 
 /// An error of our own work; forwarded calls answer for themselves.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub enum Error {
     /// The driver refused.
     Cuda {
@@ -30,6 +31,22 @@ pub enum Error {
         /// Ranks of the communicator.
         world: usize,
     },
+    /// The operating system refused.
+    System {
+        /// What we were doing.
+        doing: &'static str,
+        /// Its answer.
+        error: std::io::Error,
+    },
+    /// Another rank's memory cannot be mapped, and why.
+    Unmappable(&'static str),
+    /// A kernel gave up waiting for another rank.
+    GaveUp {
+        /// The rank that waited.
+        rank: usize,
+        /// For what.
+        report: Report,
+    },
     /// The communicator was aborted or destroyed while we used it.
     Aborted,
 }
@@ -41,6 +58,11 @@ impl Error {
     /// For `map_err`: a driver error while doing `doing`.
     pub fn cuda(doing: &'static str) -> impl Fn(CudaError) -> Error {
         move |source| Error::Cuda { doing, source }
+    }
+
+    /// What the real NCCL answered to `function`, as a result.
+    pub fn check(function: &'static str, result: NcclResult) -> Result<()> {
+        if result == NcclResult::SUCCESS { Ok(()) } else { Err(Error::Nccl { function, result }) }
     }
 }
 
@@ -61,6 +83,20 @@ impl fmt::Display for Error {
             Error::BufferTooSmall { world } => {
                 write!(f, "the staging memory is too small for {world} ranks; raise FLASHCOMM_BUFFER_MIB")
             }
+            Error::System { doing, error } => write!(f, "{doing}: {error}"),
+            Error::Unmappable(why) => f.write_str(why),
+            Error::GaveUp { rank, report } => {
+                let Report { gave_up, peer, channel, iteration } = report;
+                let why = match gave_up {
+                    1 => "the communicator was aborted",
+                    _ => "FLASHCOMM_TIMEOUT_S passed",
+                };
+                write!(
+                    f,
+                    "rank {rank} gave up waiting for rank {peer} in an all-reduce (channel {channel}, iteration \
+                     {iteration}): {why}. The communicator is of no more use; abort it and look at what rank {peer} does"
+                )
+            }
             Error::Aborted => f.write_str("the communicator was aborted"),
         }
     }
@@ -73,7 +109,8 @@ impl From<&Error> for NcclResult {
         match error {
             Error::Cuda { .. } => NcclResult::UNHANDLED_CUDA_ERROR,
             Error::Nccl { result, .. } => *result,
-            Error::AttachTimeout(_) => NcclResult::REMOTE_ERROR,
+            Error::System { .. } | Error::Unmappable(_) => NcclResult::SYSTEM_ERROR,
+            Error::AttachTimeout(_) | Error::GaveUp { .. } => NcclResult::REMOTE_ERROR,
             Error::BufferTooSmall { .. } | Error::Aborted => NcclResult::INVALID_USAGE,
         }
     }

@@ -7,16 +7,22 @@ use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 use std::sync::LazyLock;
 
-use flashcomm_wire::{Codec, Legs, Plan, TILE_ELEMS};
+use flashcomm_wire::{Codec, Legs, Plan, TILE_ELEMS, rings};
 use parking_lot::Mutex;
 
-use crate::cuda::{Context, CudaResult, Function, Module, StreamHandle};
+use crate::cuda::{Context, CudaResult, Function, Module, Shape, StreamHandle};
 
 /// Every kernel for every architecture, from build.rs.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbin"));
 
-/// Threads of every block: one tile.
+/// Threads that work on one tile.
 const TILE_THREADS: u32 = 128;
+
+/// Channels of a block of the fused kernel at most; `kMaxBlockChannels` in `kernels/all_reduce.cu`.
+pub const MAX_BLOCK_CHANNELS: usize = 7;
+
+/// Shared memory of a channel of the fused kernel: `kStages` tiles of input.
+pub const CHANNEL_SHARED_BYTES: usize = 2 * TILE_ELEMS * 2;
 
 /// Storage type of the elements.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -53,16 +59,15 @@ struct SliceArgs {
     first_tile: u64,
     chunk_tiles: u64,
     n_tiles: u32,
-    group_lanes: u32,
+    group_shift: u32,
 }
 
 #[repr(C)]
 struct QuantizeArgs {
     input: *const c_void,
-    payload: *mut c_void,
+    outgoing: *mut c_void,
     slot_bytes: u64,
-    first_owner: u32,
-    skip_owner: u32,
+    rank: u32,
     slice: SliceArgs,
 }
 
@@ -85,12 +90,59 @@ struct DequantizeArgs {
     slice: SliceArgs,
 }
 
-/// The three kernels of one element type and pair of widths.
+/// What a fused kernel that gives up waiting leaves for the host. Mirrors `Report` in `kernels/all_reduce.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Report {
+    /// 0: nobody has; 1: the communicator was aborted; 2: the deadline passed.
+    pub gave_up: u32,
+    /// The rank that had not signalled.
+    pub peer: u32,
+    /// The channel that waited.
+    pub channel: u32,
+    /// Its iteration.
+    pub iteration: u32,
+}
+
+/// What the fused kernel needs, beside the operation. Mirrors `AllReduceArgs` in `kernels/all_reduce.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AllReduceArgs {
+    /// `count` elements.
+    pub input: *const c_void,
+    /// The same; may be the input.
+    pub output: *mut c_void,
+    /// Elements of the operation.
+    pub count: u64,
+    /// Tiles of the longest chunk.
+    pub chunk_tiles: u64,
+    /// Every rank's receive area ([`flashcomm_wire::Rings`]), as this rank's kernels reach it.
+    pub areas: [*mut c_void; rings::MAX_WORLD],
+    /// Device memory: iterations ever run, of each channel.
+    pub iterations: *mut c_void,
+    /// Host memory: a 32-bit word, not 0 once the communicator is aborted.
+    pub abort: *const c_void,
+    /// Host memory: a [`Report`].
+    pub report: *mut c_void,
+    /// Nanoseconds that a wait may last; 0: no bound.
+    pub timeout_ns: u64,
+    /// This rank.
+    pub rank: u32,
+    /// Ranks.
+    pub world: u32,
+    /// Channels that the areas have room for.
+    pub max_channels: u32,
+    /// log2 of a quantization group's elements / 8.
+    pub group_shift: u32,
+}
+
+/// The kernels of one element type and pair of widths.
 #[derive(Clone, Copy, Debug)]
 struct Entries {
     quantize: Function,
     reduce: Function,
     dequantize: Function,
+    all_reduce: Function,
 }
 
 /// One slice of one planned all-reduce: what every launch is about.
@@ -111,7 +163,7 @@ impl Piece<'_> {
             first_tile: self.plan.first_tile(self.slice) as u64,
             chunk_tiles: self.plan.chunk_tiles() as u64,
             n_tiles: self.n_tiles(),
-            group_lanes: (codec.group.n_elems() / 8) as u32,
+            group_shift: group_shift(codec),
         }
     }
 
@@ -164,12 +216,46 @@ impl Kernels {
                 quantize: function(format!("flashcomm_quantize_{element}_int{reduce}"))?,
                 reduce: function(format!("flashcomm_reduce_{element}_int{reduce}_int{gather}"))?,
                 dequantize: function(format!("flashcomm_dequantize_{element}_int{gather}"))?,
+                all_reduce: function(format!("flashcomm_allreduce_{element}_int{reduce}_int{gather}"))?,
             })
         };
         Ok(Self { entries: [entries(ElementType::ALL[0])?, entries(ElementType::ALL[1])?] })
     }
 
-    /// Quantizes the chunks of all ranks but `rank` into their slots of `outgoing`.
+    /// Readies the fused kernels for blocks of as many channels as the device takes; how many that is.
+    ///
+    /// # Errors
+    /// The driver's, when not even one channel fits.
+    pub fn prepare_fused(&self, context: &Context) -> CudaResult<usize> {
+        let optin = cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let channels = (context.attribute(optin)? / CHANNEL_SHARED_BYTES).min(MAX_BLOCK_CHANNELS);
+        for entries in &self.entries {
+            entries.all_reduce.allow_shared(channels * CHANNEL_SHARED_BYTES)?;
+            let shape = fused_shape(1, channels);
+            if entries.all_reduce.occupancy(shape.block.0 * shape.block.1, shape.shared_bytes as usize)? == 0 {
+                return Ok(0);
+            }
+        }
+        Ok(channels)
+    }
+
+    /// The whole all-reduce, over `n_blocks` blocks of `block_channels` channels.
+    ///
+    /// # Safety
+    /// The arguments are what they say until the kernel has run on `stream`, which is of the current context; every rank
+    /// launches alike, and all blocks of all ranks that share a device fit on it at once.
+    pub unsafe fn all_reduce(
+        &self,
+        element: ElementType,
+        (n_blocks, block_channels): (usize, usize),
+        args: &AllReduceArgs,
+        stream: StreamHandle,
+    ) -> CudaResult<()> {
+        // SAFETY: as the caller vouches; the struct is the kernel's.
+        unsafe { self.entries(element).all_reduce.launch(fused_shape(n_blocks, block_channels), stream, args) }
+    }
+
+    /// Quantizes the chunks of all ranks but `rank` into the slots of `outgoing`.
     ///
     /// # Safety
     /// `input` holds the operation's elements and `outgoing` is a staging area of the plan, both until the kernel
@@ -185,21 +271,20 @@ impl Kernels {
         let n_owners = piece.plan.world() as u32 - 1;
         let args = QuantizeArgs {
             input,
-            payload: outgoing,
-            slot_bytes: piece.plan.reduce_slot(1) as u64,
-            first_owner: 0,
-            skip_owner: rank as u32,
+            outgoing,
+            slot_bytes: piece.plan.reduce_slot_bytes(piece.slice) as u64,
+            rank: rank as u32,
             slice: piece.args(piece.plan.legs().reduce),
         };
-        let grid = (piece.n_tiles(), n_owners);
+        let shape = tiles(piece.n_tiles(), n_owners);
         // SAFETY: as the caller vouches; the struct is the kernel's.
-        unsafe { self.entries(piece.element).quantize.launch(grid, TILE_THREADS, stream, &args) }
+        unsafe { self.entries(piece.element).quantize.launch(shape, stream, &args) }
     }
 
     /// Sums the payloads in `incoming` and the caller's own chunk, and quantizes the sum to `outgoing`.
     ///
     /// # Safety
-    /// As for [`Kernels::quantize`]; `outgoing` is the rank's own gather slot.
+    /// As for [`Kernels::quantize`]; both areas are the plan's, and what is in `outgoing` is overwritten.
     pub unsafe fn reduce(
         &self,
         piece: Piece<'_>,
@@ -213,13 +298,13 @@ impl Kernels {
             input,
             incoming,
             outgoing,
-            slot_bytes: piece.plan.reduce_slot(1) as u64,
+            slot_bytes: piece.plan.reduce_slot_bytes(piece.slice) as u64,
             rank: rank as u32,
             world: piece.plan.world() as u32,
             slice: piece.args(piece.plan.legs().reduce),
         };
         // SAFETY: as the caller vouches; the struct is the kernel's.
-        unsafe { self.entries(piece.element).reduce.launch((piece.n_tiles(), 1), TILE_THREADS, stream, &args) }
+        unsafe { self.entries(piece.element).reduce.launch(tiles(piece.n_tiles(), 1), stream, &args) }
     }
 
     /// Decodes the gathered payloads of all ranks into `output`.
@@ -236,17 +321,35 @@ impl Kernels {
         let args = DequantizeArgs {
             payload: gathered,
             output,
-            slot_bytes: piece.plan.gather_slot(1, piece.slice) as u64,
+            slot_bytes: piece.plan.gather_slot_bytes(piece.slice) as u64,
             slice: piece.args(piece.plan.legs().gather),
         };
-        let grid = (piece.n_tiles(), piece.plan.world() as u32);
+        let shape = tiles(piece.n_tiles(), piece.plan.world() as u32);
         // SAFETY: as the caller vouches; the struct is the kernel's.
-        unsafe { self.entries(piece.element).dequantize.launch(grid, TILE_THREADS, stream, &args) }
+        unsafe { self.entries(piece.element).dequantize.launch(shape, stream, &args) }
     }
 
     fn entries(&self, element: ElementType) -> &Entries {
         &self.entries[element as usize]
     }
+}
+
+/// A block for each tile.
+const fn tiles(x: u32, y: u32) -> Shape {
+    Shape { grid: (x, y), block: (TILE_THREADS, 1), shared_bytes: 0 }
+}
+
+const fn fused_shape(n_blocks: usize, block_channels: usize) -> Shape {
+    Shape {
+        grid: (n_blocks as u32, 1),
+        block: (TILE_THREADS, block_channels as u32),
+        shared_bytes: (block_channels * CHANNEL_SHARED_BYTES) as u32,
+    }
+}
+
+/// log2 of the lanes, of 8 elements each, that hold a quantization group.
+pub fn group_shift(codec: Codec) -> u32 {
+    (codec.group.n_elems() / 8).ilog2()
 }
 
 /// What has been loaded, by device; kept as long as the process.

@@ -233,6 +233,22 @@ fn a_structure_returned_by_value_arrives_unchanged() {
 }
 
 #[test]
+fn calls_that_the_real_library_makes_to_itself_go_straight_through() {
+    let dir = tempfile::tempdir().unwrap();
+    let real = dir.path().join("libnccl.so.2");
+    compile("reenter_nccl.c", &real, &["-shared", "-fPIC", "-Wl,-soname,libnccl.so.2"]);
+    let reenter = dir.path().join("reenter");
+    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("include");
+    compile("reenter.c", &reenter, &["-I", include.to_str().unwrap(), real.to_str().unwrap()]);
+    let mut command = program(&reenter);
+    let output = run(command.env("LD_LIBRARY_PATH", dir.path()).env("LD_PRELOAD", shim()));
+    let expected = "broadcast\nall-reduce of type 7\nall-reduce of type 6\n\
+        results 0, all-reduces forwarded 1, others 1\n";
+    assert_eq!(text(&output), expected, "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
+
+#[test]
 fn a_wrong_nccl_lib_is_named_and_the_job_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let real = new_nccl();

@@ -6,6 +6,7 @@ Ends all ranks when one fails or the time is up, and fails then.
 """
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,9 @@ import time
 
 def main():
     n, seconds, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-    port = 20000 + os.getpid() % 20000
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     ranks = []
     for rank in range(n):
         env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")

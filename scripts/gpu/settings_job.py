@@ -5,6 +5,7 @@ usage: settings_job.py            starts the jobs and checks what they say
 """
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,9 @@ def rank():
 
 def job(settings, extra=None):
     """Exit codes and the outputs of two ranks with settings[r] each."""
-    port = str(20000 + (os.getpid() + int(time.time())) % 20000)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
     ranks = []
     for r in range(2):
         env = dict(os.environ, RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -41,7 +41,7 @@ fn all_reduce(
         stats::forwarded(Call::AllReduce);
         return Decision::Forward; // the real NCCL says what is wrong
     }
-    let operation = Operation { comm: comm::of(comm), input, output, request, element, stream };
+    let operation = Operation::new(comm::of(comm), input, output, request, element, stream);
     match operation.route() {
         Route::Forward(reason) => {
             stats::all_reduce_forwarded(reason);
@@ -154,9 +154,11 @@ macro_rules! counted {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) -> NcclResult {
             // Nothing here can panic, so this needs no guard; it must cost next to nothing.
-            stats::forwarded(Call::$call);
+            if !is_reentered() {
+                stats::forwarded(Call::$call);
+            }
             // SAFETY: the caller's own arguments.
-            unsafe { real!($name, fn($($type),*))($($arg),*) }
+            in_real_nccl(|| unsafe { real!($name, fn($($type),*))($($arg),*) })
         }
     };
 }

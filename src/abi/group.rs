@@ -5,11 +5,10 @@
 //! balanced, so it does not matter that those of functions which are bare jumps are counted, too.
 
 use std::cell::{Cell, RefCell};
-use std::ffi::c_void;
 
 use super::{guarded, in_real_nccl, is_reentered};
 use crate::allreduce::{self, Operation};
-use crate::nccl::{NcclResult, Symbol, real};
+use crate::nccl::{NcclResult, SimInfo, Symbol, real};
 
 thread_local! {
     static DEPTH: Cell<u32> = const { Cell::new(0) };
@@ -86,10 +85,10 @@ macro_rules! group_exports {
         /// # Safety
         /// As NCCL documents.
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $simulate_end(sim_info: *mut c_void) -> NcclResult {
+        pub unsafe extern "C" fn $simulate_end(sim_info: *mut SimInfo) -> NcclResult {
             guarded(stringify!($simulate_end), || {
                 // SAFETY: the caller's own argument.
-                end(false, || unsafe { real!($simulate_end, fn(*mut c_void))(sim_info) })
+                end(false, || unsafe { real!($simulate_end, fn(*mut SimInfo))(sim_info) })
             })
         }
     )*};

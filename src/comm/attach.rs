@@ -9,6 +9,7 @@
 //! cannot: a rank without the shim never answers. And one thread may attach all communicators of a group together,
 //! in whatever order other ranks get to theirs.
 
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -22,7 +23,7 @@ use super::{Attached, Comm, Order};
 use crate::config::Config;
 use crate::cuda::{self, Context, DeviceMemory, Event, RelaxedCapture, Stream};
 use crate::error::{Error, Result};
-use crate::exchange;
+use crate::exchange::{self, Transfer};
 use crate::kernels::Kernels;
 use crate::nccl::{self, NcclResult};
 
@@ -78,9 +79,7 @@ fn attach(comm: &Comm) -> Result<Option<Attached>> {
     }
     let config = Config::global();
     let agreement = Agreement::from(config);
-    let device = query(comm, "ncclCommCuDevice", nccl::comm_cu_device)? as i32;
-    cuda::init().map_err(Error::cuda("initializing the driver"))?;
-    let context = Context::retain(device).map_err(Error::cuda("retaining the context"))?;
+    let (device, context) = device_of(comm)?;
     let _entered = context.enter().map_err(Error::cuda("entering the context"))?;
     let _relaxed = RelaxedCapture::enter().map_err(Error::cuda("leaving the capture mode"))?;
     let mut wire = Wire::new(comm, device, rank, world)?;
@@ -113,7 +112,28 @@ fn attach(comm: &Comm) -> Result<Option<Attached>> {
     log::info!("rank {rank} of {world}: on, {} bits, from {min_bytes} bytes up, {hosts}", agreement.legs);
     let order = Mutex::new(Order { last, captured: None });
     let (legs, buffer_bytes) = (agreement.legs, agreement.buffer_bytes);
-    Ok(Some(Attached { rank, world, legs, buffer_bytes, min_bytes, context, kernels, staging, order }))
+    Ok(Some(Attached {
+        rank,
+        world,
+        legs,
+        buffer_bytes,
+        min_bytes,
+        context,
+        kernels,
+        staging: ManuallyDrop::new(staging),
+        order,
+    }))
+}
+
+/// The device of a communicator and its primary context, which the real NCCL uses, too.
+///
+/// # Errors
+/// Where there is no driver, or the real NCCL does not tell the device (yet).
+pub fn device_of(comm: &Comm) -> Result<(i32, Context)> {
+    let device = query(comm, "ncclCommCuDevice", nccl::comm_cu_device)? as i32;
+    cuda::init().map_err(Error::cuda("initializing the driver"))?;
+    let context = Context::retain(device).map_err(Error::cuda("retaining the context"))?;
+    Ok((device, context))
 }
 
 /// The communicator stays off, by agreement. Every rank knows; one tells.
@@ -174,7 +194,7 @@ impl<'a> Wire<'a> {
     fn new(comm: &'a Comm, device: i32, rank: usize, world: usize) -> Result<Self> {
         let stream = Stream::new().map_err(Error::cuda("creating a stream"))?;
         let done = Event::new().map_err(Error::cuda("creating an event"))?;
-        let n_bytes = (world + 1) * BLOB_BYTES;
+        let n_bytes = (2 * world - 1) * BLOB_BYTES;
         let used_before = {
             let mut scratch = SCRATCH.lock();
             let fits = |(owner, memory): &(i32, DeviceMemory)| *owner == device && memory.n_bytes() >= n_bytes;
@@ -193,34 +213,35 @@ impl<'a> Wire<'a> {
 
     /// Everyone's blob, in rank order.
     fn all_gather(&mut self, blob: &[u8; BLOB_BYTES]) -> Result<Vec<u8>> {
-        let (mine, all) = (self.world * BLOB_BYTES, 0);
+        let mine = self.world * BLOB_BYTES;
         self.memory().write(mine, blob, &self.stream).map_err(Error::cuda("writing the blob"))?;
-        let (send, receive) = (self.memory().at(mine), self.memory().at(all));
-        let (comm, stream) = (self.comm.handle(), self.stream.handle().cast());
-        // SAFETY: both ranges lie in our memory, the handle and the stream live.
-        let result = unsafe { nccl::all_gather(send, receive, BLOB_BYTES, nccl::DataType::UINT8, comm, stream) };
+        // SAFETY: the ranges lie in our memory, the handle and the stream live.
+        let result = unsafe { exchange::nccl::all_gather(std::iter::once(self.transfer())) };
         self.finish("ncclAllGather", result)?;
         let mut gathered = vec![0; self.world * BLOB_BYTES];
-        self.memory().read(all, &mut gathered, &self.stream).map_err(Error::cuda("reading the blobs"))?;
+        self.memory().read(0, &mut gathered, &self.stream).map_err(Error::cuda("reading the blobs"))?;
         Ok(gathered)
     }
 
-    /// Sends something between every two ranks, so that the real NCCL connects them.
+    /// Takes something through hop 1, so that the real NCCL connects every two ranks. (Hop 2's connections are those
+    /// of the rounds.)
     fn connect(&mut self) -> Result<()> {
-        let peers = (0..self.world).filter(|peer| *peer != self.rank);
-        let (comm, stream) = (self.comm.handle(), self.stream.handle());
-        let transfers = peers.map(|peer| exchange::Transfer {
-            comm,
-            peer,
-            send: self.memory().at(self.rank * BLOB_BYTES),
-            send_bytes: BLOB_BYTES,
-            receive: self.memory().at(peer * BLOB_BYTES),
-            receive_bytes: BLOB_BYTES,
-            stream,
-        });
         // SAFETY: the ranges lie in our memory, the handle and the stream live.
-        let result = unsafe { exchange::nccl::transfer(transfers) };
+        let result = unsafe { exchange::nccl::all_to_all(std::iter::once(self.transfer())) };
         self.finish("ncclSend and ncclRecv", result)
+    }
+
+    /// One hop with a blob in every slot: everyone's at the start of our memory, behind them those to send.
+    fn transfer(&self) -> Transfer {
+        Transfer {
+            comm: self.comm.handle(),
+            rank: self.rank,
+            world: self.world,
+            outgoing: self.memory().at(self.world * BLOB_BYTES),
+            incoming: self.memory().at(0),
+            slot_bytes: BLOB_BYTES,
+            stream: self.stream.handle(),
+        }
     }
 
     /// Waits until what was issued has run. The thread that called is blocked by this, as it is when NCCL connects.

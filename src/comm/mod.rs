@@ -10,13 +10,14 @@ pub mod blob;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
 
 use flashcomm_wire::{Legs, Plan};
 use parking_lot::{Mutex, RwLock};
 
-use crate::cuda::{Capture, Context, CudaResult, DeviceMemory, Event, StreamHandle};
+use crate::cuda::{Capture, Context, CudaResult, DeviceMemory, Event, RelaxedCapture, StreamHandle};
 use crate::kernels::Kernels;
 use crate::nccl::CommPtr;
 use crate::route::Verdict;
@@ -51,7 +52,7 @@ pub struct Attached {
     /// Kernels of the agreed codecs, in that context.
     pub kernels: Kernels,
     /// Two areas, see [`Plan`].
-    pub staging: DeviceMemory,
+    pub staging: ManuallyDrop<DeviceMemory>,
     order: Mutex<Order>,
 }
 
@@ -159,6 +160,16 @@ impl Attached {
     }
 }
 
+impl Drop for Attached {
+    /// Whoever lets go of it last may have another context or none: a thread that attached, or one that aborts.
+    fn drop(&mut self) {
+        let _relaxed = RelaxedCapture::enter();
+        let _entered = self.context.enter();
+        // SAFETY: not used any more; dropped here only.
+        unsafe { ManuallyDrop::drop(&mut self.staging) };
+    }
+}
+
 type Table = HashMap<CommHandle, Arc<Comm>, BuildHasherDefault<AddressHasher>>;
 
 static TABLE: LazyLock<RwLock<Table>> = LazyLock::new(Default::default);
@@ -213,6 +224,11 @@ pub fn turn_off(handle: CommPtr) {
 /// Frees the staging of retired communicators that are idle. Waits for nothing of a communicator, but frees memory,
 /// which the driver may synchronize: for the end and the beginning of communicators only.
 pub fn reap() {
+    if RETIRED.lock().is_empty() {
+        return;
+    }
+    // To ask an event and to free memory would break a capture of another thread otherwise.
+    let _relaxed = RelaxedCapture::enter();
     let idle: Vec<Arc<Comm>> = {
         let mut retired = RETIRED.lock();
         let all = std::mem::take(&mut *retired);
@@ -220,11 +236,5 @@ pub fn reap() {
         *retired = busy;
         idle
     };
-    for comm in idle {
-        if let Some(attached) = comm.attached() {
-            // Freed in its own context, where it was allocated.
-            let _entered = attached.context.enter();
-            drop(comm);
-        }
-    }
+    drop(idle);
 }

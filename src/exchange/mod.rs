@@ -7,21 +7,21 @@ use std::ffi::c_void;
 use crate::cuda::StreamHandle;
 use crate::nccl::CommPtr;
 
-/// Payload to and from one peer.
+/// One hop of one rank.
 #[derive(Clone, Copy, Debug)]
 pub struct Transfer {
     /// The communicator.
     pub comm: CommPtr,
-    /// The peer's rank in it.
-    pub peer: usize,
-    /// What goes there.
-    pub send: *mut c_void,
-    /// How much; 0 sends nothing.
-    pub send_bytes: usize,
-    /// Where what comes from there goes.
-    pub receive: *mut c_void,
-    /// How much; 0 receives nothing.
-    pub receive_bytes: usize,
+    /// This rank in it.
+    pub rank: usize,
+    /// Ranks in it.
+    pub world: usize,
+    /// In hop 1 a slot for each other rank; in hop 2 one slot, for all.
+    pub outgoing: *mut c_void,
+    /// A slot from each rank; the rank's own holds nothing to be read after hop 1.
+    pub incoming: *mut c_void,
+    /// Bytes of every slot.
+    pub slot_bytes: usize,
     /// The stream.
     pub stream: StreamHandle,
 }

@@ -1,19 +1,33 @@
 //! NCCL's C types as they cross the boundary: transparent integers with constants, never closed enums, since NCCL
 //! makes new operation values at run time and later versions add members.
 
-use std::ffi::c_void;
+/// Declares structures of which only the address is known here.
+macro_rules! opaque {
+    ($($(#[$doc:meta])* $name:ident;)*) => {$(
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Debug)]
+        pub struct $name {
+            _private: [u8; 0],
+        }
+    )*};
+}
+
+opaque! {
+    /// What an `ncclComm_t` points to.
+    Comm;
+    /// What a `cudaStream_t` points to.
+    Stream;
+    /// `ncclCollConfig_t`, passed through.
+    CollConfig;
+    /// `ncclSimInfo_t`, passed through.
+    SimInfo;
+}
 
 /// `ncclComm_t`.
-pub type CommPtr = *mut c_void;
+pub type CommPtr = *mut Comm;
 /// `cudaStream_t`.
-pub type StreamPtr = *mut c_void;
-
-/// `ncclCollConfig_t`, passed through.
-#[repr(C)]
-#[derive(Debug)]
-pub struct CollConfig {
-    _private: [u8; 0],
-}
+pub type StreamPtr = *mut Stream;
 
 /// `ncclResult_t`.
 #[repr(transparent)]

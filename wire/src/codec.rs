@@ -180,6 +180,19 @@ impl Codec {
         }
     }
 
+    /// Decodes the first `output.len()` elements of one tile as the output has them.
+    ///
+    /// # Panics
+    /// As [`Codec::decode_tile`].
+    pub fn decode_tile_to<E: Element>(self, payload: &[u8], output: &mut [E]) {
+        assert!(output.len() <= TILE_ELEMS, "a tile has at most {TILE_ELEMS} elements");
+        assert_eq!(payload.len(), self.tile_bytes(), "payload of one tile");
+        for (i, x) in output.iter_mut().enumerate() {
+            let GroupParams { scale, zero } = self.read_params::<E>(i - i % self.group.n_elems(), payload);
+            *x = E::fused(f32::from(self.read_code(i, payload)), scale, zero);
+        }
+    }
+
     fn group_params<E: Element>(self, values: impl Iterator<Item = f32>) -> GroupParams {
         let (mut min, mut max, mut all_finite) = (f32::INFINITY, f32::NEG_INFINITY, true);
         for x in values {
@@ -198,9 +211,12 @@ impl Codec {
     }
 
     fn quantize(self, x: f32, GroupParams { scale, zero }: GroupParams) -> u8 {
+        if scale.is_nan() {
+            return self.width.max_code(); // a group that is not finite; its codes do not matter
+        }
         let inverse = 1.0 / scale;
         if !inverse.is_finite() {
-            return 0; // a constant group, a NaN group, or a scale so small that its inverse overflows
+            return 0; // a constant group, or a scale so small that its inverse overflows
         }
         let q = ((x - zero) * inverse).round_ties_even();
         debug_assert!((0.0..=f32::from(self.width.max_code())).contains(&q), "{x} {zero} {scale}");

@@ -15,6 +15,10 @@ pub trait Element: Copy + PartialEq + std::fmt::Debug + Send + Sync + 'static {
     /// Rounds to nearest, ties to even, overflow to infinity, any NaN to [`Element::CANONICAL_NAN`].
     fn from_f32_nearest(x: f32) -> Self;
 
+    /// `q * scale + zero`, as the output has it. fp16 rounds once, which GPUs do for two elements at a time; bf16 rounds to
+    /// fp32 first.
+    fn fused(q: f32, scale: f32, zero: f32) -> Self;
+
     /// Rounds toward negative infinity; NaN to [`Element::CANONICAL_NAN`].
     fn from_f32_down(x: f32) -> Self {
         let nearest = Self::from_f32_nearest(x);
@@ -56,6 +60,11 @@ impl Element for f16 {
     fn from_f32_nearest(x: f32) -> Self {
         if x.is_nan() { Self::CANONICAL_NAN } else { f16::from_f32(x) }
     }
+    fn fused(q: f32, scale: f32, zero: f32) -> Self {
+        // Exact: 19 bits of q * scale from 2^-24 on, and zero below 2^16.
+        let exact = f64::from(q) * f64::from(scale) + f64::from(zero);
+        Self::from_f32_nearest(to_f32_odd(exact))
+    }
 }
 
 impl Element for bf16 {
@@ -72,11 +81,58 @@ impl Element for bf16 {
     fn from_f32_nearest(x: f32) -> Self {
         if x.is_nan() { Self::CANONICAL_NAN } else { bf16::from_f32(x) }
     }
+    fn fused(q: f32, scale: f32, zero: f32) -> Self {
+        Self::from_f32_nearest(q.mul_add(scale, zero))
+    }
+}
+
+/// Rounds to the fp32 whose last bit is odd, unless `x` is one exactly. A second rounding, to a narrower type, is then
+/// what one rounding of `x` would have been.
+fn to_f32_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    if f64::from(nearest) == x || nearest.is_nan() {
+        return nearest;
+    }
+    let toward_zero = if f64::from(nearest).abs() > x.abs() { f32::from_bits(nearest.to_bits() - 1) } else { nearest };
+    f32::from_bits(toward_zero.to_bits() | 1)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_fp16_output_is_rounded_once() {
+        // 2049 * 1 is halfway between two fp16 values; a little more than that must not count as halfway, though fp32
+        // cannot hold the little.
+        let little = f16::from_bits(1).to_f32(); // 2^-24
+        assert_eq!(<f16 as Element>::fused(1.0, little, 2048.0), f16::from_f32(2048.0));
+        let (scale, zero) = (f16::from_f32(2047.0).to_f32(), 2.0 + f16::from_f32(0.001).to_f32());
+        let zero = f16::from_f32(zero).to_f32(); // 2.002
+        assert_eq!(<f16 as Element>::fused(1.0, scale, zero), f16::from_f32(2050.0));
+        // Every sum of a small grid, against exact integers: 255 * s + z in units of 2^-24.
+        for bits in (1u16..0x7c00).step_by(97) {
+            for z_bits in (0u16..0xfc00).step_by(1009) {
+                let (s, z) = (f16::from_bits(bits), f16::from_bits(z_bits));
+                if !z.is_finite() {
+                    continue;
+                }
+                let units = |x: f16| (x.to_f64() * f64::from(1 << 24)) as i64;
+                let exact = 255 * units(s) + units(z);
+                let got = <f16 as Element>::fused(255.0, s.to_f32(), z.to_f32());
+                if got.is_infinite() {
+                    assert!(exact.abs() >= (65520i64 << 24), "{s} {z}");
+                    continue;
+                }
+                let distance = |x: f16| (units(x) - exact).abs();
+                let (up, down) = (Element::from_bits(got.to_bits() + 1), Element::from_bits(got.to_bits().max(1) - 1));
+                for other in [up, down] {
+                    let other: f16 = other;
+                    assert!(!other.is_finite() || distance(got) <= distance(other), "{s} {z}: {got}, not {other}");
+                }
+            }
+        }
+    }
 
     /// Every finite value of the type, ascending, from its bits.
     fn finite_values<E: Element>() -> Vec<f32> {

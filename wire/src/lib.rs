@@ -13,10 +13,12 @@ pub mod codec;
 pub mod element;
 pub mod plan;
 pub mod reference;
+pub mod rings;
 
 pub use codec::{Codec, GroupSize, Legs, TILE_ELEMS, Width};
 pub use element::Element;
 pub use plan::Plan;
+pub use rings::Rings;
 
 /// Version of everything that ranks must agree on byte for byte: tile layout, chunking, attach blob.
 pub const WIRE_VERSION: u32 = 1;

@@ -9,9 +9,12 @@
 //!
 //! Two areas of slots, a slot being `slice_tiles` payload tiles of the wider leg:
 //!
-//! * `outgoing`, a slot per rank: hop 1's payloads by owner; afterwards hop 2's, gathered, by owner (hop 1's are
-//!   spent by then);
-//! * `incoming`, a slot per other rank: hop 1's payloads by sender.
+//! * `outgoing`, a slot per other rank: hop 1's payloads by owner; afterwards, in its first slot, what this rank sends
+//!   in hop 2 (hop 1's are spent by then);
+//! * `incoming`, a slot per rank: hop 1's payloads by sender (this rank's own slot is not read); afterwards hop 2's,
+//!   by owner.
+//!
+//! The slots of one slice are contiguous, as an all-gather wants them.
 
 use std::fmt;
 use std::ops::Range;
@@ -113,25 +116,24 @@ impl Plan {
         self.slice_tiles(0, slice)
     }
 
-    /// Offset in bytes of the slot for rank `owner` in the `outgoing` area during hop 1.
-    pub const fn reduce_slot(&self, owner: usize) -> usize {
-        owner * self.slice_tiles * self.legs.reduce.tile_bytes()
+    /// Bytes of a slot during hop 1 of slice `slice`.
+    pub fn reduce_slot_bytes(&self, slice: usize) -> usize {
+        self.max_slice_tiles(slice) * self.legs.reduce.tile_bytes()
     }
 
-    /// Offset in bytes, in the `incoming` area of rank `rank`, of the slot for what `sender` sends.
-    pub const fn incoming_slot(&self, rank: usize, sender: usize) -> usize {
-        self.reduce_slot(if sender > rank { sender - 1 } else { sender })
+    /// Bytes of a slot during hop 2 of slice `slice`.
+    pub fn gather_slot_bytes(&self, slice: usize) -> usize {
+        self.max_slice_tiles(slice) * self.legs.gather.tile_bytes()
     }
 
-    /// Offset in bytes of rank `owner`'s slot in the `outgoing` area during hop 2 of slice `slice`. The slots of one
-    /// slice are contiguous, as an all-gather in place wants them.
-    pub fn gather_slot(&self, owner: usize, slice: usize) -> usize {
-        owner * self.max_slice_tiles(slice) * self.legs.gather.tile_bytes()
+    /// Number of the slot in the `outgoing` area of rank `rank` that holds hop 1's payload for `owner`, another rank.
+    pub const fn outgoing_slot(rank: usize, owner: usize) -> usize {
+        if owner > rank { owner - 1 } else { owner }
     }
 
     /// Bytes of the `outgoing` area when the buffer has `buffer_bytes`, a multiple of 128; `incoming` follows it.
     pub const fn outgoing_bytes(world: usize, legs: Legs, buffer_bytes: usize) -> usize {
-        buffer_bytes / Self::staging_bytes_per_tile(world, legs) * world * slot_tile_bytes(legs)
+        buffer_bytes / Self::staging_bytes_per_tile(world, legs) * (world - 1) * slot_tile_bytes(legs)
     }
 
     /// Bytes of both areas together, at most `buffer_bytes`; 0 where not even one tile per rank fits.
@@ -205,7 +207,7 @@ mod tests {
         #[test]
         fn slots_stay_within_their_area(
             count in 1usize..3_000_000,
-            world in 1usize..20,
+            world in 2usize..20,
             bits in (2u8..=8, 2u8..=8),
             mib in 1usize..4,
         ) {
@@ -216,14 +218,18 @@ mod tests {
             prop_assert!(outgoing + incoming <= mib << 20);
             prop_assert_eq!(outgoing % 128, 0);
             for slice in 0..plan.n_slices() {
-                let tiles = plan.max_slice_tiles(slice);
-                let slot = tiles * legs.reduce.tile_bytes();
-                prop_assert!(plan.reduce_slot(world - 1) + slot <= outgoing);
-                prop_assert!(plan.gather_slot(world - 1, slice) + tiles * legs.gather.tile_bytes() <= outgoing);
-                for rank in 0..world {
-                    let mut senders = (0..world).filter(|sender| *sender != rank);
-                    prop_assert!(senders.all(|sender| plan.incoming_slot(rank, sender) + slot <= incoming));
+                let (reduce_slot, gather_slot) = (plan.reduce_slot_bytes(slice), plan.gather_slot_bytes(slice));
+                prop_assert!((world - 1) * reduce_slot <= outgoing && gather_slot <= outgoing);
+                prop_assert!(world * reduce_slot.max(gather_slot) <= incoming);
+                for owner in 0..world {
+                    prop_assert!(plan.slice_tiles(owner, slice) * legs.reduce.tile_bytes() <= reduce_slot);
+                    prop_assert!(plan.slice_tiles(owner, slice) * legs.gather.tile_bytes() <= gather_slot);
                 }
+            }
+            for rank in 0..world {
+                let owners = (0..world).filter(|owner| *owner != rank);
+                let slots: Vec<_> = owners.map(|owner| Plan::outgoing_slot(rank, owner)).collect();
+                prop_assert_eq!(slots, (0..world - 1).collect::<Vec<_>>());
             }
         }
     }

@@ -54,8 +54,7 @@ fn reduce_tile<E: Element>(inputs: &[&[E]], owner: usize, start: usize, legs: Le
     }
     let mut payload = vec![0; legs.gather.tile_bytes()];
     legs.gather.encode_tile::<E>(&sum, &mut payload);
-    legs.gather.decode_tile::<E>(&payload, &mut sum);
-    out.iter_mut().zip(&sum).for_each(|(o, s)| *o = E::from_f32_nearest(*s));
+    legs.gather.decode_tile_to(&payload, out);
 }
 
 #[cfg(test)]
@@ -84,10 +83,10 @@ mod tests {
         let input: Vec<f16> = (0..100).map(|i| f16::from_f32(i as f32 / 7.0)).collect();
         let legs = legs(2, 4);
         let mut payload = vec![0; legs.gather.tile_bytes()];
-        let mut once: Vec<f32> = input.iter().map(|x| x.to_f32()).collect();
-        legs.gather.encode_tile::<f16>(&once.clone(), &mut payload);
-        legs.gather.decode_tile::<f16>(&payload, &mut once);
-        let expected: Vec<f16> = once.into_iter().map(f16::from_f32).collect();
+        let values: Vec<f32> = input.iter().map(|x| x.to_f32()).collect();
+        legs.gather.encode_tile::<f16>(&values, &mut payload);
+        let mut expected = vec![f16::ZERO; values.len()];
+        legs.gather.decode_tile_to(&payload, &mut expected);
         assert_eq!(all_reduce(&[&input], legs), expected);
     }
 

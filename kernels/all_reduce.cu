@@ -1,0 +1,358 @@
+// The whole all-reduce in one kernel: quantize, hop 1, decode-sum-requantize, hop 2, decode, over memory that every rank
+// of the host can write (a peer's GPU memory, or pinned host memory).
+//
+//   grid   (channels), all resident at once, beside those of every rank that shares the GPU    block  128 threads
+//   reads  input   count elements of T, 2-byte aligned        writes  output  the same; may be the input
+//
+// A block is a channel. Channel c serves tiles c, c + channels, ... of every chunk, one a round, and talks only to
+// channel c of the other ranks. It works in iterations; iteration i
+//
+//     pushes    tile i of every other rank's chunk, quantized, to its owner,
+//     signals   each peer that its stores of this iteration (and the sums of the last) are there,
+//     waits     for the signals that each peer gave in iteration i - 1,
+//     reduces   tile i - 1 of its own chunk, pushes the sum to everyone, decodes it to the output,
+//     decodes   tile i - 3 of every other chunk to the output.
+//
+// So it waits for what peers did an iteration ago, and while it waits the SM runs other channels. The receive slots are a
+// ring of kSlots rounds. No credits travel: to signal iteration i a peer has decoded tile i - 4 and reduced tile
+// i - 2, and its signal of iteration i - 1 is waited for before slot i - 1 of hop 2 and slot i + 1 of hop 1 are written.
+//
+// Memory order. A block's stores, a block barrier, a system fence by each signalling lane, the relaxed store of the signal;
+// on the other side an acquiring load, a block barrier, the loads. A signal is the count of a channel's iterations ever
+// run, kept in device memory, so that graph replays and eager calls go on from one another.
+//
+// Bytes through memory per element: 2 read, 2 written, and the payloads, (b/8 + 4/g) written and read in each hop, which
+// stay in L2 where the ring is small. 64 MiB of fp16 over 2 ranks of one GPU: 268 MB, 68 us at 3.94 TB/s.
+
+#include "codec.cuh"
+
+namespace flashcomm {
+
+constexpr unsigned kMaxWorld = 16;
+constexpr unsigned kSignalWords = 32;  // of a channel: 128 bytes, a line of its own
+constexpr unsigned kSlots = 4;    // rounds of a ring
+constexpr unsigned kDrain = 3;    // iterations after the last push
+constexpr unsigned kStages = 2;   // input tiles on their way to a channel
+constexpr unsigned kMaxBlockChannels = 7;  // 7 x 128 threads of 72 registers fill an SM
+constexpr unsigned kHearingWarp = 0, kTellingWarp = 3;
+
+// Written by the first channel that gives up waiting, read by the host. Mirrors Report in src/exchange/.
+struct Report {
+  uint32_t gave_up;  // 0, or why: 1 aborted, 2 the deadline passed
+  uint32_t peer;     // who had not signalled
+  uint32_t channel;
+  uint32_t iteration;
+};
+
+// Mirrors AllReduceArgs in src/kernels.rs.
+struct AllReduceArgs {
+  const void* input;
+  void* output;
+  uint64_t count;
+  uint64_t chunk_tiles;
+  uint8_t* areas[kMaxWorld];  // every rank's receive area, as mapped here
+  uint32_t* iterations;       // of each channel, ever run
+  const uint32_t* abort;      // host memory: not 0 once the communicator is aborted
+  Report* report;             // host memory
+  uint64_t timeout_ns;        // 0: none
+  uint32_t rank;
+  uint32_t world;
+  uint32_t max_channels;      // that the areas have room for
+  uint32_t group_shift;
+};
+
+// Tiles of the input on their way through shared memory. Each thread fetches and reads its own elements, so nothing here
+// synchronizes.
+struct InputStream {
+  Vec16 (*stages)[kRows][kTileThreads];
+  unsigned fetch_stage = 0, take_stage = 0;
+
+  static __device__ unsigned after(unsigned stage) { return stage + 1 == kStages ? 0 : stage + 1; }
+
+  // Starts to fetch a whole tile at a multiple of 16 bytes; null: nothing, but the turn passes.
+  __device__ void fetch(const void* tile_ptr) {
+    if (tile_ptr != nullptr) {
+      const Vec16* vecs = static_cast<const Vec16*>(tile_ptr);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        cp_async_16(&stages[fetch_stage][row][threadIdx.x], vecs + lane_first(row) / kLaneElems);
+      }
+    }
+    cp_async_commit();
+    fetch_stage = after(fetch_stage);
+  }
+
+  // The tile that was fetched kStages - 1 fetches before the last.
+  __device__ void take(ThreadVecs& v) const {
+    cp_async_wait<kStages - 1>();
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) v[row] = stages[take_stage][row][threadIdx.x];
+  }
+  __device__ void pass() { take_stage = after(take_stage); }
+};
+
+template <class T, int kReduceBits, int kGatherBits>
+struct AllReduce {
+  using Reduce = Codec<T, kReduceBits>;
+  using Gather = Codec<T, kGatherBits>;
+
+  const AllReduceArgs& args;
+  const T* input;
+  T* output;
+  uint32_t slot_bytes;
+  unsigned channel, n_channels;
+  uint32_t rings_at;  // of this channel, in every area
+  unsigned n_rounds;
+  bool input_aligned, output_aligned;
+  InputStream stream;
+  unsigned fetch_iteration = 0, fetch_step = 0;
+
+  // Another rank: the step-th after this one, so that not all ranks turn to the same one at once.
+  __device__ unsigned other(unsigned step) const {
+    const unsigned rank = args.rank + 1 + step;
+    return rank < args.world ? rank : rank - args.world;
+  }
+
+  // ---- where things are -----------------------------------------------------------------------------------------
+
+  // The tile of the chunk of rank owner that this channel serves in round.
+  __device__ Tile tile(unsigned owner, unsigned round) const {
+    const uint64_t in_chunk = uint64_t(round) * n_channels + channel;
+    const uint64_t start = (owner * args.chunk_tiles + in_chunk) * kTileElems;
+    if (round >= n_rounds || start >= args.count) return {0, 0};
+    const uint64_t rest = args.count - start;
+    return {size_t(start), rest < kTileElems ? int(rest) : kTileElems};
+  }
+  __device__ static bool is_whole(const Tile& tile) { return tile.n_elems == kTileElems; }
+
+  // An area begins with a row of signals for each channel, one from each sender; then for each channel, hop and sender
+  // comes a ring.
+  __device__ uint32_t* signal(unsigned at_rank, unsigned from) const {
+    return reinterpret_cast<uint32_t*>(args.areas[at_rank]) + channel * kSignalWords + from;
+  }
+  __device__ uint8_t* slot(unsigned at_rank, unsigned hop, unsigned from, unsigned round) const {
+    const uint32_t ring = hop * args.world + from;
+    return args.areas[at_rank] + (rings_at + (ring * kSlots + round % kSlots) * slot_bytes);
+  }
+
+  // ---- the input ------------------------------------------------------------------------------------------------
+
+  // Fetches the next input tile in the order in which the iterations take them: those to push, then the one to reduce.
+  __device__ void fetch_next() {
+    const bool own = fetch_step + 1 == args.world;
+    const Tile t = own ? tile(args.rank, fetch_iteration - 1) : tile(other(fetch_step), fetch_iteration);
+    stream.fetch(input_aligned && is_whole(t) ? input + t.start : nullptr);
+    fetch_step = own ? 0 : fetch_step + 1;
+    fetch_iteration += own;
+  }
+
+  // This thread's elements of tile t, whose turn it is.
+  __device__ void take(const Tile& t, ThreadVecs& x) const {
+    if (input_aligned && is_whole(t)) {
+      stream.take(x);
+    } else {
+      const SlowVecs slow = load_slowly(input + t.start, t.n_elems);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) x[row] = slow.rows[row];
+    }
+  }
+
+  // Kept out of the way of the usual case, which then fits the instruction cache.
+  struct SlowVecs {
+    ThreadVecs rows;
+  };
+  __device__ __noinline__ static SlowVecs load_slowly(const T* tile_ptr, int n_elems) {
+    SlowVecs slow;
+    load_vecs(tile_ptr, n_elems, slow.rows);
+    return slow;
+  }
+
+  // ---- the output -----------------------------------------------------------------------------------------------
+
+  __device__ void write(const typename Gather::Thread& codes, const Tile& t) const {
+    if (output_aligned && is_whole(t)) {
+      decode_to(codes, output + t.start, kTileElems, true);
+    } else {
+      write_slowly(codes, output + t.start, t.n_elems);
+    }
+  }
+  __device__ static void decode_to(const typename Gather::Thread& codes, T* tile_ptr, int n_elems, bool aligned) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      store_lane(tile_ptr, lane_first(row), n_elems, aligned, Gather::decode_row(codes, row));
+    }
+  }
+  __device__ __noinline__ static void write_slowly(typename Gather::Thread codes, T* tile_ptr, int n_elems) {
+    decode_to(codes, tile_ptr, n_elems, false);
+  }
+
+  // ---- the steps ------------------------------------------------------------------------------------------------
+
+  __device__ void push(unsigned round) {
+#pragma unroll 1
+    for (unsigned step = 0; step + 1 < args.world; ++step) {
+      fetch_next();
+      const unsigned owner = other(step);
+      const Tile t = tile(owner, round);
+      if (t.n_elems != 0) {
+        ThreadVecs x;
+        take(t, x);
+        Reduce::store(slot(owner, 0, args.rank, round), args.group_shift, Reduce::encode(x, args.group_shift));
+      }
+      stream.pass();
+    }
+  }
+
+  // Decodes the others' sums. The next payload is on its way while one is decoded.
+  __device__ void decode(unsigned round) const {
+    typename Gather::Thread next = Gather::load(slot(args.rank, 1, other(0), round), args.group_shift);
+#pragma unroll 1
+    for (unsigned step = 0; step + 1 < args.world; ++step) {
+      const typename Gather::Thread codes = next;
+      if (step + 2 < args.world) next = Gather::load(slot(args.rank, 1, other(step + 1), round), args.group_shift);
+      const Tile t = tile(other(step), round);
+      if (t.n_elems != 0) write(codes, t);
+    }
+  }
+
+  __device__ void reduce(unsigned round) {
+    fetch_next();
+    const Tile t = tile(args.rank, round);
+    if (t.n_elems != 0) {
+      ThreadElems sum;
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+        for (int e = 0; e < kLaneElems; ++e) sum[row][e] = -0.0f;  // what leaves any term as it is, -0 too
+      }
+#pragma unroll 1
+      for (unsigned rank = 0; rank < args.rank; ++rank) add_hop1(rank, round, sum);
+      ThreadVecs own;
+      take(t, own);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        float term[kLaneElems];
+        widen<T>(own[row], term);
+        add(term, sum[row]);
+      }
+#pragma unroll 1
+      for (unsigned rank = args.rank + 1; rank < args.world; ++rank) add_hop1(rank, round, sum);
+      const typename Gather::Thread codes = Gather::encode(sum, args.group_shift);
+#pragma unroll 1
+      for (unsigned step = 0; step + 1 < args.world; ++step) {
+        Gather::store(slot(other(step), 1, args.rank, round), args.group_shift, codes);
+      }
+      write(codes, t);
+    }
+    stream.pass();
+  }
+
+  __device__ void add_hop1(unsigned rank, unsigned round, ThreadElems& sum) const {
+    const typename Reduce::Thread codes = Reduce::load(slot(args.rank, 0, rank, round), args.group_shift);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      float term[kLaneElems];
+      Reduce::decode_row(codes, row, term);
+      add(term, sum[row]);
+    }
+  }
+  __device__ static void add(const float (&term)[kLaneElems], float (&sum)[kLaneElems]) {
+#pragma unroll
+    for (int e = 0; e < kLaneElems; ++e) sum[e] = __fadd_rn(sum[e], term[e]);
+  }
+
+  // ---- signals --------------------------------------------------------------------------------------------------
+
+  // By one warp, a lane for each peer: tells it that this many iterations are done.
+  __device__ void tell(uint32_t n_iterations) const {
+    const unsigned peer = threadIdx.x % 32;
+    if (peer < args.world && peer != args.rank) {
+      fence_acq_rel_sys();
+      st_relaxed_sys(signal(peer, args.rank), n_iterations);
+    }
+  }
+
+  // By one warp, a lane for each peer: waits until it has told of this many. False when given up.
+  __device__ bool hear(uint32_t n_iterations, unsigned iteration) const {
+    const unsigned peer = threadIdx.x % 32;
+    if (peer >= args.world || peer == args.rank) return true;
+    const uint32_t* from = signal(args.rank, peer);
+    uint64_t start = 0;
+    for (unsigned spins = 1; int32_t(ld_acquire_sys(from) - n_iterations) < 0; ++spins) {
+      if (spins % 1024 == 0 && given_up(start, iteration)) return false;
+    }
+    return true;
+  }
+
+  __device__ bool given_up(uint64_t& start, unsigned iteration) const {
+    unsigned why = ld_relaxed_sys(args.abort) != 0 ? 1 : 0;
+    if (args.timeout_ns != 0) {
+      const uint64_t now = globaltimer();
+      if (start == 0) start = now;
+      if (now - start > args.timeout_ns) why = 2;
+    }
+    if (why == 0) return false;
+    if (atomicCAS_system(&args.report->gave_up, 0u, why) == 0) {
+      args.report->peer = threadIdx.x % 32;
+      args.report->channel = channel;
+      args.report->iteration = iteration;
+    }
+    return true;
+  }
+
+  __device__ void run() {
+    const unsigned warp = threadIdx.x / 32;
+    const uint32_t before = args.iterations[channel];
+    for (unsigned i = 0; i + 1 < kStages; ++i) fetch_next();
+#pragma unroll 1
+    for (unsigned i = 0; i < n_rounds + kDrain; ++i) {
+      if (i <= n_rounds) push(i);
+      const bool heard = i == 0 || warp != kHearingWarp || hear(before + i, i);
+      if (!barrier_and(1 + threadIdx.y, kTileThreads, heard)) return;
+      // Nobody waits for the last signal, and it would come when the area may serve another communicator already.
+      if (warp == kTellingWarp && i + 1 < n_rounds + kDrain) tell(before + i + 1);
+      if (i >= 3) decode(i - 3);
+      if (i <= n_rounds) reduce(i - 1);
+    }
+    if (threadIdx.x == 0) args.iterations[channel] = before + n_rounds + kDrain;
+  }
+};
+
+template <class T, int kReduceBits, int kGatherBits>
+__device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
+  extern __shared__ Vec16 stages[][kStages][kRows][kTileThreads];
+  const uint32_t slot_bytes =
+      uint32_t(max(tile_bytes<kReduceBits>(args.group_shift), tile_bytes<kGatherBits>(args.group_shift)));
+  const unsigned channel = blockIdx.x * blockDim.y + threadIdx.y, n_channels = gridDim.x * blockDim.y;
+  if (channel >= args.chunk_tiles) return;
+  AllReduce<T, kReduceBits, kGatherBits> self = {
+      args,
+      static_cast<const T*>(args.input),
+      static_cast<T*>(args.output),
+      slot_bytes,
+      channel,
+      n_channels,
+      args.max_channels * kSignalWords * 4 + channel * 2 * args.world * kSlots * slot_bytes,
+      unsigned((args.chunk_tiles + n_channels - 1 - channel) / n_channels),
+      is_aligned16(args.input),
+      is_aligned16(args.output),
+      {stages[threadIdx.y]}};
+  self.run();
+}
+
+// One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
+#define FLASHCOMM_DEFINE_PAIR(suffix, T, in, out)                                                     \
+  extern "C" __global__ void __launch_bounds__(kTileThreads* kMaxBlockChannels, 1)                    \
+      flashcomm_allreduce_##suffix##_int##in##_int##out(const __grid_constant__ AllReduceArgs args) { \
+    all_reduce<T, in, out>(args);                                                                     \
+  }
+#define FLASHCOMM_DEFINE(suffix, T, in)                                           \
+  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 2) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 3) \
+  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 4) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 5) \
+  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 6) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 7) \
+  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 8)
+FLASHCOMM_EACH_CODEC(FLASHCOMM_DEFINE)
+#undef FLASHCOMM_DEFINE
+#undef FLASHCOMM_DEFINE_PAIR
+
+}  // namespace flashcomm

@@ -1,0 +1,157 @@
+//! Streams, events, capture, graphs.
+
+use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
+use std::sync::{Arc, LazyLock};
+
+use flashcomm_sim_schedule as schedule;
+use parking_lot::RwLock;
+
+use super::{driver, put, stream};
+use crate::code::{Code, Result};
+use crate::device;
+use crate::stream::{
+    CaptureStatus, Event, Executable, Kind, Node, Stream, check_capture_allows, exchange_mode, fresh_handle,
+};
+
+static GRAPHS: LazyLock<RwLock<HashMap<usize, Vec<Node>>>> = LazyLock::new(Default::default);
+static EXECUTABLES: LazyLock<RwLock<HashMap<usize, Arc<Executable>>>> = LazyLock::new(Default::default);
+
+/// `CU_EVENT_RECORD_EXTERNAL` and `CU_EVENT_WAIT_EXTERNAL`.
+const EXTERNAL: u32 = 1;
+/// `CU_STREAM_NON_BLOCKING`.
+const NON_BLOCKING: u32 = 1;
+/// `CU_EVENT_DISABLE_TIMING`.
+const DISABLE_TIMING: u32 = 2;
+
+fn create(place: *mut usize, flags: u32) -> Result<()> {
+    schedule::step();
+    if schedule::fails("stream") {
+        return Err(Code::OUT_OF_MEMORY);
+    }
+    let kind = if flags & NON_BLOCKING != 0 { Kind::NonBlocking } else { Kind::Blocking };
+    put(place, Stream::new(device::current()?, kind).handle)
+}
+
+fn capture_info(handle: usize, status: *mut c_int, id: *mut u64) -> Result<()> {
+    let (code, session) = match stream(handle)?.capture_status()? {
+        CaptureStatus::None => (0, 0),
+        CaptureStatus::Active(session) => (1, session),
+        CaptureStatus::Invalidated => (2, 0),
+    };
+    put(status, code)?;
+    if !id.is_null() && code == 1 {
+        put(id, session)?;
+    }
+    Ok(())
+}
+
+fn instantiate(executable: *mut usize, graph: usize) -> Result<()> {
+    let nodes = GRAPHS.read().get(&graph).cloned().ok_or(Code::INVALID_VALUE)?;
+    let handle = fresh_handle();
+    EXECUTABLES.write().insert(handle, Arc::new(Executable::new(nodes)));
+    put(executable, handle)
+}
+
+driver! {
+    fn cuStreamCreate(place: *mut usize, flags: u32) { create(place, flags) }
+    fn cuStreamCreateWithPriority(place: *mut usize, flags: u32, _priority: c_int) { create(place, flags) }
+    fn cuStreamDestroy_v2(handle: usize) {
+        Stream::find(handle).ok_or(Code::INVALID_HANDLE)?.close();
+        Ok(())
+    }
+    fn cuStreamSynchronize(handle: usize) {
+        let stream = stream(handle)?;
+        if !matches!(stream.capture_status(), Ok(CaptureStatus::Active(_))) {
+            check_capture_allows()?;
+        }
+        stream.synchronize()
+    }
+    fn cuStreamQuery(handle: usize) {
+        check_capture_allows()?;
+        if stream(handle)?.is_idle()? { Ok(()) } else { Err(Code::NOT_READY) }
+    }
+    fn cuStreamGetFlags(handle: usize, flags: *mut u32) {
+        put(flags, u32::from(stream(handle)?.kind == Kind::NonBlocking))
+    }
+    fn cuStreamGetDevice(handle: usize, device: *mut c_int) { put(device, stream(handle)?.device.ordinal) }
+    fn cuStreamWaitEvent(handle: usize, event: usize, flags: u32) {
+        Event::find(event)?.make_wait(&stream(handle)?, flags & EXTERNAL != 0)
+    }
+    fn cuStreamIsCapturing(handle: usize, status: *mut c_int) { capture_info(handle, status, std::ptr::null_mut()) }
+    fn cuStreamGetCaptureInfo_v2(
+        handle: usize, status: *mut c_int, id: *mut u64, graph: *mut *mut c_void, nodes: *mut *const c_void,
+        n_nodes: *mut usize,
+    ) {
+        if !graph.is_null() || !nodes.is_null() || !n_nodes.is_null() {
+            return Err(Code::NOT_SUPPORTED); // only status and id are simulated
+        }
+        capture_info(handle, status, id)
+    }
+    fn cuStreamBeginCapture_v2(handle: usize, mode: c_int) { stream(handle)?.begin_capture(mode) }
+    fn cuStreamEndCapture(handle: usize, graph: *mut usize) {
+        put(graph, 0)?;
+        let nodes = stream(handle)?.end_capture()?;
+        let new = fresh_handle();
+        GRAPHS.write().insert(new, nodes);
+        put(graph, new)
+    }
+    fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) {
+        if mode.is_null() {
+            return Err(Code::INVALID_VALUE);
+        }
+        // SAFETY: not null, and the caller vouches for it.
+        let wanted = unsafe { *mode };
+        if !(0..=2).contains(&wanted) {
+            return Err(Code::INVALID_VALUE);
+        }
+        put(mode, exchange_mode(wanted))
+    }
+    fn cuGraphInstantiateWithFlags(executable: *mut usize, graph: usize, _flags: u64) {
+        instantiate(executable, graph)
+    }
+    fn cuGraphInstantiate_v2(
+        executable: *mut usize, graph: usize, _error_node: *mut usize, _log: *mut c_void, _n_bytes: usize,
+    ) { instantiate(executable, graph) }
+    fn cuGraphLaunch(executable: usize, handle: usize) {
+        schedule::step();
+        let executable = EXECUTABLES.read().get(&executable).cloned().ok_or(Code::INVALID_VALUE)?;
+        stream(handle)?.issue(Arc::new(move || executable.run()))
+    }
+    fn cuGraphGetNodes(graph: usize, _nodes: *mut usize, n_nodes: *mut usize) {
+        put(n_nodes, GRAPHS.read().get(&graph).ok_or(Code::INVALID_VALUE)?.len())
+    }
+    fn cuGraphExecDestroy(executable: usize) {
+        let executable = EXECUTABLES.write().remove(&executable);
+        executable.map(drop).ok_or(Code::INVALID_VALUE)
+    }
+    fn cuGraphDestroy(graph: usize) {
+        let graph = GRAPHS.write().remove(&graph);
+        graph.map(drop).ok_or(Code::INVALID_VALUE)
+    }
+    fn cuEventCreate(place: *mut usize, flags: u32) {
+        if schedule::fails("event") {
+            return Err(Code::OUT_OF_MEMORY);
+        }
+        put(place, Event::create(device::current()?, flags & DISABLE_TIMING == 0))
+    }
+    fn cuEventDestroy_v2(event: usize) { Event::destroy(event) }
+    fn cuEventRecord(event: usize, handle: usize) { Event::find(event)?.record(&stream(handle)?, false) }
+    fn cuEventRecordWithFlags(event: usize, handle: usize, flags: u32) {
+        Event::find(event)?.record(&stream(handle)?, flags & EXTERNAL != 0)
+    }
+    fn cuEventQuery(event: usize) {
+        check_capture_allows()?;
+        if Event::find(event)?.is_complete()? { Ok(()) } else { Err(Code::NOT_READY) }
+    }
+    fn cuEventSynchronize(event: usize) {
+        check_capture_allows()?;
+        Event::find(event)?.synchronize()
+    }
+    fn cuEventElapsedTime(ms: *mut f32, start: usize, end: usize) {
+        put(ms, Event::find(start)?.elapsed_ms(&*Event::find(end)?)?)
+    }
+    fn cuEventElapsedTime_v2(ms: *mut f32, start: usize, end: usize) {
+        put(ms, Event::find(start)?.elapsed_ms(&*Event::find(end)?)?)
+    }
+}

@@ -1,0 +1,106 @@
+//! Devices, their primary contexts, and which is current on a thread.
+
+use std::cell::RefCell;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicI32, AtomicI64, Ordering};
+
+use crate::code::{Code, Result};
+
+/// Multiprocessors of a device.
+pub const MULTIPROCESSORS: i32 = 16;
+
+/// A device with its primary context, the only one that it has.
+pub struct Device {
+    /// Its number.
+    pub ordinal: i32,
+    /// Bytes allocated on it.
+    pub used_bytes: AtomicI64,
+    retained: AtomicI32,
+    /// An error of the context, which every later call answers.
+    error: AtomicI32,
+}
+
+static DEVICES: LazyLock<Vec<Device>> = LazyLock::new(|| {
+    let new = |ordinal| Device { ordinal, used_bytes: 0.into(), retained: 0.into(), error: 0.into() };
+    (0..setting("FLASHCOMM_SIM_DEVICES", 8) as i32).map(new).collect()
+});
+
+fn setting(variable: &str, default: i64) -> i64 {
+    std::env::var(variable).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(default)
+}
+
+/// Bytes of memory of each device.
+pub fn total_bytes() -> i64 {
+    static TOTAL: LazyLock<i64> = LazyLock::new(|| setting("FLASHCOMM_SIM_MEMORY_MIB", 16384) << 20);
+    *TOTAL
+}
+
+/// Number of devices.
+pub fn count() -> i32 {
+    DEVICES.len() as i32
+}
+
+/// Device `ordinal`.
+pub fn of(ordinal: i32) -> Result<&'static Device> {
+    DEVICES.get(usize::try_from(ordinal).unwrap_or(usize::MAX)).ok_or(Code::INVALID_DEVICE)
+}
+
+thread_local! {
+    static STACK: RefCell<Vec<Option<&'static Device>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The device of this thread's current context, if there is one and nothing has gone wrong in it.
+pub fn current() -> Result<&'static Device> {
+    let device = peek().ok_or(Code::INVALID_CONTEXT)?;
+    device.check()?;
+    Ok(device)
+}
+
+/// The device of this thread's current context.
+pub fn peek() -> Option<&'static Device> {
+    STACK.with_borrow(|stack| stack.last().copied().flatten())
+}
+
+/// Makes a context current.
+pub fn push(device: Option<&'static Device>) {
+    STACK.with_borrow_mut(|stack| stack.push(device));
+}
+
+/// Takes the current context off this thread's stack.
+pub fn pop() -> Result<Option<&'static Device>> {
+    STACK.with_borrow_mut(Vec::pop).ok_or(Code::INVALID_CONTEXT)
+}
+
+/// Replaces the current context.
+pub fn set(device: Option<&'static Device>) {
+    STACK.with_borrow_mut(|stack| {
+        stack.pop();
+        stack.extend(device.map(Some));
+    });
+}
+
+impl Device {
+    /// What has gone wrong in the context, if anything.
+    pub fn check(&self) -> Result<()> {
+        match self.error.load(Ordering::Acquire) {
+            0 => Ok(()),
+            code => Err(Code(code)),
+        }
+    }
+
+    /// Marks the context as lost.
+    pub fn lose(&self, code: Code) {
+        let _ = self.error.compare_exchange(0, code.0, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    /// Retains the primary context.
+    pub fn retain(&self) {
+        self.retained.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Releases it once; whoever released it as often as it was retained gets an error.
+    pub fn release(&self) -> Result<()> {
+        let released = self.retained.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n > 0).then_some(n - 1));
+        released.map(drop).map_err(|_| Code::INVALID_CONTEXT)
+    }
+}

@@ -1,0 +1,22 @@
+//! A CUDA driver for machines without a GPU: the calls of `libcuda.so.1` that NCCL programs and the shim make, over
+//! host memory and threads.
+//!
+//! * [`memory`]: device addresses fault when the host touches them; the bytes lie elsewhere, in a shared-memory file, so
+//!   that other processes can map them by an IPC handle. Every access of a copy or a kernel is checked against the live
+//!   allocations.
+//! * [`stream`]: a stream is a queue with a thread of its own; events, the legacy stream, capture and graphs.
+//! * [`kernels`]: a kernel is a Rust function of one block, found by its name.
+//! * [`api`]: the C functions, by NVIDIA's names, and a few `flashcomm_sim_*` for the simulated NCCL.
+//!
+//! It is as strict as the driver where a program could go wrong: what synchronizes there does so here (freeing waits
+//! for the device), what a capture forbids is refused and invalidates the capture, a wrong access is sticky for the
+//! context. It says nothing about speed. Devices: `FLASHCOMM_SIM_DEVICES` (8), of `FLASHCOMM_SIM_MEMORY_MIB` (16384).
+//! Delays and faults: `flashcomm-sim-schedule`; the kinds are alloc, hostalloc, register, ipc, module, stream, event,
+//! launch, copy.
+
+pub mod api;
+pub mod code;
+pub mod device;
+pub mod kernels;
+pub mod memory;
+pub mod stream;

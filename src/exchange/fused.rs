@@ -1,0 +1,359 @@
+//! The exchanges `peer` and `host`: one kernel does the whole all-reduce over receive areas that every rank can write.
+//!
+//! The two differ only in where an area lives. `peer`: in the GPU memory of its owner, reached by CUDA IPC or, within a
+//! process, by its address. `host`: in pinned host memory that the ranks share. How attach brings it about: every rank
+//! makes its area and *offers* it; when all have, each *maps* the others'; when all could, the exchange is on.
+//!
+//! What waits must be resident at once (invariant I6), so the grid never follows the size of the message: see
+//! [`block_limit`].
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use flashcomm_wire::{Plan, Rings, rings};
+use parking_lot::Mutex;
+
+use super::shared::SharedMemory;
+use crate::cuda::{self, Context, DeviceMemory, IpcHandle, PinnedMemory, Registered, Stream, StreamHandle};
+use crate::error::{Error, Result};
+use crate::kernels::{self, AllReduceArgs, ElementType, Kernels, Report};
+
+/// Where receive areas live.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// GPU memory of the receiver.
+    Peer,
+    /// Pinned host memory.
+    Host,
+}
+
+impl Kind {
+    /// As in settings and in the log.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Peer => "peer",
+            Kind::Host => "host",
+        }
+    }
+}
+
+/// Bytes of an [`Offer`].
+pub const OFFER_BYTES: usize = 80;
+
+/// What a rank tells the others of its area, in bytes that only [`map`] understands.
+pub type Offer = [u8; OFFER_BYTES];
+
+/// An area of this rank's.
+enum Area {
+    Peer(DeviceMemory),
+    Host(HostArea),
+}
+
+/// Shared host memory, as this rank's kernels reach it.
+struct HostArea {
+    // Dropped in this order: unregistered, then unmapped.
+    registered: Registered,
+    shared: SharedMemory,
+}
+
+impl HostArea {
+    fn new(shared: SharedMemory) -> Result<Self> {
+        // SAFETY: the mapping lives as long as the registration, see the order of the fields.
+        let registered = unsafe { Registered::new(shared.address(), shared.n_bytes()) }
+            .map_err(Error::cuda("registering shared host memory"))?;
+        Ok(Self { registered, shared })
+    }
+}
+
+/// What this rank has made for an exchange, before the others' areas are known.
+pub struct Prepared {
+    kind: Kind,
+    rings: Rings,
+    area: Area,
+    offer: Offer,
+    iterations: DeviceMemory,
+    control: PinnedMemory,
+}
+
+/// A fused exchange of one rank.
+pub struct Fused {
+    /// Where the areas live.
+    pub kind: Kind,
+    rings: Rings,
+    rank: usize,
+    max_blocks: usize,
+    block_channels: usize,
+    areas: [*mut c_void; rings::MAX_WORLD],
+    mine: Option<Area>,
+    _theirs: Vec<HostArea>,
+    iterations: DeviceMemory,
+    control: PinnedMemory,
+    timeout: Option<Duration>,
+    device: i32,
+}
+
+// SAFETY: addresses that only kernels follow.
+unsafe impl Send for Fused {}
+// SAFETY: as above.
+unsafe impl Sync for Fused {}
+
+/// Bytes of the control memory: the abort word, then at [`REPORT_AT`] the report.
+const CONTROL_BYTES: usize = 4096;
+const REPORT_AT: usize = 128;
+
+/// Areas in GPU memory that are not in use, by device. An area is never freed: a peer process may have it mapped, and what
+/// becomes of its mapping then is undefined. Later communicators use it again.
+static IDLE_AREAS: Mutex<Vec<(i32, DeviceMemory)>> = Mutex::new(Vec::new());
+
+/// Areas of other processes that are mapped here, by handle; mapped once, for the same reason.
+static MAPPED: LazyLock<Mutex<HashMap<(u64, IpcHandle, i32), usize>>> = LazyLock::new(Default::default);
+
+/// Multiprocessors that are left to the kernels of the real NCCL, which fill one with each block and wait, too.
+const NCCL_MULTIPROCESSORS: usize = 32;
+
+/// Blocks that a rank's kernel may have. Each may fill a multiprocessor.
+///
+/// `multiprocessors` of the device, which `sharing` ranks of the communicator use; `max_ctas`: the setting, 0 for none.
+/// By default two communicators and a kernel of the real NCCL fit on a device together.
+pub fn block_limit(multiprocessors: usize, sharing: usize, max_ctas: u32) -> usize {
+    match max_ctas as usize {
+        0 => {
+            let left = multiprocessors.saturating_sub(NCCL_MULTIPROCESSORS).max(multiprocessors / 2);
+            (left / 2.max(sharing)).max(1)
+        }
+        max_ctas => max_ctas.min(multiprocessors / sharing).max(1),
+    }
+}
+
+impl Prepared {
+    /// Makes this rank's area, zeroed, in the current context.
+    ///
+    /// # Errors
+    /// When memory or the driver does not allow it.
+    pub fn new(kind: Kind, rings: Rings, context: &Context, stream: &Stream) -> Result<Self> {
+        let n_bytes = rings.area_bytes();
+        let mut offer = [0; OFFER_BYTES];
+        let area = match kind {
+            Kind::Peer => {
+                let memory = idle_area(context.device(), n_bytes)?;
+                memory.clear(stream).map_err(Error::cuda("clearing the receive area"))?;
+                offer[..8].copy_from_slice(&(memory.at(0) as u64).to_le_bytes());
+                // Without IPC (containers may forbid it) the ranks of this process can still use the address.
+                if let Ok(handle) = memory.export() {
+                    offer[8] = 1;
+                    offer[16..].copy_from_slice(&handle);
+                }
+                Area::Peer(memory)
+            }
+            Kind::Host => {
+                let shared = SharedMemory::create(n_bytes, context.numa_node())?;
+                offer[..16].copy_from_slice(shared.name());
+                Area::Host(HostArea::new(shared)?)
+            }
+        };
+        let iterations =
+            DeviceMemory::new(rings.channels * 4).map_err(Error::cuda("allocating the channels' counters"))?;
+        iterations.clear(stream).map_err(Error::cuda("clearing the channels' counters"))?;
+        let control = PinnedMemory::new(CONTROL_BYTES).map_err(Error::cuda("allocating the abort word"))?;
+        Ok(Self { kind, rings, area, offer, iterations, control })
+    }
+
+    /// What the others need to map the area.
+    pub fn offer(&self) -> &Offer {
+        &self.offer
+    }
+
+    /// Maps the others' areas.
+    ///
+    /// `peers`: by rank, the process it runs in and its offer; `limits`: blocks of a kernel and channels of a block.
+    ///
+    /// # Errors
+    /// When one cannot be mapped.
+    pub fn connect(
+        self,
+        rank: usize,
+        peers: &[(u64, Offer)],
+        contexts: impl Fn(usize) -> Result<Context>,
+        context: &Context,
+        (max_blocks, block_channels): (usize, usize),
+        timeout: Option<Duration>,
+    ) -> Result<Fused> {
+        let mut areas = [std::ptr::null_mut(); rings::MAX_WORLD];
+        let mut theirs = Vec::new();
+        let (my_process, _) = peers[rank];
+        for (peer, (process, offer)) in peers.iter().enumerate() {
+            areas[peer] = match &self.area {
+                Area::Peer(memory) if peer == rank => memory.at(0),
+                Area::Host(host) if peer == rank => host.registered.device_address(),
+                Area::Peer(_) if *process == my_process => {
+                    let peer_context = contexts(peer)?;
+                    context.enable_peer(&peer_context).map_err(Error::cuda("enabling peer access"))?;
+                    u64::from_le_bytes(offer[..8].try_into().expect("8 bytes")) as *mut c_void
+                }
+                Area::Peer(_) => map_ipc(*process, offer, context.device())?,
+                Area::Host(_) => {
+                    let name = offer[..16].try_into().expect("16 bytes");
+                    let host = HostArea::new(SharedMemory::open(name, self.rings.area_bytes())?)?;
+                    let address = host.registered.device_address();
+                    theirs.push(host);
+                    address
+                }
+            };
+        }
+        Ok(Fused {
+            kind: self.kind,
+            rings: self.rings,
+            rank,
+            max_blocks,
+            block_channels,
+            areas,
+            mine: Some(self.area),
+            _theirs: theirs,
+            iterations: self.iterations,
+            control: self.control,
+            timeout,
+            device: context.device(),
+        })
+    }
+}
+
+fn idle_area(device: i32, n_bytes: usize) -> Result<DeviceMemory> {
+    let idle = {
+        let mut areas = IDLE_AREAS.lock();
+        let fits = |(owner, memory): &(i32, DeviceMemory)| *owner == device && memory.n_bytes() == n_bytes;
+        areas.iter().position(fits).map(|i| areas.swap_remove(i).1)
+    };
+    match idle {
+        Some(memory) => Ok(memory),
+        None => DeviceMemory::new(n_bytes)
+            .map_err(Error::cuda("allocating the receive area (FLASHCOMM_BUFFER_MIB makes it smaller)")),
+    }
+}
+
+fn map_ipc(process: u64, offer: &Offer, device: i32) -> Result<*mut c_void> {
+    if offer[8] == 0 {
+        return Err(Error::Unmappable("the other process may not export GPU memory (CUDA IPC)"));
+    }
+    let handle: IpcHandle = offer[16..].try_into().expect("64 bytes");
+    let mut mapped = MAPPED.lock();
+    if let Some(address) = mapped.get(&(process, handle, device)) {
+        return Ok(*address as *mut c_void);
+    }
+    let address = cuda::open_ipc(&handle).map_err(Error::cuda("mapping another rank's GPU memory"))?;
+    mapped.insert((process, handle, device), address as usize);
+    Ok(address)
+}
+
+impl Fused {
+    /// Every rank has mapped everything: what was named for that needs no name any more.
+    pub fn unlink(&mut self) {
+        if let Some(Area::Host(host)) = &mut self.mine {
+            host.shared.unlink();
+        }
+    }
+
+    /// Issues the all-reduce of `plan` to `stream`, of the current context.
+    ///
+    /// # Errors
+    /// The driver's; [`Error::GaveUp`] when an earlier one did not come to its end.
+    ///
+    /// # Safety
+    /// `input` and `output` hold the operation's elements until it has run.
+    pub unsafe fn all_reduce(
+        &self,
+        kernels: &Kernels,
+        plan: &Plan,
+        element: ElementType,
+        (input, output): (*const c_void, *mut c_void),
+        stream: StreamHandle,
+    ) -> Result<()> {
+        if let Some(report) = self.report() {
+            return Err(Error::GaveUp { rank: self.rank, report });
+        }
+        let chunk_tiles = plan.chunk_tiles();
+        // Few tiles rather spread over multiprocessors than share one.
+        let block_channels = chunk_tiles.div_ceil(self.max_blocks).min(self.block_channels);
+        let n_blocks = chunk_tiles.div_ceil(block_channels).min(self.max_blocks);
+        let args = AllReduceArgs {
+            input,
+            output,
+            count: plan.count() as u64,
+            chunk_tiles: chunk_tiles as u64,
+            areas: self.areas,
+            iterations: self.iterations.at(0),
+            abort: self.control.address(),
+            report: self.control.address().wrapping_byte_add(REPORT_AT),
+            timeout_ns: self.timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)),
+            rank: self.rank as u32,
+            world: self.rings.world as u32,
+            max_channels: self.rings.channels as u32,
+            group_shift: kernels::group_shift(plan.legs().reduce),
+        };
+        // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `block_limit`.
+        unsafe { kernels.all_reduce(element, (n_blocks, block_channels), &args, stream) }
+            .map_err(Error::cuda("launching the all-reduce"))
+    }
+
+    /// Frees every kernel of this rank that waits (invariant I5).
+    pub fn abort(&self) {
+        self.word(0).store(1, Ordering::SeqCst);
+    }
+
+    /// What a kernel that gave up was waiting for.
+    pub fn report(&self) -> Option<Report> {
+        if self.word(REPORT_AT).load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        // SAFETY: the report lies in the control memory; the kernel that gave up wrote it.
+        Some(unsafe { self.control.address().wrapping_byte_add(REPORT_AT).cast::<Report>().read_volatile() })
+    }
+
+    fn word(&self, at: usize) -> &AtomicU32 {
+        // SAFETY: 4-byte aligned words of the control memory, which lives as long as `self`.
+        unsafe { AtomicU32::from_ptr(self.control.address().wrapping_byte_add(at).cast()) }
+    }
+}
+
+impl Drop for Fused {
+    fn drop(&mut self) {
+        match self.mine.take() {
+            // All its kernels have run to their end, so every peer has done its part: nobody writes here any more.
+            Some(Area::Peer(memory)) if self.report().is_none() => IDLE_AREAS.lock().push((self.device, memory)),
+            // After an abort peers may still write here, and nothing tells when they have stopped.
+            Some(Area::Peer(memory)) => std::mem::forget(memory),
+            // Peers have mappings of their own.
+            Some(Area::Host(_)) | None => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn by_default_two_communicators_and_nccl_fit_together() {
+        for multiprocessors in [28, 64, 84, 108, 132, 148, 188] {
+            for sharing in 1..=16 {
+                let limit = block_limit(multiprocessors, sharing, 0);
+                assert!(limit >= 1);
+                if multiprocessors >= 64 && limit > 1 {
+                    let both = 2.max(sharing) * limit;
+                    assert!(both + NCCL_MULTIPROCESSORS <= multiprocessors, "{multiprocessors} {sharing}");
+                }
+            }
+        }
+        assert_eq!(block_limit(132, 1, 0), 50);
+    }
+
+    #[test]
+    fn the_setting_bounds_the_blocks_but_never_beyond_the_device() {
+        assert_eq!(block_limit(132, 2, 66), 66);
+        assert_eq!(block_limit(132, 4, 66), 33);
+        assert_eq!(block_limit(132, 1, 1), 1);
+        assert_eq!(block_limit(132, 1, 1024), 132);
+    }
+}

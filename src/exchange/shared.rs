@@ -1,0 +1,187 @@
+//! Host memory that the processes of one user share, for as long as any has it mapped.
+//!
+//! It is made private to the user under a name that nobody can guess, and the name goes as soon as every rank has mapped
+//! it, so that nothing is left behind whatever becomes of the processes.
+
+use std::ffi::{CString, c_void};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::ptr;
+
+use crate::error::{Error, Result};
+
+/// The random part of the name.
+pub type Name = [u8; 16];
+
+/// A mapping of shared memory.
+#[derive(Debug)]
+pub struct SharedMemory {
+    address: *mut c_void,
+    n_bytes: usize,
+    name: Name,
+    is_linked: bool,
+}
+
+// SAFETY: a mapping; whoever uses it synchronizes.
+unsafe impl Send for SharedMemory {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMemory {}
+
+impl SharedMemory {
+    /// Makes zeroed memory, on `numa_node` if one is given.
+    ///
+    /// # Errors
+    /// When the system has no room for it (containers bound /dev/shm) or does not allow it.
+    pub fn create(n_bytes: usize, numa_node: Option<u32>) -> Result<Self> {
+        let mut name = [0; 16];
+        // SAFETY: `name` has the room that it says.
+        if unsafe { libc::getrandom(name.as_mut_ptr().cast(), name.len(), 0) } != name.len() as isize {
+            return Err(failed("naming shared memory"));
+        }
+        let file = open(&name, libc::O_CREAT | libc::O_EXCL | libc::O_RDWR)?;
+        // From here on the name is removed when this is dropped.
+        let mut shared = Self { address: ptr::null_mut(), n_bytes, name, is_linked: true };
+        // Takes the pages now: without that a full /dev/shm would be a bus error later.
+        // SAFETY: an open file.
+        let result = unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, n_bytes as libc::off_t) };
+        if result != 0 {
+            let error = io::Error::from_raw_os_error(result);
+            return Err(Error::System { doing: "taking shared memory (is /dev/shm large enough?)", error });
+        }
+        shared.map(&file)?;
+        if let Some(node) = numa_node.filter(|node| *node < 64) {
+            prefer(shared.address, n_bytes, node);
+        }
+        Ok(shared)
+    }
+
+    /// Maps what another process has made.
+    ///
+    /// # Errors
+    /// When there is none of this name and size that belongs to this user.
+    pub fn open(name: Name, n_bytes: usize) -> Result<Self> {
+        let file = open(&name, libc::O_RDWR)?;
+        let length = file.metadata().map_err(|error| Error::System { doing: "measuring shared memory", error })?.len();
+        if length != n_bytes as u64 {
+            return Err(Error::Unmappable("the shared memory of another rank has another size"));
+        }
+        let mut shared = Self { address: ptr::null_mut(), n_bytes, name, is_linked: false };
+        shared.map(&file)?;
+        Ok(shared)
+    }
+
+    /// Where it is mapped; whole pages.
+    pub fn address(&self) -> *mut c_void {
+        self.address
+    }
+
+    /// Bytes of it, whole pages when mapped.
+    pub fn n_bytes(&self) -> usize {
+        self.n_bytes
+    }
+
+    /// Its name, for [`SharedMemory::open`].
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
+    /// Removes the name. The memory stays for those who have it mapped.
+    pub fn unlink(&mut self) {
+        if std::mem::take(&mut self.is_linked) {
+            // SAFETY: a NUL-terminated name.
+            unsafe { libc::shm_unlink(path(&self.name).as_ptr()) };
+        }
+    }
+
+    fn map(&mut self, file: &File) -> Result<()> {
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        // SAFETY: a new mapping of an open file.
+        let address = unsafe { libc::mmap(ptr::null_mut(), self.n_bytes, protection, flags, file.as_raw_fd(), 0) };
+        if address == libc::MAP_FAILED {
+            return Err(failed("mapping shared memory"));
+        }
+        self.address = address;
+        Ok(())
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        self.unlink();
+        if !self.address.is_null() {
+            // SAFETY: mapped in `map`, once.
+            unsafe { libc::munmap(self.address, self.n_bytes) };
+        }
+    }
+}
+
+fn path(name: &Name) -> CString {
+    let hex: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
+    CString::new(format!("/flashcomm-{hex}")).expect("no NUL in it")
+}
+
+fn open(name: &Name, flags: i32) -> Result<File> {
+    // SAFETY: a NUL-terminated name.
+    let descriptor = unsafe { libc::shm_open(path(name).as_ptr(), flags | libc::O_CLOEXEC, 0o600) };
+    if descriptor < 0 {
+        return Err(failed("opening shared memory"));
+    }
+    // SAFETY: just opened, and nobody else's.
+    Ok(unsafe { File::from_raw_fd(descriptor) })
+}
+
+fn failed(doing: &'static str) -> Error {
+    Error::System { doing, error: io::Error::last_os_error() }
+}
+
+/// Asks for the pages of a range to stand on a NUMA node, moving them there. A wish: where the system has one node, or
+/// does not let a container choose, they stay.
+fn prefer(address: *mut c_void, n_bytes: usize, node: u32) {
+    const MPOL_PREFERRED: libc::c_int = 1;
+    const MPOL_MF_MOVE: libc::c_uint = 2;
+    let nodes: u64 = 1 << node;
+    // SAFETY: the range is mapped, and the mask has the bits that it says.
+    unsafe { libc::syscall(libc::SYS_mbind, address, n_bytes, MPOL_PREFERRED, &raw const nodes, 64u64, MPOL_MF_MOVE) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn both_sides_see_the_same_bytes_and_no_name_stays() {
+        let mut mine = SharedMemory::create(8192, Some(0)).unwrap();
+        let name = path(mine.name());
+        let file = std::path::Path::new("/dev/shm").join(name.to_str().unwrap().trim_start_matches('/'));
+        let mode = std::fs::metadata(&file).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let theirs = SharedMemory::open(*mine.name(), 8192).unwrap();
+        mine.unlink();
+        assert!(!file.exists());
+        // SAFETY: both mappings have 8192 bytes.
+        unsafe {
+            mine.address().cast::<u8>().add(8191).write_volatile(77);
+            assert_eq!(theirs.address().cast::<u8>().add(8191).read_volatile(), 77);
+        }
+        drop(mine);
+        // SAFETY: as above.
+        assert_eq!(unsafe { theirs.address().cast::<u8>().add(8191).read_volatile() }, 77);
+    }
+
+    #[test]
+    fn a_wrong_name_or_size_is_an_error() {
+        let mine = SharedMemory::create(4096, None).unwrap();
+        assert!(SharedMemory::open([1; 16], 4096).is_err());
+        assert!(SharedMemory::open(*mine.name(), 8192).unwrap_err().to_string().contains("another size"));
+    }
+
+    #[test]
+    fn memory_that_was_never_mapped_by_others_leaves_no_name() {
+        let name = path(SharedMemory::create(4096, None).unwrap().name());
+        let file = std::path::Path::new("/dev/shm").join(name.to_str().unwrap().trim_start_matches('/'));
+        assert!(!file.exists());
+    }
+}

@@ -1,0 +1,144 @@
+//! Invariant I1 over whole jobs: every rank holds the reference's bits, for every world, size and way of calling.
+
+#![allow(clippy::macro_metavars_in_unsafe, reason = "the tests call C throughout; what they pass is theirs to get right")]
+
+mod world;
+
+use flashcomm_wire::{Element, Legs, Plan, TILE_ELEMS};
+use half::{bf16, f16};
+use world::*;
+
+/// Sizes on both sides of every border: group, tile, chunk, slice.
+fn sizes(world: usize, legs: Legs) -> Vec<usize> {
+    let slice_tiles = (1 << 20) / Plan::staging_bytes_per_tile(world, legs);
+    let borders = [1, 128, TILE_ELEMS, world * TILE_ELEMS, world * slice_tiles * TILE_ELEMS];
+    let mut sizes: Vec<usize> = borders.iter().flat_map(|border| [border - 1, *border, border + 1]).collect();
+    sizes.extend([3 * TILE_ELEMS * world / 2 + 77, 2 * world * slice_tiles * TILE_ELEMS + 5]);
+    sizes.retain(|size| *size > 0);
+    sizes.sort_unstable();
+    sizes.dedup();
+    sizes
+}
+
+/// One rank's all-reduce of a case, out of place and in place.
+fn reduce_both_ways<E: Element>(comm: usize, stream: &Stream, rank: usize, case: &Case<E>) {
+    let about = |how: &str| format!("{how}, {} elements, rank {rank} of {}", case.count, case.inputs.len());
+    let input = Memory::of(&case.inputs[rank], stream);
+    let output = Memory::new(case.count * 2);
+    ok!(ncclAllReduce(input.at, output.at, case.count, type_of::<E>(), SUM, comm, stream.0));
+    same_bits(&output.read(case.count, stream), &case.expected, &about("out of place"));
+    same_bits(&input.read(case.count, stream), &case.inputs[rank], &about("the input afterwards"));
+    ok!(ncclAllReduce(input.at, input.at, case.count, type_of::<E>(), SUM, comm, stream.0));
+    same_bits(&input.read(case.count, stream), &case.expected, &about("in place"));
+}
+
+fn equals_the_reference<E: Element>(worlds: &[usize], reduce: u8, gather: u8) {
+    let bits = format!("{reduce}:{gather}");
+    in_process(&[("FLASHCOMM_BITS", &bits)], || {
+        for &world in worlds {
+            let legs = legs(reduce, gather);
+            let cases: Vec<_> =
+                sizes(world, legs).into_iter().map(|count| Case::<E>::new(count, count as u64, world, legs)).collect();
+            let id = unique_id();
+            threads(world, |rank| {
+                let (comm, stream) = (init(world, id, rank), Stream::new());
+                cases.iter().for_each(|case| reduce_both_ways(comm, &stream, rank, case));
+                ok!(ncclCommDestroy(comm));
+            });
+        }
+        let expected: usize = worlds.iter().map(|world| 2 * world * sizes(*world, legs(reduce, gather)).len()).sum();
+        assert_eq!(n_compressed() as usize, expected, "none was forwarded");
+    });
+}
+
+#[test]
+fn two_to_five_ranks_equal_the_reference_fp16_int4_int8() {
+    equals_the_reference::<f16>(&[2, 3, 4, 5], 4, 8);
+}
+
+#[test]
+fn six_to_nine_ranks_equal_the_reference_bf16_int5() {
+    equals_the_reference::<bf16>(&[6, 7, 8, 9], 5, 5);
+}
+
+#[test]
+fn ten_to_thirteen_ranks_equal_the_reference_fp16_int2_int3() {
+    equals_the_reference::<f16>(&[10, 11, 12, 13], 2, 3);
+}
+
+#[test]
+fn fourteen_to_sixteen_ranks_equal_the_reference_bf16_int8_int6() {
+    equals_the_reference::<bf16>(&[14, 15, 16], 8, 6);
+}
+
+#[test]
+fn processes_equal_the_reference() {
+    for world in [2, 3, 5] {
+        let ends = processes(
+            world,
+            |_| vec![("FLASHCOMM_BITS", "4".into()), ("WORLD_SIZE", world.to_string())],
+            |process| {
+                let world = std::env::var("WORLD_SIZE").unwrap().parse().unwrap();
+                let rank = process.rank;
+                use_device(rank);
+                let (comm, stream) = (init(world, process.unique_id(0), rank), Stream::new());
+                for count in sizes(world, legs(4, 4)) {
+                    reduce_both_ways(
+                        comm,
+                        &stream,
+                        rank,
+                        &*Case::<f16>::new(count, 1 + count as u64, world, legs(4, 4)),
+                    );
+                }
+                ok!(ncclCommDestroy(comm));
+            },
+        );
+        if ends.is_none() {
+            return; // a rank
+        }
+        all_succeed(ends);
+    }
+}
+
+#[test]
+fn replays_equal_the_reference_and_mix_with_eager_calls() {
+    in_process(&[("FLASHCOMM_BITS", "6")], || {
+        let (world, legs) = (3, legs(6, 6));
+        // The larger one has several slices.
+        for count in [5000, 900_000] {
+            let rounds: Vec<_> = (0..6).map(|round| Case::<bf16>::new(count, round, world, legs)).collect();
+            let id = unique_id();
+            threads(world, |rank| {
+                let (comm, stream, other) = (init(world, id, rank), Stream::new(), Stream::new());
+                let (input, output) = (Memory::new(count * 2), Memory::new(count * 2));
+                let reduce = |stream: &Stream| {
+                    ok!(ncclAllReduce(input.at, output.at, count, dtype::BF16, SUM, comm, stream.0));
+                };
+                input.write(&rounds[0].inputs[rank], &stream);
+                reduce(&stream); // attaches
+                same_bits(&output.read(count, &stream), &rounds[0].expected, "eager first");
+                // Two in one graph, the second on the first's result.
+                let again = Memory::new(count * 2);
+                let graph = stream.capture(|| {
+                    reduce(&stream);
+                    ok!(ncclAllReduce(output.at, again.at, count, dtype::BF16, SUM, comm, stream.0));
+                });
+                for (i, case) in rounds.iter().enumerate() {
+                    input.write(&case.inputs[rank], &stream);
+                    if i % 2 == 0 {
+                        graph.launch(&stream);
+                        let of_result = reference(&vec![case.expected.clone(); world], legs);
+                        same_bits(&again.read(count, &stream), &of_result, "the graph's second");
+                    } else {
+                        order(&stream, &other);
+                        reduce(&other);
+                        order(&other, &stream);
+                    }
+                    same_bits(&output.read(count, &stream), &case.expected, &format!("round {i} rank {rank}"));
+                }
+                drop(graph);
+                ok!(ncclCommDestroy(comm));
+            });
+        }
+    });
+}

@@ -1,0 +1,273 @@
+//! Communicators from their first use to their end, and what may go wrong in between.
+
+#![allow(clippy::macro_metavars_in_unsafe, reason = "the tests call C throughout; what they pass is theirs to get right")]
+
+mod world;
+
+use std::collections::HashSet;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use half::f16;
+use world::*;
+
+const BITS: Settings<'static> = &[("FLASHCOMM_BITS", "4")];
+
+/// One all-reduce of a case, checked.
+fn reduce(comm: usize, stream: &Stream, rank: usize, case: &Case<f16>, about: &str) {
+    let memory = Memory::of(&case.inputs[rank], stream);
+    ok!(ncclAllReduce(memory.at, memory.at, case.count, dtype::FP16, SUM, comm, stream.0));
+    same_bits(&memory.read(case.count, stream), &case.expected, about);
+}
+
+#[test]
+fn settings_that_differ_leave_all_ranks_with_plain_nccl_and_are_named() {
+    for (name, first, second) in [
+        ("FLASHCOMM_BITS", "4", "8"),
+        ("FLASHCOMM_GROUP", "128", "32"),
+        ("FLASHCOMM_MIN_BYTES", "0", "1K"),
+        ("FLASHCOMM_DTYPES", "fp16", "fp16,bf16"),
+        ("FLASHCOMM_EXCHANGE", "auto", "nccl"),
+        ("FLASHCOMM_BUFFER_MIB", "1", "2"),
+    ] {
+        let world = 3;
+        let settings = |rank: usize| vec![(name, String::from(if rank == 2 { second } else { first }))];
+        let ends = processes(world, settings, |process| {
+            let (rank, count) = (process.rank, 5000);
+            use_device(rank);
+            let numbers: Vec<_> = (0..world).map(|rank| whole_numbers(count, 1, rank)).collect();
+            let (comm, stream) = (init(world, process.unique_id(0), rank), Stream::new());
+            let memory = Memory::of(&numbers[rank], &stream);
+            ok!(ncclAllReduce(memory.at, memory.at, count, dtype::FP16, SUM, comm, stream.0));
+            same_bits(&memory.read(count, &stream), &exact_sum(&numbers), "exact");
+            assert_eq!(n_compressed(), 0);
+            ok!(ncclCommDestroy(comm));
+        });
+        let Some(ends) = ends else { return };
+        assert!(ends[0].1.contains("rank 2") && ends[0].1.contains(name), "{}", ends[0].1);
+        all_succeed(Some(ends));
+    }
+}
+
+#[test]
+fn a_rank_without_the_shim_is_told_within_the_attach_timeout() {
+    let world = 3;
+    let settings = |rank: usize| match rank {
+        1 => vec![("WORLD_WITHOUT_SHIM", "1".into())],
+        _ => vec![("FLASHCOMM_ATTACH_TIMEOUT_S", "2".into())],
+    };
+    let ends = processes(world, settings, |process| {
+        let rank = process.rank;
+        use_device(rank);
+        let (comm, stream, memory) = (init(world, process.unique_id(0), rank), Stream::new(), Memory::new(2000));
+        let start = Instant::now();
+        let result = call!(ncclAllReduce(memory.at, memory.at, 1000, dtype::FP16, SUM, comm, stream.0));
+        if rank == 1 {
+            assert_eq!(result, 0);
+            std::thread::sleep(Duration::from_secs(5));
+        } else {
+            assert_eq!(result, 6, "ncclRemoteError");
+            assert!((2..4).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+        }
+        ok!(ncclCommAbort(comm));
+    });
+    let Some(ends) = ends else { return };
+    for rank in [0, 2] {
+        assert!(ends[rank].1.contains("runs without the shim"), "{}", ends[rank].1);
+    }
+    all_succeed(Some(ends));
+}
+
+#[test]
+fn an_address_used_again_has_no_stale_state() {
+    in_process(BITS, || {
+        let world = 2;
+        let cases = [2, 3].map(|world| Case::<f16>::new(5000, 9, world, legs(4, 4)));
+        let mut seen = [HashSet::new(), HashSet::new()];
+        let mut n_repeated = 0;
+        for round in 0..40 {
+            // Rank and world change, so what is known of the old one would be wrong.
+            let case = &cases[round % 2];
+            let (world, id) = (case.inputs.len().max(world), unique_id());
+            let handles = threads(world, |thread| {
+                let rank = (thread + round) % world;
+                use_device(rank);
+                let (comm, stream) = (init(world, id, rank), Stream::new());
+                reduce(comm, &stream, rank, case, &format!("round {round}"));
+                ok!(ncclCommDestroy(comm));
+                comm
+            });
+            let others = &mut seen[(round + 1) % 2];
+            n_repeated += handles.iter().filter(|handle| others.contains(*handle)).count();
+            seen[round % 2].extend(handles);
+        }
+        assert!(is_real() || n_repeated > 0, "no address came again");
+    });
+}
+
+#[test]
+fn children_of_an_attached_communicator_compress_by_themselves() {
+    in_process(BITS, || {
+        let (world, id) = (4, unique_id());
+        let whole = Case::<f16>::new(20_000, 1, world, legs(4, 4));
+        let pair = Case::<f16>::new(9000, 2, 2, legs(4, 4));
+        let three = Case::<f16>::new(9000, 3, 3, legs(4, 4));
+        let parts = Barrier::new(world);
+        threads(world, |rank| {
+            let (comm, stream) = (init(world, id, rank), Stream::new());
+            reduce(comm, &stream, rank, &whole, "the parent");
+            let (mut half, mut shrunk, mut rank_there) = (0, 0, 0);
+            // The keys turn the order around.
+            ok!(ncclCommSplit(comm, rank as i32 % 2, -(rank as i32), &mut half, std::ptr::null()));
+            ok!(ncclCommUserRank(half, &mut rank_there));
+            assert_eq!(rank_there as usize, 1 - rank / 2);
+            reduce(half, &stream, rank_there as usize, &pair, "a half");
+            reduce(comm, &stream, rank, &whole, "the parent after the split");
+            parts.wait();
+            if rank != 1 {
+                ok!(ncclCommShrink(comm, [1].as_ptr(), 1, &mut shrunk, std::ptr::null(), 0));
+                reduce(shrunk, &stream, if rank == 0 { 0 } else { rank - 1 }, &three, "the shrunk one");
+                ok!(ncclCommDestroy(shrunk));
+            }
+            parts.wait();
+            ok!(ncclCommDestroy(half));
+            reduce(comm, &stream, rank, &whole, "the parent after its children");
+            ok!(ncclCommDestroy(comm));
+        });
+        assert_eq!(n_compressed(), 3 * 4 + 4 + 3);
+    });
+}
+
+/// Two of three ranks call, the third does not; another thread aborts. `attached`: whether they have met before.
+fn an_abort_frees_the_peers(attached: bool) {
+    let (world, id, after) = (3, unique_id(), unique_id());
+    let case = Case::<f16>::new(20_000, 1, world, legs(4, 4));
+    let again = Case::<f16>::new(20_000, 2, world, legs(4, 4));
+    threads(world, |rank| {
+        let (comm, stream) = (init(world, id, rank), Stream::new());
+        if attached {
+            reduce(comm, &stream, rank, &case, "before");
+        }
+        if rank < 2 {
+            let memory = Memory::of(&case.inputs[rank], &stream);
+            stream.wait();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    std::thread::sleep(Duration::from_millis(300));
+                    use_device(rank);
+                    ok!(ncclCommAbort(comm));
+                });
+                let result = call!(ncclAllReduce(memory.at, memory.at, case.count, dtype::FP16, SUM, comm, stream.0));
+                assert_eq!(result == 0, attached, "{result}");
+            });
+            assert!(stream.becomes_idle(Duration::from_secs(5)), "the stream hangs after the abort");
+        } else {
+            std::thread::sleep(Duration::from_millis(300));
+            ok!(ncclCommAbort(comm));
+        }
+        let comm = init(world, after, rank);
+        reduce(comm, &stream, rank, &again, "a new communicator");
+        ok!(ncclCommDestroy(comm));
+    });
+}
+
+#[test]
+fn an_abort_by_another_thread_frees_peers_that_wait_in_attach() {
+    in_process(BITS, || an_abort_frees_the_peers(false));
+}
+
+#[test]
+fn an_abort_by_another_thread_frees_peers_that_wait_in_an_all_reduce() {
+    in_process(BITS, || an_abort_frees_the_peers(true));
+}
+
+#[test]
+fn a_revoked_communicator_is_plain_nccls_to_answer_for() {
+    in_process(BITS, || {
+        let (world, id) = (2, unique_id());
+        let case = Case::<f16>::new(5000, 1, world, legs(4, 4));
+        threads(world, |rank| {
+            let (comm, stream) = (init(world, id, rank), Stream::new());
+            reduce(comm, &stream, rank, &case, "before");
+            ok!(ncclCommRevoke(comm, 0));
+            let memory = Memory::new(10_000);
+            assert_ne!(call!(ncclAllReduce(memory.at, memory.at, 5000, dtype::FP16, SUM, comm, stream.0)), 0);
+            ok!(ncclCommDestroy(comm));
+        });
+    });
+}
+
+#[test]
+fn a_communicator_ends_while_another_thread_captures() {
+    in_process(BITS, || {
+        let (world, count, gate) = (2, 5000, Barrier::new(2));
+        let ids = [unique_id(), unique_id()];
+        let case = Case::<f16>::new(count, 1, world, legs(4, 4));
+        threads(world, |rank| {
+            let (stream, other) = (Stream::new(), Stream::new());
+            let comms = ids.map(|id| init(world, id, rank));
+            comms.iter().for_each(|comm| reduce(*comm, &stream, rank, &case, "before"));
+            let memory = Memory::of(&case.inputs[rank], &stream);
+            stream.wait();
+            gate.wait();
+            // In the global mode, which forbids other threads to free memory or to ask an event.
+            ok!(cuStreamBeginCapture_v2(other.0, 0));
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    use_device(rank);
+                    ok!(ncclCommDestroy(comms[1]));
+                });
+            });
+            ok!(ncclAllReduce(memory.at, memory.at, count, dtype::FP16, SUM, comms[0], other.0));
+            let mut graph = 0;
+            ok!(cuStreamEndCapture(other.0, &mut graph));
+            gate.wait();
+            ok!(cuGraphDestroy(graph));
+            ok!(ncclCommDestroy(comms[0]));
+        });
+    });
+}
+
+/// What a process holds: KiB of memory, file descriptors, threads.
+fn held() -> [usize; 3] {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    [field("VmRSS:"), std::fs::read_dir("/proc/self/fd").unwrap().count(), field("Threads:")]
+}
+
+#[test]
+fn ten_thousand_communicators_leave_nothing_behind() {
+    in_process(BITS, || {
+        let (world, n_rounds) = (2, if is_real() { 200 } else { 10_000 });
+        let case = Case::<f16>::new(500, 1, world, legs(4, 4));
+        let (round, gate) = (AtomicUsize::new(0), Barrier::new(world));
+        let ids: Vec<_> = (0..n_rounds).map(|_| std::sync::OnceLock::new()).collect();
+        let mut at_first = [0; 3];
+        let measured = threads(world, |rank| {
+            let stream = Stream::new();
+            let mut measured = Vec::new();
+            for (i, id) in ids.iter().enumerate() {
+                let comm = init(world, *id.get_or_init(unique_id), rank);
+                reduce(comm, &stream, rank, &case, "every round");
+                gate.wait();
+                ok!(ncclCommDestroy(comm));
+                gate.wait();
+                round.store(i, Ordering::Relaxed);
+                if rank == 0 && (i == n_rounds / 10 || i == n_rounds - 1) {
+                    std::thread::sleep(Duration::from_millis(100)); // threads of the last round end
+                    measured.push(held());
+                }
+            }
+            measured
+        });
+        at_first.copy_from_slice(&measured[0][0]);
+        let at_last = measured[0][1];
+        // The longer part of the rounds may not cost as much as 200 bytes each.
+        assert!(at_last[0] <= at_first[0] + n_rounds * 200 / 1024 + 1024, "memory: {at_first:?} {at_last:?}");
+        assert!(at_last[1] <= at_first[1] + 2 && at_last[2] <= at_first[2] + 2, "{at_first:?} {at_last:?}");
+    });
+}

@@ -1,0 +1,259 @@
+//! A soak: random operations, sizes, streams, groups and captures against a model, everything from a seed.
+//!
+//! `FLASHCOMM_TEST_SOAK_OPS` (100000) and `FLASHCOMM_TEST_SOAK_SEED`: how many operations, and from which seed on. The
+//! seed is printed first, and is in the message of a difference.
+
+#![allow(clippy::macro_metavars_in_unsafe, reason = "the tests call C throughout; what they pass is theirs to get right")]
+
+mod world;
+
+use half::f16;
+use world::*;
+
+/// Operations of a program: one that all ranks run, then check.
+const ROUND: usize = 200;
+const BUFFERS: usize = 6;
+const MAX_COUNT: usize = 20_000;
+
+/// What is done to the buffers; the same on all ranks.
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    /// A compressed all-reduce from one buffer to another, or in place.
+    Reduce { comm: usize, from: usize, to: usize, count: usize, stream: usize },
+    /// Plain NCCL's: rank `root`'s buffer to everyone.
+    Broadcast { comm: usize, buffer: usize, count: usize, root: usize, stream: usize },
+    /// To the next rank, from the one before.
+    Shift { from: usize, to: usize, count: usize, stream: usize },
+}
+
+impl Op {
+    fn random(random: &mut Random, world: usize) -> Self {
+        let (from, to, stream) = (random.below(BUFFERS), random.below(BUFFERS), random.below(2));
+        let count = match random.below(8) {
+            0 => 1 + random.below(MAX_COUNT),
+            1 => 4096 * (1 + random.below(4)) + random.below(3) - 1,
+            _ => 1 + random.below(600),
+        };
+        let comm = random.below(2);
+        match random.below(10) {
+            0 => Op::Broadcast { comm, buffer: from, count, root: random.below(world), stream },
+            1 => Op::Shift { from, to: (from + 1) % BUFFERS, count, stream },
+            _ => Op::Reduce { comm, from, to, count, stream },
+        }
+    }
+
+    fn stream(self) -> usize {
+        match self {
+            Op::Reduce { stream, .. } | Op::Broadcast { stream, .. } | Op::Shift { stream, .. } => stream,
+        }
+    }
+
+    fn buffers(self) -> [usize; 2] {
+        match self {
+            Op::Reduce { from, to, .. } | Op::Shift { from, to, .. } => [from, to],
+            Op::Broadcast { buffer, .. } => [buffer; 2],
+        }
+    }
+}
+
+/// How a few operations are issued together.
+#[derive(Clone, Debug)]
+enum Step {
+    Eager(Op),
+    /// In one group, on disjoint buffers.
+    Group(Vec<Op>),
+    /// Captured once, replayed so often.
+    Graph(Vec<Op>, usize),
+}
+
+fn program(random: &mut Random, world: usize) -> (Vec<Step>, usize) {
+    let (mut steps, mut n_ops) = (Vec::new(), 0);
+    while n_ops < ROUND {
+        let mut some = |n: usize, one_stream: bool, disjoint: bool| -> Vec<Op> {
+            let mut ops: Vec<Op> = Vec::new();
+            for _ in 0..n {
+                let op = Op::random(random, world);
+                let used = |buffer: &usize| ops.iter().any(|other| other.buffers().contains(buffer));
+                if disjoint && op.buffers().iter().any(used) || one_stream && op.stream() != 0 {
+                    continue;
+                }
+                ops.push(op);
+            }
+            ops
+        };
+        let step = match steps.len() % 6 {
+            4 => Step::Group(some(4, false, true)),
+            5 => Step::Graph(some(6, true, false), 1 + steps.len() % 3),
+            _ => match some(1, false, false).first() {
+                Some(op) => Step::Eager(*op),
+                None => continue,
+            },
+        };
+        n_ops += match &step {
+            Step::Eager(_) => 1,
+            Step::Group(ops) => ops.len(),
+            Step::Graph(ops, times) => ops.len() * times,
+        };
+        steps.push(step);
+    }
+    (steps, n_ops)
+}
+
+type Buffers = Vec<Vec<f16>>;
+
+/// What an operation makes of all ranks' buffers. The second communicator has the ranks in reverse.
+fn model(op: Op, ranks: &mut [Buffers], legs: flashcomm_wire::Legs) {
+    let world = ranks.len();
+    let place = |comm: usize, rank: usize| if comm == 0 { rank } else { world - 1 - rank };
+    match op {
+        Op::Reduce { comm, from, to, count, .. } => {
+            let inputs: Vec<_> = (0..world).map(|rank| ranks[place(comm, rank)][from][..count].to_vec()).collect();
+            let sum = reference(&inputs, legs);
+            ranks.iter_mut().for_each(|buffers| buffers[to][..count].copy_from_slice(&sum));
+        }
+        Op::Broadcast { comm, buffer, count, root, .. } => {
+            let sent = ranks[place(comm, root)][buffer][..count].to_vec();
+            ranks.iter_mut().for_each(|buffers| buffers[buffer][..count].copy_from_slice(&sent));
+        }
+        Op::Shift { from, to, count, .. } => {
+            let sent: Vec<_> = ranks.iter().map(|buffers| buffers[from][..count].to_vec()).collect();
+            for (rank, buffers) in ranks.iter_mut().enumerate() {
+                buffers[to][..count].copy_from_slice(&sent[(rank + world - 1) % world]);
+            }
+        }
+    }
+}
+
+/// One rank's part of a job.
+struct Rank<'a> {
+    rank: usize,
+    world: usize,
+    comms: [usize; 2],
+    streams: &'a [Stream],
+    memory: &'a [Memory],
+}
+
+impl Rank<'_> {
+    fn issue(&self, op: Op) {
+        let stream = self.streams[op.stream()].0;
+        let at = |buffer: usize| self.memory[buffer].at;
+        match op {
+            Op::Reduce { comm, from, to, count, .. } => {
+                ok!(ncclAllReduce(at(from), at(to), count, dtype::FP16, SUM, self.comms[comm], stream));
+            }
+            Op::Broadcast { comm, buffer, count, root, .. } => {
+                let at = at(buffer);
+                ok!(ncclBroadcast(at, at, count, dtype::FP16, root as i32, self.comms[comm], stream));
+            }
+            Op::Shift { from, to, count, .. } => {
+                let (next, before) = ((self.rank + 1) % self.world, (self.rank + self.world - 1) % self.world);
+                ok!(ncclGroupStart());
+                ok!(ncclSend(at(from), count, dtype::FP16, next as i32, self.comms[0], stream));
+                ok!(ncclRecv(at(to), count, dtype::FP16, before as i32, self.comms[0], stream));
+                ok!(ncclGroupEnd());
+            }
+        }
+    }
+
+    fn run(&self, step: &Step) {
+        let all_before = |stream: usize| order(&self.streams[1 - stream], &self.streams[stream]);
+        match step {
+            Step::Eager(op) => {
+                all_before(op.stream());
+                self.issue(*op);
+            }
+            Step::Group(ops) => {
+                all_before(0);
+                all_before(1);
+                ok!(ncclGroupStart());
+                ops.iter().for_each(|op| self.issue(*op));
+                ok!(ncclGroupEnd());
+            }
+            Step::Graph(ops, times) => {
+                all_before(0);
+                let graph = self.streams[0].capture(|| ops.iter().for_each(|op| self.issue(*op)));
+                (0..*times).for_each(|_| graph.launch(&self.streams[0]));
+                self.streams[0].wait();
+            }
+        }
+    }
+}
+
+fn soak(bits: &str, reduce: u8, gather: u8, share: usize) {
+    in_process(&[("FLASHCOMM_BITS", bits)], || {
+        let number = |name: &str, default: usize| std::env::var(name).map_or(default, |text| text.parse().unwrap());
+        let first_seed = number("FLASHCOMM_TEST_SOAK_SEED", 1) as u64;
+        let wanted = number("FLASHCOMM_TEST_SOAK_OPS", 100_000) / share;
+        let (mut n_ops, mut seed) = (0, first_seed);
+        eprintln!("soak: {wanted} operations from seed {seed}, {bits} bits");
+        while n_ops < wanted {
+            let mut random = Random(seed * 7919);
+            let world = 2 + (seed as usize % 3);
+            let start: Vec<Buffers> = (0..world)
+                .map(|rank| (0..BUFFERS).map(|b| input(MAX_COUNT, seed + b as u64, rank)).collect())
+                .collect();
+            let programs: Vec<_> = (0..10).map(|_| program(&mut random, world)).collect();
+            let ids = [unique_id(), unique_id()];
+            let (start_ref, programs_ref) = (&start, &programs);
+            let results = threads(world, |rank| {
+                let streams = [Stream::new(), Stream::new()];
+                let comms = [init(world, ids[0], rank), init(world, ids[1], world - 1 - rank)];
+                let memory: Vec<_> = start_ref[rank].iter().map(|buffer| Memory::of(buffer, &streams[0])).collect();
+                streams[0].wait();
+                let me = Rank { rank, world, comms, streams: &streams, memory: &memory };
+                let mut results = Vec::new();
+                for (steps, _) in programs_ref {
+                    // Attached before the first capture, so that what is captured is compressed.
+                    for comm in comms {
+                        let at = memory[0].at;
+                        ok!(ncclAllReduce(at, at, 1, dtype::FP16, SUM, comm, streams[0].0));
+                    }
+                    steps.iter().for_each(|step| me.run(step));
+                    order(&streams[1], &streams[0]);
+                    let read = |buffer: &Memory| buffer.read::<f16>(MAX_COUNT, &streams[0]);
+                    results.push(memory.iter().map(read).collect::<Buffers>());
+                }
+                comms.iter().for_each(|comm| ok!(ncclCommDestroy(*comm)));
+                results
+            });
+            let mut ranks = start;
+            for (i, (steps, n)) in programs.iter().enumerate() {
+                for comm in 0..2 {
+                    model(Op::Reduce { comm, from: 0, to: 0, count: 1, stream: 0 }, &mut ranks, legs(reduce, gather));
+                }
+                for step in steps {
+                    let (ops, times) = match step {
+                        Step::Eager(op) => (std::slice::from_ref(op), 1),
+                        Step::Group(ops) => (ops.as_slice(), 1),
+                        Step::Graph(ops, times) => (ops.as_slice(), *times),
+                    };
+                    for op in (0..times).flat_map(|_| ops) {
+                        model(*op, &mut ranks, legs(reduce, gather));
+                    }
+                }
+                for (rank, expected) in ranks.iter().enumerate() {
+                    for (b, buffer) in expected.iter().enumerate() {
+                        same_bits(
+                            &results[rank][i][b],
+                            buffer,
+                            &format!("seed {seed}, program {i}, rank {rank}, buffer {b}"),
+                        );
+                    }
+                }
+                n_ops += n + 2;
+            }
+            seed += 1;
+        }
+        eprintln!("soak: {n_ops} operations, seeds {first_seed} to {}, no difference", seed - 1);
+    });
+}
+
+#[test]
+fn random_jobs_equal_the_model() {
+    soak("4", 4, 4, 2);
+}
+
+#[test]
+fn random_jobs_of_unequal_legs_equal_the_model() {
+    soak("3:8", 3, 8, 2);
+}
