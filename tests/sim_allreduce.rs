@@ -1,6 +1,9 @@
 //! Invariant I1 over whole jobs: every rank holds the reference's bits, for every world, size and way of calling.
 
-#![allow(clippy::macro_metavars_in_unsafe, reason = "the tests call C throughout; what they pass is theirs to get right")]
+#![allow(
+    clippy::macro_metavars_in_unsafe,
+    reason = "the tests call C throughout; what they pass is theirs to get right"
+)]
 
 mod world;
 

@@ -1,6 +1,9 @@
 //! Groups, captures, streams: whatever way all-reduces are issued, they come out as the reference has them.
 
-#![allow(clippy::macro_metavars_in_unsafe, reason = "the tests call C throughout; what they pass is theirs to get right")]
+#![allow(
+    clippy::macro_metavars_in_unsafe,
+    reason = "the tests call C throughout; what they pass is theirs to get right"
+)]
 
 mod world;
 

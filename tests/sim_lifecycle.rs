@@ -1,6 +1,9 @@
 //! Communicators from their first use to their end, and what may go wrong in between.
 
-#![allow(clippy::macro_metavars_in_unsafe, reason = "the tests call C throughout; what they pass is theirs to get right")]
+#![allow(
+    clippy::macro_metavars_in_unsafe,
+    reason = "the tests call C throughout; what they pass is theirs to get right"
+)]
 
 mod world;
 
