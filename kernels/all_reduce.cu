@@ -1,11 +1,13 @@
 // The whole all-reduce in one kernel: quantize, hop 1, decode-sum-requantize, hop 2, decode, over memory that every rank
 // of the host can write (a peer's GPU memory, or pinned host memory).
 //
-//   grid   (channels), all resident at once, beside those of every rank that shares the GPU    block  128 threads
-//   reads  input   count elements of T, 2-byte aligned        writes  output  the same; may be the input
+//   grid   (blocks), all resident at once, beside those of every rank that shares the GPU
+//   block  (128 threads, channels): each row is a channel    dynamic shared memory: kStages tiles for each channel
+//   reads  input   count elements of T, 2-byte aligned       writes  output  the same; may be the input
 //
-// A block is a channel. Channel c serves tiles c, c + channels, ... of every chunk, one a round, and talks only to
-// channel c of the other ranks. It works in iterations; iteration i
+// Channel c serves tiles c, c + channels, ... of every chunk, one a round, and talks only to channel c of the other
+// ranks. The channels of a block know nothing of each other; they share one so that a multiprocessor is filled by one
+// block of a kernel, and blocks of other kernels find others. A channel works in iterations; iteration i
 //
 //     pushes    tile i of every other rank's chunk, quantized, to its owner,
 //     signals   each peer that its stores of this iteration (and the sums of the last) are there,
@@ -17,8 +19,8 @@
 // ring of kSlots rounds. No credits travel: to signal iteration i a peer has decoded tile i - 4 and reduced tile
 // i - 2, and its signal of iteration i - 1 is waited for before slot i - 1 of hop 2 and slot i + 1 of hop 1 are written.
 //
-// Memory order. A block's stores, a block barrier, a system fence by each signalling lane, the relaxed store of the signal;
-// on the other side an acquiring load, a block barrier, the loads. A signal is the count of a channel's iterations ever
+// Memory order. A channel's stores, a barrier of the channel, a system fence by each signalling lane, the relaxed store of the signal;
+// on the other side an acquiring load, a barrier of the channel, the loads. A signal is the count of a channel's iterations ever
 // run, kept in device memory, so that graph replays and eager calls go on from one another.
 //
 // Bytes through memory per element: 2 read, 2 written, and the payloads, (b/8 + 4/g) written and read in each hop, which
@@ -30,15 +32,17 @@ namespace flashcomm {
 
 constexpr unsigned kMaxWorld = 16;
 constexpr unsigned kSignalWords = 32;  // of a channel: 128 bytes, a line of its own
-constexpr unsigned kSlots = 4;    // rounds of a ring
-constexpr unsigned kDrain = 3;    // iterations after the last push
-constexpr unsigned kStages = 2;   // input tiles on their way to a channel
+constexpr unsigned kSlots = 4;         // rounds of a ring
+constexpr unsigned kDrain = 3;         // iterations after the last push
+constexpr unsigned kStages = 2;        // input tiles on their way to a channel
 constexpr unsigned kMaxBlockChannels = 7;  // 7 x 128 threads of 72 registers fill an SM
 constexpr unsigned kHearingWarp = 0, kTellingWarp = 3;
 
-// Written by the first channel that gives up waiting, read by the host. Mirrors Report in src/exchange/.
+// Written by the first channel that gives up waiting, read by the host and by those that still wait. Mirrors Report in
+// src/kernels.rs.
 struct Report {
-  uint32_t gave_up;  // 0, or why: 1 aborted, 2 the deadline passed
+  uint32_t gave_up;  // 0, or why: 1 aborted, 2 the deadline passed; written last
+  uint32_t claimed;  // by the one that writes the rest
   uint32_t peer;     // who had not signalled
   uint32_t channel;
   uint32_t iteration;
@@ -285,17 +289,20 @@ struct AllReduce {
   }
 
   __device__ bool given_up(uint64_t& start, unsigned iteration) const {
-    unsigned why = ld_relaxed_sys(args.abort) != 0 ? 1 : 0;
+    // Whoever has given up once does not wait again: work queued behind it ends at once.
+    unsigned why = ld_relaxed_sys(args.abort) != 0 ? 1 : ld_relaxed_sys(&args.report->gave_up);
     if (args.timeout_ns != 0) {
       const uint64_t now = globaltimer();
       if (start == 0) start = now;
       if (now - start > args.timeout_ns) why = 2;
     }
     if (why == 0) return false;
-    if (atomicCAS_system(&args.report->gave_up, 0u, why) == 0) {
+    if (atomicExch_system(&args.report->claimed, 1u) == 0) {
       args.report->peer = threadIdx.x % 32;
       args.report->channel = channel;
       args.report->iteration = iteration;
+      fence_acq_rel_sys();
+      st_relaxed_sys(&args.report->gave_up, why);
     }
     return true;
   }

@@ -86,7 +86,7 @@ impl fmt::Display for Error {
             Error::System { doing, error } => write!(f, "{doing}: {error}"),
             Error::Unmappable(why) => f.write_str(why),
             Error::GaveUp { rank, report } => {
-                let Report { gave_up, peer, channel, iteration } = report;
+                let Report { gave_up, peer, channel, iteration, .. } = report;
                 let why = match gave_up {
                     1 => "the communicator was aborted",
                     _ => "FLASHCOMM_TIMEOUT_S passed",

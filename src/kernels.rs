@@ -94,8 +94,10 @@ struct DequantizeArgs {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Report {
-    /// 0: nobody has; 1: the communicator was aborted; 2: the deadline passed.
+    /// 0: nobody has; 1: the communicator was aborted; 2: the deadline passed. Written last.
     pub gave_up: u32,
+    /// The one that writes the rest has come.
+    pub claimed: u32,
     /// The rank that had not signalled.
     pub peer: u32,
     /// The channel that waited.

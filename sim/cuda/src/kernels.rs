@@ -1,31 +1,31 @@
 //! Kernels: Rust functions of one block, found by name. The one place where a new kernel is added is [`find`].
 //!
 //! A kernel takes one struct by value, as those of `kernels/*.cu` do, and gets its bytes. It computes with the scalar
-//! codec of `flashcomm-wire`. A kernel whose blocks wait for other blocks or ranks is marked [`Blocks::Wait`]: each of
-//! its blocks is then a thread. The blocks of the others run one after the other on the stream's thread.
+//! codec of `flashcomm-wire`. All of it runs on the stream's thread. Blocks that wait for nothing run one after the
+//! other; the channels of the fused kernel, which wait for other ranks, take turns ([`fused`]).
 
 use flashcomm_wire::{Codec, Element, GroupSize, TILE_ELEMS, Width};
 use half::{bf16, f16};
 
 use crate::code::{Code, Result};
-use crate::memory;
+use crate::{fused, memory};
 
-/// How the blocks of a kernel run.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Blocks {
-    /// One after the other: they wait for nothing.
-    InTurn,
-    /// Each on a thread of its own.
-    Wait,
+/// The extent of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: [u32; 3],
 }
 
-/// Which block of which grid.
-#[derive(Clone, Copy, Debug)]
-pub struct Block {
-    /// Its coordinates.
-    pub at: [u32; 3],
-    /// The grid's extent.
-    pub grid: [u32; 3],
+/// How a kernel runs.
+#[derive(Clone, Copy)]
+enum Run {
+    /// Block by block; each gets its coordinates.
+    Blocks(fn(&Kernel, &[u8], [u32; 3]) -> Result<()>),
+    /// As a whole.
+    Grid(fn(&Kernel, &[u8], Shape) -> Result<()>),
 }
 
 /// A kernel.
@@ -35,13 +35,13 @@ pub struct Kernel {
     pub name: String,
     /// Bytes of its argument.
     pub arg_bytes: usize,
-    /// How its blocks run.
-    pub blocks: Blocks,
+    /// Its blocks may be this high; each row has 128 threads.
+    pub max_rows: u32,
     widths: [Option<Width>; 2],
-    run: fn(&Kernel, &[u8], Block) -> Result<()>,
+    run: Run,
 }
 
-/// Threads of every block of ours.
+/// Threads of a row of every block of ours.
 pub const THREADS: u32 = 128;
 
 /// The kernel of this name: `flashcomm_<verb>_<dtype>_int<bits>[_int<bits>]`.
@@ -56,42 +56,50 @@ pub fn find(name: &str) -> Option<Kernel> {
     if parts.next().is_some() || widths[0].is_none() {
         return None;
     }
-    type Run = fn(&Kernel, &[u8], Block) -> Result<()>;
-    let by_type = |fp16: Run, bf16: Run| match element {
-        "fp16" => Some(fp16),
-        "bf16" => Some(bf16),
-        _ => None,
+    let is_fp16 = match element {
+        "fp16" => true,
+        "bf16" => false,
+        _ => return None,
     };
-    let (run, arg_bytes, n_widths): (Run, usize, usize) = match verb {
-        "quantize" => (by_type(quantize::<f16>, quantize::<bf16>)?, size_of::<QuantizeArgs>(), 1),
-        "reduce" => (by_type(reduce::<f16>, reduce::<bf16>)?, size_of::<ReduceArgs>(), 2),
-        "dequantize" => (by_type(dequantize::<f16>, dequantize::<bf16>)?, size_of::<DequantizeArgs>(), 1),
+    let by_type = |fp16: Run, bf16: Run| if is_fp16 { fp16 } else { bf16 };
+    let (run, arg_bytes, n_widths, max_rows) = match verb {
+        "quantize" => {
+            let run = by_type(Run::Blocks(quantize::<f16>), Run::Blocks(quantize::<bf16>));
+            (run, size_of::<QuantizeArgs>(), 1, 1)
+        }
+        "reduce" => (by_type(Run::Blocks(reduce::<f16>), Run::Blocks(reduce::<bf16>)), size_of::<ReduceArgs>(), 2, 1),
+        "dequantize" => {
+            let run = by_type(Run::Blocks(dequantize::<f16>), Run::Blocks(dequantize::<bf16>));
+            (run, size_of::<DequantizeArgs>(), 1, 1)
+        }
+        "allreduce" => {
+            let run = by_type(Run::Grid(fused::run::<f16>), Run::Grid(fused::run::<bf16>));
+            (run, size_of::<fused::AllReduceArgs>(), 2, fused::MAX_BLOCK_CHANNELS)
+        }
         _ => return None,
     };
     if widths.iter().flatten().count() != n_widths {
         return None;
     }
-    Some(Kernel { name: name.into(), arg_bytes, blocks: Blocks::InTurn, widths, run })
+    Some(Kernel { name: name.into(), arg_bytes, max_rows, widths, run })
 }
 
 impl Kernel {
     /// Runs every block of a grid.
-    pub fn run(&self, args: &[u8], grid: [u32; 3]) -> Result<()> {
-        let blocks = (0..grid[2])
-            .flat_map(|z| (0..grid[1]).flat_map(move |y| (0..grid[0]).map(move |x| Block { at: [x, y, z], grid })));
-        match self.blocks {
-            Blocks::InTurn => blocks.into_iter().try_for_each(|block| (self.run)(self, args, block)),
-            Blocks::Wait => std::thread::scope(|scope| {
-                let threads: Vec<_> = blocks.map(|block| scope.spawn(move || (self.run)(self, args, block))).collect();
-                let mut joined = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(Code::LAUNCH_FAILED)));
-                joined.try_for_each(|result| result)
-            }),
+    pub fn run(&self, args: &[u8], shape: Shape) -> Result<()> {
+        let [x, y, z] = shape.grid;
+        match self.run {
+            Run::Blocks(run) => {
+                let mut blocks = (0..z).flat_map(|z| (0..y).flat_map(move |y| (0..x).map(move |x| [x, y, z])));
+                blocks.try_for_each(|at| run(self, args, at))
+            }
+            Run::Grid(run) => run(self, args, shape),
         }
     }
 
-    /// The codec of leg `i` for groups of so many lanes of 8 elements.
-    fn codec(&self, i: usize, group_lanes: u32) -> Result<Codec> {
-        let group = u16::try_from(group_lanes * 8).ok().and_then(GroupSize::new);
+    /// The codec of leg `i`; `group_shift` is log2 of a group's elements / 8.
+    pub fn codec(&self, i: usize, group_shift: u32) -> Result<Codec> {
+        let group = 8u16.checked_shl(group_shift).and_then(GroupSize::new);
         let (width, group) = (self.widths[i].ok_or(Code::INVALID_VALUE)?, group.ok_or(Code::LAUNCH_FAILED)?);
         Ok(Codec { width, group })
     }
@@ -105,7 +113,7 @@ struct Slice {
     first_tile: u64,
     chunk_tiles: u64,
     n_tiles: u32,
-    group_lanes: u32,
+    group_shift: u32,
 }
 
 impl Slice {
@@ -150,14 +158,14 @@ struct DequantizeArgs {
 }
 
 /// The argument struct from its bytes.
-fn args<A: Copy>(bytes: &[u8]) -> A {
+pub fn args<A: Copy>(bytes: &[u8]) -> A {
     assert_eq!(bytes.len(), size_of::<A>(), "a kernel gets as many bytes as it says");
     // SAFETY: as many bytes as the struct has; every pattern of them is one of its values (integers only).
     unsafe { bytes.as_ptr().cast::<A>().read_unaligned() }
 }
 
 /// The bytes of a device range, copied.
-fn load(address: usize, n_bytes: usize) -> Result<Vec<u8>> {
+pub fn load(address: usize, n_bytes: usize) -> Result<Vec<u8>> {
     let source = memory::resolve(address, n_bytes)?;
     let mut bytes = vec![0; n_bytes];
     // SAFETY: a live range of that many bytes.
@@ -165,22 +173,24 @@ fn load(address: usize, n_bytes: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn store(address: usize, bytes: &[u8]) -> Result<()> {
+/// Writes to a device range.
+pub fn store(address: usize, bytes: &[u8]) -> Result<()> {
     let target = memory::resolve(address, bytes.len())?;
     // SAFETY: a live range of that many bytes.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
     Ok(())
 }
 
-fn load_elements<E: Element>(address: usize, (start, n_elems): (usize, usize)) -> Result<Vec<f32>> {
+/// Elements of a device array, widened.
+pub fn load_elements<E: Element>(address: usize, (start, n_elems): (usize, usize)) -> Result<Vec<f32>> {
     let bytes = load(address + start * 2, n_elems * 2)?;
     Ok(bytes.chunks_exact(2).map(|pair| E::from_bits(u16::from_le_bytes([pair[0], pair[1]])).to_f32()).collect())
 }
 
-fn quantize<E: Element>(kernel: &Kernel, bytes: &[u8], block: Block) -> Result<()> {
+fn quantize<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()> {
     let args: QuantizeArgs = args(bytes);
-    let codec = kernel.codec(0, args.slice.group_lanes)?;
-    let [tile, slot, _] = block.at;
+    let codec = kernel.codec(0, args.slice.group_shift)?;
+    let [tile, slot, _] = at;
     let owner = slot + u32::from(slot >= args.rank);
     let Some(elements) = args.slice.tile(owner, tile) else { return Ok(()) };
     let mut payload = vec![0; codec.tile_bytes()];
@@ -188,19 +198,19 @@ fn quantize<E: Element>(kernel: &Kernel, bytes: &[u8], block: Block) -> Result<(
     store(args.outgoing + slot as usize * args.slot_bytes as usize + tile as usize * payload.len(), &payload)
 }
 
-fn reduce<E: Element>(kernel: &Kernel, bytes: &[u8], block: Block) -> Result<()> {
+fn reduce<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()> {
     let args: ReduceArgs = args(bytes);
-    let (from, to) = (kernel.codec(0, args.slice.group_lanes)?, kernel.codec(1, args.slice.group_lanes)?);
-    let tile = block.at[0];
+    let (from, to) = (kernel.codec(0, args.slice.group_shift)?, kernel.codec(1, args.slice.group_shift)?);
+    let tile = at[0];
     let Some(elements) = args.slice.tile(args.rank, tile) else { return Ok(()) };
     let mut sum: Option<Vec<f32>> = None;
     for rank in 0..args.world {
         let term = if rank == args.rank {
             load_elements::<E>(args.input, elements)?
         } else {
-            let at = args.incoming + rank as usize * args.slot_bytes as usize + tile as usize * from.tile_bytes();
+            let from_at = args.incoming + rank as usize * args.slot_bytes as usize + tile as usize * from.tile_bytes();
             let mut term = vec![0.0; elements.1];
-            from.decode_tile::<E>(&load(at, from.tile_bytes())?, &mut term);
+            from.decode_tile::<E>(&load(from_at, from.tile_bytes())?, &mut term);
             term
         };
         match &mut sum {
@@ -213,14 +223,24 @@ fn reduce<E: Element>(kernel: &Kernel, bytes: &[u8], block: Block) -> Result<()>
     store(args.outgoing + tile as usize * payload.len(), &payload)
 }
 
-fn dequantize<E: Element>(kernel: &Kernel, bytes: &[u8], block: Block) -> Result<()> {
+fn dequantize<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()> {
     let args: DequantizeArgs = args(bytes);
-    let codec = kernel.codec(0, args.slice.group_lanes)?;
-    let [tile, owner, _] = block.at;
+    let codec = kernel.codec(0, args.slice.group_shift)?;
+    let [tile, owner, _] = at;
     let Some((start, n_elems)) = args.slice.tile(owner, tile) else { return Ok(()) };
     let at = args.payload + owner as usize * args.slot_bytes as usize + tile as usize * codec.tile_bytes();
-    let mut values = vec![0.0; n_elems];
-    codec.decode_tile::<E>(&load(at, codec.tile_bytes())?, &mut values);
-    let bytes: Vec<u8> = values.iter().flat_map(|x| E::from_f32_nearest(*x).to_bits().to_le_bytes()).collect();
-    store(args.output + start * 2, &bytes)
+    store_decoded::<E>(codec, &load(at, codec.tile_bytes())?, args.output, (start, n_elems))
+}
+
+/// Decodes a payload to the elements at `start` of `output`.
+pub fn store_decoded<E: Element>(
+    codec: Codec,
+    payload: &[u8],
+    output: usize,
+    (start, n_elems): (usize, usize),
+) -> Result<()> {
+    let mut elements = vec![E::from_bits(0); n_elems];
+    codec.decode_tile_to::<E>(payload, &mut elements);
+    let bytes: Vec<u8> = elements.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect();
+    store(output + start * 2, &bytes)
 }

@@ -5,7 +5,7 @@
 //!   that other processes can map them by an IPC handle. Every access of a copy or a kernel is checked against the live
 //!   allocations.
 //! * [`stream`]: a stream is a queue with a thread of its own; events, the legacy stream, capture and graphs.
-//! * [`kernels`]: a kernel is a Rust function of one block, found by its name.
+//! * [`kernels`]: a kernel is a Rust function, found by its name; [`fused`]: the one that waits for other ranks.
 //! * [`api`]: the C functions, by NVIDIA's names, and a few `flashcomm_sim_*` for the simulated NCCL.
 //!
 //! It is as strict as the driver where a program could go wrong: what synchronizes there does so here (freeing waits
@@ -17,6 +17,7 @@
 pub mod api;
 pub mod code;
 pub mod device;
+pub mod fused;
 pub mod kernels;
 pub mod memory;
 pub mod stream;

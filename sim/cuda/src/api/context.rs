@@ -64,6 +64,15 @@ driver! {
         unsafe { std::ptr::copy_nonoverlapping(text.as_ptr().cast(), name, text.len()) };
         Ok(())
     }
+    fn cuDeviceGetPCIBusId(id: *mut c_char, n_bytes: c_int, device: c_int) {
+        let text = format!("0000:{:02x}:00.0\0", 1 + device::of(device)?.ordinal);
+        if (n_bytes as usize) < text.len() {
+            return Err(Code::INVALID_VALUE);
+        }
+        // SAFETY: the caller vouches for `n_bytes` bytes, which are enough.
+        unsafe { std::ptr::copy_nonoverlapping(text.as_ptr().cast(), id, text.len()) };
+        Ok(())
+    }
     fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) {
         let device = device::of(device)?;
         let mut bytes = *b"flashcomm-sim-00";
@@ -95,6 +104,7 @@ driver! {
             76 => 0,                         // and minor
             91 | 99 => 1,                    // host pointers as they are, host registration
             95 => 1,                         // cooperative launch
+            97 => 64 << 10,                  // shared memory per block at most
             115 => 1,                        // memory pools
             _ => 0,
         })

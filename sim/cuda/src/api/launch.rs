@@ -10,7 +10,7 @@ use parking_lot::RwLock;
 use super::{driver, put, stream};
 use crate::code::{Code, Result};
 use crate::device;
-use crate::kernels::{self, Kernel};
+use crate::kernels::{self, Kernel, Shape};
 use crate::stream::{Stream, check_capture_allows, fresh_handle};
 
 /// What a fatbin begins with.
@@ -46,7 +46,8 @@ fn launch(handle: usize, grid: [u32; 3], block: [u32; 3], on: usize, params: *mu
     if schedule::fails("launch") {
         return Err(Code::LAUNCH_FAILED);
     }
-    if grid.contains(&0) || block != [kernels::THREADS, 1, 1] || params.is_null() {
+    let [threads, rows, 1] = block else { return Err(Code::INVALID_VALUE) };
+    if grid.contains(&0) || threads != kernels::THREADS || !(1..=kernel.max_rows).contains(&rows) || params.is_null() {
         return Err(Code::INVALID_VALUE);
     }
     // SAFETY: the caller gives a pointer to each argument; these kernels have one.
@@ -54,7 +55,13 @@ fn launch(handle: usize, grid: [u32; 3], block: [u32; 3], on: usize, params: *mu
     let mut args = vec![0u8; kernel.arg_bytes];
     // SAFETY: the argument that the kernel takes.
     unsafe { std::ptr::copy_nonoverlapping(source, args.as_mut_ptr(), args.len()) };
-    stream(on)?.issue(Arc::new(move || kernel.run(&args, grid)))
+    stream(on)?.issue(Arc::new(move || kernel.run(&args, Shape { grid, block })))
+}
+
+/// Blocks of so many threads that a multiprocessor holds at once.
+fn occupancy(kernel: &Kernel, n_threads: c_int) -> c_int {
+    let rows = (n_threads as u32).div_ceil(kernels::THREADS);
+    if rows <= kernel.max_rows { (BLOCKS_PER_MULTIPROCESSOR / rows as c_int).max(1) } else { 0 }
 }
 
 driver! {
@@ -89,14 +96,12 @@ driver! {
     fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
         n_blocks: *mut c_int, handle: usize, n_threads: c_int, _shared_bytes: usize,
     ) {
-        function(handle)?;
-        put(n_blocks, if n_threads <= 128 { BLOCKS_PER_MULTIPROCESSOR } else { 0 })
+        put(n_blocks, occupancy(&*function(handle)?, n_threads))
     }
     fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
         n_blocks: *mut c_int, handle: usize, n_threads: c_int, _shared_bytes: usize, _flags: u32,
     ) {
-        function(handle)?;
-        put(n_blocks, if n_threads <= 128 { BLOCKS_PER_MULTIPROCESSOR } else { 0 })
+        put(n_blocks, occupancy(&*function(handle)?, n_threads))
     }
     fn cuLaunchKernel(
         handle: usize, grid_x: u32, grid_y: u32, grid_z: u32, block_x: u32, block_y: u32, block_z: u32,

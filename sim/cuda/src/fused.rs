@@ -1,0 +1,245 @@
+//! The fused all-reduce: the protocol of `kernels/all_reduce.cu` over the scalar codec.
+//!
+//! The channels of a launch take turns: each goes on until it would have to wait for another rank. So they all are
+//! "resident", and waiting ones really wait.
+
+use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::time::{Duration, Instant};
+
+use flashcomm_sim_schedule as schedule;
+use flashcomm_wire::{Codec, Element, Legs, Rings, TILE_ELEMS, rings};
+
+use crate::code::{Code, Result};
+use crate::kernels::{Kernel, Shape, args, load, load_elements, store, store_decoded};
+use crate::memory;
+
+/// Channels of a block at most.
+pub const MAX_BLOCK_CHANNELS: u32 = 7;
+
+/// Iterations after the last push.
+const DRAIN: usize = 3;
+
+/// `AllReduceArgs` of `kernels/all_reduce.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct AllReduceArgs {
+    input: usize,
+    output: usize,
+    count: u64,
+    chunk_tiles: u64,
+    areas: [usize; rings::MAX_WORLD],
+    iterations: usize,
+    abort: usize,
+    report: usize,
+    timeout_ns: u64,
+    rank: u32,
+    world: u32,
+    max_channels: u32,
+    group_shift: u32,
+}
+
+/// Where an operation waits, or that it has ended.
+enum Progress {
+    Done,
+    Advanced,
+    /// For the signal of this rank.
+    Waits(usize),
+}
+
+/// What the channels of a launch share.
+struct Launch {
+    args: AllReduceArgs,
+    rings: Rings,
+    n_channels: usize,
+}
+
+struct Channel {
+    number: usize,
+    n_rounds: usize,
+    /// Iterations ever run before this operation.
+    before: u32,
+    iteration: usize,
+    has_pushed: bool,
+    waits_since: Option<Instant>,
+}
+
+/// A word of memory that ranks share.
+fn word(address: usize) -> Result<&'static AtomicU32> {
+    let word = memory::resolve(address, 4)?;
+    // SAFETY: four live bytes, aligned as the areas are; it is used before the allocation can be freed.
+    Ok(unsafe { AtomicU32::from_ptr(word.cast()) })
+}
+
+/// Runs the operation to its end, or until it gives up.
+pub fn run<E: Element>(kernel: &Kernel, bytes: &[u8], shape: Shape) -> Result<()> {
+    let args: AllReduceArgs = args(bytes);
+    let legs = Legs { reduce: kernel.codec(0, args.group_shift)?, gather: kernel.codec(1, args.group_shift)? };
+    let rings = Rings { world: args.world as usize, legs, channels: args.max_channels as usize };
+    let n_channels = (shape.grid[0] * shape.block[1]) as usize;
+    let n_tiles = args.chunk_tiles as usize;
+    if n_channels > rings.channels && n_tiles > rings.channels {
+        return Err(Code::ILLEGAL_ADDRESS); // would write past the areas
+    }
+    let launch = Launch { args, rings, n_channels };
+    let new = |number: usize| {
+        let before = word(args.iterations + number * 4)?.load(Ordering::Relaxed);
+        let n_rounds = (n_tiles - number).div_ceil(n_channels);
+        Ok(Channel { number, n_rounds, before, iteration: 0, has_pushed: false, waits_since: None })
+    };
+    let mut channels = (0..n_channels.min(n_tiles)).map(new).collect::<Result<Vec<Channel>>>()?;
+    let mut idle_turns = 0;
+    while !channels.is_empty() {
+        let mut left = Vec::with_capacity(channels.len());
+        let mut has_advanced = false;
+        for mut channel in channels {
+            schedule::point();
+            match channel.step::<E>(&launch)? {
+                Progress::Done => {
+                    has_advanced = true;
+                    let n_iterations = channel.before.wrapping_add((channel.n_rounds + DRAIN) as u32);
+                    word(args.iterations + channel.number * 4)?.store(n_iterations, Ordering::Relaxed);
+                }
+                Progress::Advanced => {
+                    has_advanced = true;
+                    left.push(channel);
+                }
+                Progress::Waits(peer) if launch.gives_up(&mut channel, peer)? => {}
+                Progress::Waits(_) => left.push(channel),
+            }
+        }
+        channels = left;
+        idle_turns = if has_advanced { 0 } else { idle_turns + 1 };
+        match idle_turns {
+            0 => {}
+            1..50 => std::thread::yield_now(),
+            _ => std::thread::sleep(Duration::from_micros(50)),
+        }
+    }
+    Ok(())
+}
+
+impl Launch {
+    /// The elements of the tile of `owner`'s chunk that `channel` serves in `round`, if there are any.
+    fn tile(&self, channel: &Channel, owner: usize, round: usize) -> Option<(usize, usize)> {
+        let in_chunk = round * self.n_channels + channel.number;
+        let start = (owner * self.args.chunk_tiles as usize + in_chunk) * TILE_ELEMS;
+        let count = self.args.count as usize;
+        (round < channel.n_rounds && start < count).then(|| (start, (count - start).min(TILE_ELEMS)))
+    }
+
+    fn slot(&self, at_rank: usize, channel: &Channel, hop: usize, from: usize, round: usize) -> usize {
+        self.args.areas[at_rank] + self.rings.slot(channel.number, hop, from, round)
+    }
+
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let (rank, world) = (self.args.rank as usize, self.args.world as usize);
+        (1..world).map(move |step| (rank + step) % world)
+    }
+
+    fn gives_up(&self, channel: &mut Channel, peer: usize) -> Result<bool> {
+        let since = *channel.waits_since.get_or_insert_with(Instant::now);
+        let [gave_up, claimed, fields @ ..] = [0, 1, 2, 3, 4].map(|i| self.args.report + i * 4);
+        let why = match () {
+            () if word(self.args.abort)?.load(Ordering::Relaxed) != 0 => 1,
+            () if self.args.timeout_ns != 0 && since.elapsed().as_nanos() > u128::from(self.args.timeout_ns) => 2,
+            () => word(gave_up)?.load(Ordering::Relaxed),
+        };
+        if why == 0 {
+            return Ok(false);
+        }
+        if word(claimed)?.swap(1, Ordering::AcqRel) == 0 {
+            for (field, value) in fields.into_iter().zip([peer, channel.number, channel.iteration]) {
+                word(field)?.store(value as u32, Ordering::Relaxed);
+            }
+            word(gave_up)?.store(why, Ordering::Release);
+        }
+        Ok(true)
+    }
+}
+
+impl Channel {
+    /// One iteration, or as much of it as goes without waiting.
+    fn step<E: Element>(&mut self, launch: &Launch) -> Result<Progress> {
+        let (args, i) = (&launch.args, self.iteration);
+        let rank = args.rank as usize;
+        if i == self.n_rounds + DRAIN {
+            return Ok(Progress::Done);
+        }
+        if !self.has_pushed {
+            for owner in launch.others() {
+                self.push::<E>(launch, owner)?;
+            }
+            self.has_pushed = true;
+        }
+        if i > 0 {
+            let needed = self.before.wrapping_add(i as u32);
+            for peer in launch.others() {
+                let told = word(args.areas[rank] + launch.rings.signal(self.number, peer))?.load(Ordering::Acquire);
+                if (told.wrapping_sub(needed) as i32) < 0 {
+                    return Ok(Progress::Waits(peer));
+                }
+            }
+        }
+        self.waits_since = None;
+        if i + 1 < self.n_rounds + DRAIN {
+            fence(Ordering::SeqCst);
+            for peer in launch.others() {
+                let signal = word(args.areas[peer] + launch.rings.signal(self.number, rank))?;
+                signal.store(self.before.wrapping_add(i as u32 + 1), Ordering::Release);
+            }
+        }
+        if i >= 3 {
+            for owner in launch.others() {
+                self.decode::<E>(launch, owner, i - 3)?;
+            }
+        }
+        if (1..=self.n_rounds).contains(&i) {
+            self.reduce::<E>(launch, i - 1)?;
+        }
+        self.iteration += 1;
+        self.has_pushed = false;
+        Ok(Progress::Advanced)
+    }
+
+    fn push<E: Element>(&self, launch: &Launch, owner: usize) -> Result<()> {
+        let Some(tile) = launch.tile(self, owner, self.iteration) else { return Ok(()) };
+        let values = load_elements::<E>(launch.args.input, tile)?;
+        let payload = encode::<E>(launch.rings.legs.reduce, &values);
+        store(launch.slot(owner, self, 0, launch.args.rank as usize, self.iteration), &payload)
+    }
+
+    fn decode<E: Element>(&self, launch: &Launch, owner: usize, round: usize) -> Result<()> {
+        let Some(tile) = launch.tile(self, owner, round) else { return Ok(()) };
+        let gather = launch.rings.legs.gather;
+        let payload = load(launch.slot(launch.args.rank as usize, self, 1, owner, round), gather.tile_bytes())?;
+        store_decoded::<E>(gather, &payload, launch.args.output, tile)
+    }
+
+    fn reduce<E: Element>(&self, launch: &Launch, round: usize) -> Result<()> {
+        let (rank, Legs { reduce, gather }) = (launch.args.rank as usize, launch.rings.legs);
+        let Some(tile) = launch.tile(self, rank, round) else { return Ok(()) };
+        let mut sum = vec![-0.0f32; tile.1];
+        for from in 0..launch.rings.world {
+            let term = if from == rank {
+                load_elements::<E>(launch.args.input, tile)?
+            } else {
+                let mut term = vec![0.0; tile.1];
+                reduce
+                    .decode_tile::<E>(&load(launch.slot(rank, self, 0, from, round), reduce.tile_bytes())?, &mut term);
+                term
+            };
+            sum.iter_mut().zip(term).for_each(|(sum, term)| *sum += term);
+        }
+        let payload = encode::<E>(gather, &sum);
+        for peer in launch.others() {
+            store(launch.slot(peer, self, 1, rank, round), &payload)?;
+        }
+        store_decoded::<E>(gather, &payload, launch.args.output, tile)
+    }
+}
+
+fn encode<E: Element>(codec: Codec, values: &[f32]) -> Vec<u8> {
+    let mut payload = vec![0; codec.tile_bytes()];
+    codec.encode_tile::<E>(values, &mut payload);
+    payload
+}
