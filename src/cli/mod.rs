@@ -1,5 +1,6 @@
 //! The subcommands, and what they share: sizes and how the command ends.
 
+mod bench;
 mod client;
 mod demo;
 
@@ -9,7 +10,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use client::machine::{self, NoGpu};
@@ -27,6 +28,8 @@ struct Cli {
 enum Command {
     /// Shows a sum all-reduce at each width: bytes on the wire, error, and whether all ranks agree
     Demo(demo::Args),
+    /// Times sum all-reduces through the shim beside those of the real NCCL, in one run on one machine
+    Bench(bench::Args),
     /// A child process of the others
     #[command(hide = true)]
     Rank {
@@ -42,6 +45,7 @@ const UNABLE: u8 = 2;
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Rank { assignment } => rank(&assignment).map(|()| true),
     };
     match done {
@@ -59,14 +63,18 @@ fn rank(assignment: &str) -> Result<()> {
     match told.role {
         Role::Probe => machine::probe(told),
         Role::Demo => demo::child(told),
-        Role::Bench | Role::Kernels => unimplemented!(),
+        Role::Bench => bench::measure::child(told),
+        Role::Kernels => bench::kernels::child(told),
     }
 }
+
+/// No lines but one under the header.
+const PLAIN: TableStyle = TableStyle::new().header_separator(LineStyle::new('-', '-', '-', '-'));
 
 /// A table of numbers: the first column names, the others are aligned to the right.
 fn table<H: AsRef<str>>(header: &[H]) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::ASCII_NO_BORDERS).set_header(header.iter().map(H::as_ref));
+    table.load_style(PLAIN).set_header(header.iter().map(H::as_ref));
     table.column_iter_mut().skip(1).for_each(|column| _ = column.set_cell_alignment(CellAlignment::Right));
     table
 }

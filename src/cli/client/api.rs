@@ -21,6 +21,7 @@ macro_rules! table {
         #[allow(non_snake_case, reason = "C's names")]
         pub struct $table {
             $(pub $name: unsafe extern "C" fn($($type),*) -> table!(@ $($answer)?),)*
+            #[allow(dead_code, reason = "keeps the functions where they are")]
             library: Library,
         }
 

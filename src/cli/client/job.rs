@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -45,6 +46,7 @@ pub struct Job {
     children: Vec<Running>,
     inbox: Receiver<(usize, Option<Word>)>,
     stderr: Arc<Mutex<Vec<String>>>,
+    listeners: Vec<JoinHandle<()>>,
 }
 
 struct Running {
@@ -57,7 +59,7 @@ impl Job {
     pub fn start(machine: &Machine, start: &Start) -> Result<Self> {
         let (sender, inbox) = channel();
         let stderr = Arc::default();
-        let mut job = Job { children: vec![], inbox, stderr };
+        let mut job = Job { children: vec![], inbox, stderr, listeners: vec![] };
         let local = if start.processes { 1 } else { start.world };
         for first in (0..start.world).step_by(local) {
             let told = Assignment {
@@ -66,6 +68,7 @@ impl Job {
                 first,
                 local,
                 nccl: if start.shim { machine.shim.clone() } else { machine.nccl.clone() },
+                simulated: machine.is_simulated(),
                 limit_s: start.limit.as_secs() + 5, // the command is there first, if it is there
             };
             let mut command = machine.again()?;
@@ -73,7 +76,8 @@ impl Job {
             command.envs(machine.sharing(start.world, first)).envs(start.settings.iter().cloned());
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
             let mut child = command.spawn().context("cannot start a child process")?;
-            listen(&mut child, job.children.len(), sender.clone(), Arc::clone(&job.stderr));
+            let number = job.children.len();
+            job.listeners.extend(listen(&mut child, number, sender.clone(), Arc::clone(&job.stderr)));
             let orders = child.stdin.take();
             job.children.push(Running { child, orders });
         }
@@ -121,15 +125,18 @@ impl Job {
         self.children.iter_mut().for_each(|running| drop(running.orders.take()));
         for running in &mut self.children {
             while running.child.try_wait()?.is_none() {
-                ensure!(Instant::now() < end, "a child process does not end; stopped");
+                ensure!(Instant::now() < end, "a child process did its work but does not end; stopped");
                 std::thread::sleep(Duration::from_millis(5));
             }
         }
         Ok(self.stderr())
     }
 
-    /// What the children have written to standard error so far, each line once.
-    pub fn stderr(&self) -> Vec<String> {
+    /// What the children wrote to standard error, each line once. They have ended.
+    fn stderr(&mut self) -> Vec<String> {
+        for listener in self.listeners.drain(..) {
+            listener.join().expect("reads lines");
+        }
         let mut seen = BTreeSet::new();
         let lines = self.stderr.lock();
         lines.iter().filter(|line| seen.insert(line.as_str())).cloned().collect()
@@ -171,20 +178,26 @@ impl Drop for Job {
 }
 
 /// Threads that read what the child says; they end with it.
-fn listen(child: &mut Child, number: usize, sender: Sender<(usize, Option<Word>)>, to: Arc<Mutex<Vec<String>>>) {
+fn listen(
+    child: &mut Child,
+    number: usize,
+    sender: Sender<(usize, Option<Word>)>,
+    to: Arc<Mutex<Vec<String>>>,
+) -> [JoinHandle<()>; 2] {
     let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
-    std::thread::spawn(move || {
+    let words = std::thread::spawn(move || {
         for line in BufReader::new(stdout).lines().map_while(Result::ok) {
             let word = serde_json::from_str(&line).unwrap_or_else(|_| Word::Failed(format!("it says {line:?}")));
             if sender.send((number, Some(word))).is_err() {
                 return;
             }
         }
-        let _ = sender.send((number, None)); // nobody listens any more
+        let _ = sender.send((number, None)); // unless nobody listens any more
     });
-    std::thread::spawn(move || {
+    let noise = std::thread::spawn(move || {
         for line in BufReader::new(stderr).lines().map_while(Result::ok) {
             to.lock().push(line);
         }
     });
+    [words, noise]
 }

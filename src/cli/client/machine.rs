@@ -42,7 +42,7 @@ pub struct NoGpu(String);
 
 impl std::fmt::Display for NoGpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "this needs a GPU: {}", self.0)
+        write!(f, "this needs a GPU, since the simulator proves nothing about speed: {}", self.0)
     }
 }
 
@@ -166,7 +166,8 @@ impl Machine {
         if let Some(simulators) = &self.simulators {
             let mut paths = vec![simulators.path().to_owned()];
             paths.extend(env::split_paths(&env::var_os("LD_LIBRARY_PATH").unwrap_or_default()));
-            command.env("LD_LIBRARY_PATH", env::join_paths(paths).unwrap_or_else(|_| OsString::from(simulators.path())));
+            command
+                .env("LD_LIBRARY_PATH", env::join_paths(paths).unwrap_or_else(|_| OsString::from(simulators.path())));
         }
         Ok(command)
     }

@@ -29,6 +29,8 @@ pub struct Assignment {
     pub local: usize,
     /// What it calls as NCCL: the shim or the real one.
     pub nccl: PathBuf,
+    /// Whether the libraries are the simulators.
+    pub simulated: bool,
     /// Seconds that a task may take; then the child ends, in case nobody is left to kill it.
     pub limit_s: u64,
 }

@@ -20,7 +20,8 @@ const NON_BLOCKING: u32 = 1;
 const CAPTURE_THREAD_LOCAL: c_int = 1;
 
 /// Element types; the codes are those of `ncclDataType_t`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
 #[allow(missing_docs, reason = "they say it")]
 pub enum Dtype {
     Fp16 = 6,

@@ -19,7 +19,8 @@ pub const GROUP: u16 = 128;
 pub fn legs(bits: &str) -> Result<Legs> {
     let codec = |text: &str| -> Result<Codec> {
         let width = text.parse().ok().and_then(Width::new);
-        let width = width.with_context(|| format!("{bits:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8"))?;
+        let width =
+            width.with_context(|| format!("{bits:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8"))?;
         Ok(Codec { width, group: GroupSize::new(GROUP).expect("a group size") })
     };
     let (reduce, gather) = bits.split_once(':').unwrap_or((bits, bits));
