@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Collects in .gpu/ what scripts/test_gpu.sh needs on a machine that has a GPU but neither cargo nor a network:
-# the release library, the GPU test binaries, and the programs that they are compared with.
+# the release library, the command, the GPU test binaries, and the programs that they are compared with.
 #
 # FLASHCOMM_CUDA_ARCHS narrows the architectures, which makes the library smaller and the build quicker.
 set -euo pipefail
@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 rm -rf .gpu
 mkdir -p .gpu
-cargo build --release --lib --example kernel_speed
+cargo build --release --lib --bin flashcomm
 cargo build --release -p flashcomm-wire --example reference
 cargo build --release --tests --message-format=json 2>/dev/null |
     python3 -c '
@@ -18,7 +18,7 @@ for line in sys.stdin:
     if message.get("executable") and message["target"]["name"].startswith("gpu_"):
         shutil.copy(message["executable"], ".gpu/" + message["target"]["name"])
 '
-cp target/release/libflashcomm.so target/release/examples/kernel_speed target/release/examples/reference .gpu/
+cp target/release/libflashcomm.so target/release/flashcomm target/release/examples/reference .gpu/
 # A real NCCL for the tests that PyTorch's own is too old for. Whole it would be 300 MB; carry one architecture.
 if [[ ${FLASHCOMM_CUDA_ARCHS:-} =~ ^[0-9]+$ && -f .toolkit/nccl-2.32.3/lib/libnccl.so.2 ]]; then
     python3 scripts/trim_nccl.py .toolkit/nccl-2.32.3/lib/libnccl.so.2 .gpu/libnccl.so.2 "$FLASHCOMM_CUDA_ARCHS"
@@ -26,5 +26,5 @@ if [[ ${FLASHCOMM_CUDA_ARCHS:-} =~ ^[0-9]+$ && -f .toolkit/nccl-2.32.3/lib/libnc
 else
     echo "no trimmed NCCL packed: set FLASHCOMM_CUDA_ARCHS to the one architecture of the GPU and run setup.sh --test"
 fi
-strip .gpu/gpu_* .gpu/kernel_speed .gpu/reference
+strip .gpu/gpu_* .gpu/flashcomm .gpu/reference
 du -sh .gpu

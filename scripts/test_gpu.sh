@@ -23,7 +23,7 @@ check() {
     fi
 }
 
-chmod +x .gpu/gpu_* .gpu/kernel_speed .gpu/reference
+chmod +x .gpu/gpu_* .gpu/flashcomm .gpu/reference
 export FLASHCOMM_REQUIRE_GPU=1
 FLASHCOMM_LIB=$PWD/.gpu/libflashcomm.so
 export FLASHCOMM_LIB FLASHCOMM_REFERENCE=$PWD/.gpu/reference

@@ -1,0 +1,141 @@
+//! `bench --kernels`: bytes per second of the quantize and dequantize kernels alone, beside a device copy of the same run.
+//!
+//! Bytes read plus bytes written, medians of timed batches of launches.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use cudarc::driver::sys;
+use flashcomm::cuda::{self, Context, DeviceMemory, Stream};
+use flashcomm::kernels::{ElementType, Kernels, Piece};
+use flashcomm_wire::{Codec, GroupSize, Legs, Plan, TILE_ELEMS, Width};
+use serde::{Deserialize, Serialize};
+
+use crate::cli::client::job::{Job, Start};
+use crate::cli::client::machine::Machine;
+use crate::cli::client::party::{Assignment, Party, Role};
+use crate::cli::client::rank::Dtype;
+use crate::cli::client::values;
+
+/// What was measured.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Speeds {
+    /// Bytes of the fp16 or bf16 side.
+    pub n_bytes: usize,
+    /// The device copy, TB/s.
+    pub copy_tb_s: f64,
+    /// The kernels.
+    pub kernels: Vec<Speed>,
+}
+
+/// One kernel.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Speed {
+    /// Its name.
+    pub kernel: String,
+    /// Element type.
+    pub dtype: String,
+    /// Width.
+    pub bits: u8,
+    /// Microseconds of a launch.
+    pub us: f64,
+    /// Bytes read and written, TB/s.
+    pub tb_s: f64,
+    /// The same over the copy's.
+    pub of_copy: f64,
+}
+
+/// How long it may take.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Measures on the first GPU.
+pub fn measure(machine: &Machine) -> Result<Speeds> {
+    let mut job = Job::start(machine, &Start { role: Role::Kernels, limit: LIMIT, ..Start::default() })?;
+    job.answers(LIMIT)?.pop().context("one answer")
+}
+
+/// In a child.
+pub fn child(told: Assignment) -> Result<()> {
+    // What the simulator can do, only shows that this works.
+    let extent = if told.simulated {
+        Extent { n_bytes: 64 << 10, launches: 1, batches: 3 }
+    } else {
+        Extent { n_bytes: 256 << 20, launches: 10, batches: 30 }
+    };
+    Party::new(told)?.answer_alone(&speeds(&extent)?)
+}
+
+/// How much is measured.
+struct Extent {
+    n_bytes: usize,
+    launches: usize,
+    batches: usize,
+}
+
+fn speeds(extent: &Extent) -> Result<Speeds> {
+    let n_bytes = extent.n_bytes;
+    cuda::init()?;
+    let context = Context::retain(0)?;
+    let _entered = context.enter()?;
+    let stream = Stream::new()?;
+    let (a, b) = (DeviceMemory::new(2 * n_bytes)?, DeviceMemory::new(2 * n_bytes)?);
+    let noise = values::input(n_bytes, Dtype::Fp16, 1, 0);
+    a.write(0, &noise, &stream)?;
+    a.write(n_bytes, &noise, &stream)?;
+
+    let copy = median_s(extent, &stream, || {
+        let (to, from) = (b.at(0) as u64, a.at(0) as u64);
+        // SAFETY: both ranges are allocated.
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, n_bytes, stream.handle()) };
+        ensure!(result == sys::CUresult::CUDA_SUCCESS, "a device copy answers {result:?}");
+        Ok(())
+    })?;
+    let copy_rate = 2.0 * n_bytes as f64 / copy;
+    let mut kernels = Vec::new();
+    for bits in 2..=8 {
+        let codec = Codec { width: Width::new(bits).expect("a width"), group: GroupSize::new(128).expect("a size") };
+        let legs = Legs { reduce: codec, gather: codec };
+        let entries = Kernels::load(0, legs)?;
+        let payload = n_bytes / 2 / TILE_ELEMS * codec.tile_bytes();
+        // Of two ranks' chunks, quantize sends one, of `n_bytes`.
+        let two = Plan::new(n_bytes, 2, legs, usize::MAX)?;
+        let one = Plan::new(n_bytes / 2, 1, legs, usize::MAX)?;
+        for element in ElementType::ALL {
+            let quantize = median_s(extent, &stream, || {
+                let piece = Piece { plan: &two, slice: 0, element };
+                // SAFETY: both buffers are large enough.
+                Ok(unsafe { entries.quantize(piece, 1, a.at(0), b.at(0), stream.handle()) }?)
+            })?;
+            let dequantize = median_s(extent, &stream, || {
+                let piece = Piece { plan: &one, slice: 0, element };
+                // SAFETY: both buffers are large enough.
+                Ok(unsafe { entries.dequantize(piece, b.at(0), b.at(n_bytes), stream.handle()) }?)
+            })?;
+            for (kernel, seconds) in [("quantize", quantize), ("dequantize", dequantize)] {
+                let rate = (n_bytes + payload) as f64 / seconds;
+                kernels.push(Speed {
+                    kernel: kernel.into(),
+                    dtype: element.name().into(),
+                    bits,
+                    us: seconds * 1e6,
+                    tb_s: rate / 1e12,
+                    of_copy: rate / copy_rate,
+                });
+            }
+        }
+    }
+    Ok(Speeds { n_bytes, copy_tb_s: copy_rate / 1e12, kernels })
+}
+
+/// Median seconds of one launch, after three batches that warm up.
+fn median_s(extent: &Extent, stream: &Stream, mut launch: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut times = Vec::new();
+    for _ in 0..extent.batches + 3 {
+        stream.synchronize()?;
+        let start = Instant::now();
+        (0..extent.launches).try_for_each(|_| launch())?;
+        stream.synchronize()?;
+        times.push(start.elapsed().as_secs_f64() / extent.launches as f64);
+    }
+    Ok(super::report::median(&times[3..]))
+}

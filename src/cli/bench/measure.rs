@@ -1,0 +1,165 @@
+//! In a child: a rank measures.
+//!
+//! A batch is `k` all-reduces issued back to back (or a graph of them), between two events on the stream; `k` is chosen
+//! so that a batch takes some milliseconds. Before the first event comes one more all-reduce: it ends on all ranks at
+//! about the same time, so the ranks' hosts, which come from a barrier at different times, are not in what is measured.
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::cli::client::api::Ptr;
+use crate::cli::client::party::{Assignment, Party};
+use crate::cli::client::rank::{Dtype, Rank};
+use crate::cli::client::values;
+
+/// What to measure.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Task {
+    /// Bytes that each rank sums.
+    pub n_bytes: usize,
+    /// Bytes of the largest task of the job.
+    pub max_bytes: usize,
+    /// Of what type.
+    pub dtype: Dtype,
+    /// Whether a batch is a captured graph.
+    pub graph: bool,
+    /// Batches to time.
+    pub batches: usize,
+    /// Microseconds that a batch takes at least.
+    pub batch_us: f64,
+    /// Whether to look at the results before and after.
+    pub check: Check,
+}
+
+/// How results are checked.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Check {
+    /// Not at all.
+    No,
+    /// The same bits on all ranks, before the measurement and after it.
+    SameBits,
+    /// Those of the specification at this `FLASHCOMM_BITS`, too.
+    Reference(String),
+}
+
+/// A rank's answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Measured {
+    /// Microseconds of one all-reduce, by batch.
+    pub us: Vec<f64>,
+    /// All-reduces of a batch.
+    pub per_batch: usize,
+    /// Hashes of the results before and after.
+    pub hashes: Option<[u64; 2]>,
+    /// The hash that they must have; from rank 0.
+    pub reference: Option<u64>,
+    /// All-reduces that the shim compressed in this process.
+    pub compressed: u64,
+    /// All-reduces that the shim forwarded in this process.
+    pub forwarded: u64,
+}
+
+const SEED: u64 = 1;
+/// All-reduces before anything is measured.
+const WARM_UP: usize = 3;
+/// All-reduces by which `k` is chosen.
+const TRIAL: usize = 4;
+/// The largest `k`: what a stream takes without making its host wait.
+const MAX_PER_BATCH: f64 = 400.0;
+
+/// Where a rank's data is.
+struct Buffers {
+    send: Ptr,
+    receive: Ptr,
+    dtype: Dtype,
+}
+
+/// Runs the ranks of this process.
+pub fn child(told: Assignment) -> Result<()> {
+    Party::new(told)?.run(|_| Ok((None, None)), |rank, buffers, task: Task| perform(rank, buffers, &task).map(Some));
+    Ok(())
+}
+
+fn perform(rank: &Rank, buffers: &mut Option<Buffers>, task: &Task) -> Result<Measured> {
+    let &Task { n_bytes, dtype, .. } = task;
+    let (send, receive) = prepare(rank, buffers, task)?;
+    rank.meet(&())?; // after all allocations
+    let before = rank.nccl.stats();
+    rank.meet(&())?; // and before all calls
+    let issue = |n: usize| (0..n).try_for_each(|_| rank.all_reduce(send, receive, n_bytes, dtype));
+    let hash = || -> Result<u64> { Ok(values::hash(&rank.read(receive, n_bytes)?)) };
+
+    issue(1)?;
+    let first = (task.check != Check::No).then(hash).transpose()?;
+    issue(WARM_UP)?;
+    let per_batch = choose(rank, task.batch_us, issue)?;
+    let graph = if task.graph { Some(rank.capture(|| issue(per_batch))?) } else { None };
+    let batch = || match &graph {
+        Some(graph) => rank.launch(graph),
+        None => issue(per_batch),
+    };
+    rank.meet(&())?;
+    batch()?;
+    rank.wait()?;
+
+    let mut us = Vec::new();
+    let (start, end) = (rank.event()?, rank.event()?);
+    for _ in 0..task.batches {
+        rank.meet(&())?;
+        issue(1)?;
+        rank.record(start)?;
+        batch()?;
+        rank.record(end)?;
+        rank.wait()?;
+        us.push(rank.elapsed_us(start, end)? / per_batch as f64);
+    }
+    let last = (task.check != Check::No).then(hash).transpose()?;
+    rank.meet(&())?;
+    let after = rank.nccl.stats();
+    if let Some(graph) = graph {
+        rank.drop_graph(graph)?;
+    }
+
+    let reference = match &task.check {
+        Check::Reference(bits) if rank.rank == 0 => {
+            let inputs = values::inputs(n_bytes, dtype, SEED, rank.world);
+            Some(values::hash(&values::reference(&inputs, dtype, values::legs(bits)?)))
+        }
+        _ => None,
+    };
+    let (compressed, forwarded) = match (before, after) {
+        (Some(before), Some(after)) => (
+            after.allReducesCompressed - before.allReducesCompressed,
+            after.allReducesForwarded - before.allReducesForwarded,
+        ),
+        _ => (0, 0),
+    };
+    Ok(Measured { us, per_batch, hashes: first.zip(last).map(Into::into), reference, compressed, forwarded })
+}
+
+/// The rank's buffers, filled for this type: made at the first task.
+fn prepare(rank: &Rank, buffers: &mut Option<Buffers>, task: &Task) -> Result<(Ptr, Ptr)> {
+    let (send, receive) = match buffers {
+        Some(buffers) if buffers.dtype == task.dtype => return Ok((buffers.send, buffers.receive)),
+        Some(buffers) => (buffers.send, buffers.receive),
+        None => (rank.allocate(task.max_bytes)?, rank.allocate(task.max_bytes)?),
+    };
+    rank.write(send, &values::input(task.max_bytes, task.dtype, SEED, rank.rank))?;
+    *buffers = Some(Buffers { send, receive, dtype: task.dtype });
+    Ok((send, receive))
+}
+
+/// How many all-reduces make a batch of `batch_us`; the same on all ranks.
+fn choose(rank: &Rank, batch_us: f64, issue: impl Fn(usize) -> Result<()>) -> Result<usize> {
+    let (start, end) = (rank.event()?, rank.event()?);
+    rank.meet(&())?;
+    issue(1)?;
+    rank.record(start)?;
+    issue(TRIAL)?;
+    rank.record(end)?;
+    rank.wait()?;
+    let each = rank.meet(&(rank.elapsed_us(start, end)? / TRIAL as f64))?;
+    let slowest = each.into_iter().fold(0.0, f64::max);
+    ensure!(slowest.is_finite(), "events without a time");
+    Ok((batch_us / slowest.max(0.1)).ceil().clamp(1.0, MAX_PER_BATCH) as usize)
+}

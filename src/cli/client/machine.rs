@@ -1,0 +1,223 @@
+//! What this machine has: the shim, the real NCCL, GPUs, or the simulators in their place.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use super::api::{Cuda, Nccl, call};
+use super::job::{Job, Start};
+use super::party::{Assignment, Party, Role};
+
+/// Where the libraries are, if not where they are looked for.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Places {
+    /// The shim [default: libflashcomm.so beside this command, or in ../lib]
+    #[arg(long, value_name = "FILE")]
+    shim: Option<PathBuf>,
+    /// The real NCCL [default: what the loader finds as libnccl.so.2]
+    #[arg(long, value_name = "FILE", env = "FLASHCOMM_NCCL_LIB")]
+    nccl: Option<PathBuf>,
+}
+
+/// Where ranks may run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wanted {
+    /// On GPUs, and on the simulator where there are none.
+    Any,
+    /// On GPUs.
+    Gpu,
+    /// On the simulator, also where there are GPUs.
+    Simulator,
+}
+
+/// There is no GPU, and one was wanted.
+#[derive(Debug)]
+pub struct NoGpu(String);
+
+impl std::fmt::Display for NoGpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "this needs a GPU, since the simulator proves nothing about speed: {}", self.0)
+    }
+}
+
+impl std::error::Error for NoGpu {}
+
+/// The libraries and what they said of themselves.
+pub struct Machine {
+    /// `libflashcomm.so`.
+    pub shim: PathBuf,
+    /// The real NCCL, or the simulated one.
+    pub nccl: PathBuf,
+    /// Names of the GPUs.
+    pub gpus: Vec<String>,
+    /// As `cuDriverGetVersion` has it: 13000 is 13.0.
+    pub driver: u32,
+    /// As `ncclGetVersion` has it: 23203 is 2.32.3.
+    pub nccl_version: u32,
+    /// Why there is no GPU, if this is the simulator.
+    pub no_gpu: Option<String>,
+    /// The simulators under the names of what they stand for.
+    simulators: Option<TempDir>,
+}
+
+/// What a child process found.
+#[derive(Serialize, Deserialize)]
+struct Found {
+    /// Names and driver version.
+    gpus: Result<(Vec<String>, u32), String>,
+    nccl: Result<u32, String>,
+}
+
+/// The first NCCL that lets several ranks of one process, or of several on one host, share a GPU.
+const SHARES_GPUS: u32 = 23003;
+/// Thread blocks of NCCL's kernels where ranks share a GPU and nothing else is asked for: with its own choice they are
+/// more than fit on it together, and wait for one another for ever.
+const SHARED_CTAS: u32 = 8;
+
+impl Machine {
+    /// Looks around. Libraries are opened in a child process, so that this one stays without a driver and its threads.
+    pub fn find(places: &Places, wanted: Wanted) -> Result<Self> {
+        let shim = find_shim(places.shim.as_deref())?;
+        let nccl = places.nccl.clone().unwrap_or_else(|| "libnccl.so.2".into());
+        let mut machine =
+            Machine { shim, nccl, gpus: vec![], driver: 0, nccl_version: 0, no_gpu: None, simulators: None };
+        if wanted != Wanted::Simulator {
+            let found = machine.probe()?;
+            match found.gpus {
+                Ok((gpus, driver)) => {
+                    machine.nccl_version = found.nccl.map_err(|why| anyhow!(why))?;
+                    (machine.gpus, machine.driver) = (gpus, driver);
+                    return Ok(machine);
+                }
+                Err(why) if wanted == Wanted::Gpu => bail!(NoGpu(why)),
+                Err(why) => machine.no_gpu = Some(why),
+            }
+        }
+        let simulators = simulators()?;
+        machine.nccl = simulators.path().join("libnccl.so.2");
+        machine.simulators = Some(simulators);
+        let found = machine.probe()?;
+        (machine.gpus, machine.driver) = found.gpus.map_err(|why| anyhow!("the simulated driver: {why}"))?;
+        machine.nccl_version = found.nccl.map_err(|why| anyhow!("the simulated NCCL: {why}"))?;
+        Ok(machine)
+    }
+
+    fn probe(&self) -> Result<Found> {
+        let limit = Duration::from_secs(60);
+        let mut job = Job::start(self, &Start { role: Role::Probe, limit, ..Start::default() })?;
+        job.answers(limit)?.pop().context("one answer")
+    }
+
+    /// Whether nothing here is real.
+    pub fn is_simulated(&self) -> bool {
+        self.simulators.is_some()
+    }
+
+    /// Whether that many ranks must share GPUs.
+    pub fn shares(&self, world: usize) -> bool {
+        !self.is_simulated() && world > self.gpus.len()
+    }
+
+    /// In one line.
+    pub fn describe(&self) -> String {
+        if self.is_simulated() {
+            return "the simulator: it proves results, and nothing about speed".into();
+        }
+        let (major, minor, patch) = (self.nccl_version / 10000, self.nccl_version / 100 % 100, self.nccl_version % 100);
+        let driver = (self.driver / 1000, self.driver / 10 % 100);
+        let count = if self.gpus.len() == 1 { String::new() } else { format!("{} x ", self.gpus.len()) };
+        format!("{count}{}, CUDA driver {}.{}, NCCL {major}.{minor}.{patch}", self.gpus[0], driver.0, driver.1)
+    }
+
+    /// Whether ranks that share a GPU may be threads of one process.
+    pub fn takes_threads(&self, world: usize) -> bool {
+        !self.shares(world) || self.nccl_version >= SHARES_GPUS
+    }
+
+    /// NCCL's settings for rank `rank` of `world`, where ranks share a GPU.
+    pub fn sharing(&self, world: usize, rank: usize) -> Vec<(String, String)> {
+        if !self.shares(world) {
+            return vec![];
+        }
+        if self.nccl_version >= SHARES_GPUS {
+            let ctas = SHARED_CTAS.to_string();
+            return vec![("NCCL_MULTI_RANK_GPU_ENABLE".into(), "1".into()), ("NCCL_MAX_CTAS".into(), ctas)];
+        }
+        // An older NCCL refuses two ranks on a GPU, unless it takes them for ranks of two hosts.
+        vec![("NCCL_HOSTID".into(), format!("flashcomm-rank-{rank}"))]
+    }
+
+    /// This command again, as a child that finds these libraries.
+    pub fn again(&self) -> Result<Command> {
+        let mut command = Command::new(env::current_exe()?);
+        command.env("FLASHCOMM_NCCL_LIB", &self.nccl);
+        // What is measured is opened by name; a shim preloaded on top would stand before the real NCCL's own calls.
+        if let Some(preloads) = env::var_os("LD_PRELOAD") {
+            let text = preloads.to_string_lossy();
+            let others: Vec<&str> = text.split([':', ' ']).filter(|path| !path.contains("flashcomm")).collect();
+            command.env("LD_PRELOAD", others.join(":"));
+        }
+        if let Some(simulators) = &self.simulators {
+            let mut paths = vec![simulators.path().to_owned()];
+            paths.extend(env::split_paths(&env::var_os("LD_LIBRARY_PATH").unwrap_or_default()));
+            command
+                .env("LD_LIBRARY_PATH", env::join_paths(paths).unwrap_or_else(|_| OsString::from(simulators.path())));
+        }
+        Ok(command)
+    }
+}
+
+/// In a child: what there is.
+pub fn probe(told: Assignment) -> Result<()> {
+    let party = Party::new(told)?;
+    let gpus = || {
+        let cuda = Cuda::load()?;
+        let count = cuda.device_count()?;
+        ensure!(count > 0, "the CUDA driver shows no GPU; is CUDA_VISIBLE_DEVICES empty?");
+        let mut driver = 0;
+        call!(&cuda, cuDriverGetVersion(&mut driver))?;
+        let names = (0..count).map(|ordinal| cuda.device_name(ordinal)).collect::<Result<_>>()?;
+        Ok((names, driver as u32))
+    };
+    let nccl = || Nccl::load(&party.told.nccl)?.version();
+    let in_words = |error: anyhow::Error| format!("{error:#}");
+    party.answer_alone(&Found { gpus: gpus().map_err(in_words), nccl: nccl().map_err(in_words) })
+}
+
+fn find_shim(named: Option<&Path>) -> Result<PathBuf> {
+    if let Some(path) = named {
+        // A name without a slash would be looked up elsewhere by the loader.
+        return path.canonicalize().with_context(|| format!("no shim at --shim {}", path.display()));
+    }
+    beside("libflashcomm.so").map_err(|looked| {
+        anyhow!("no libflashcomm.so in {looked}; build it with cargo build --lib, or name it by --shim")
+    })
+}
+
+/// A library beside this command or in ../lib; otherwise where it was looked for.
+fn beside(name: &str) -> Result<PathBuf, String> {
+    let exe = env::current_exe().map_err(|error| error.to_string())?;
+    let here = exe.parent().unwrap_or(Path::new("."));
+    let candidates = [here.join(name), here.join("../lib").join(name)];
+    let found = candidates.iter().find(|path| path.exists());
+    found.cloned().ok_or_else(|| format!("{} or {}", here.display(), here.join("../lib").display()))
+}
+
+/// A directory with the simulators under the names that programs look for.
+fn simulators() -> Result<TempDir> {
+    let dir = tempfile::tempdir()?;
+    let (cuda, nccl) = ("libflashcomm_sim_cuda.so", "libflashcomm_sim_nccl.so");
+    for (name, file) in [("libcuda.so.1", cuda), ("libcuda.so", cuda), ("libnccl.so.2", nccl)] {
+        let library = beside(file).map_err(|looked| {
+            anyhow!("no {file} in {looked}; build it with cargo build -p flashcomm-sim-cuda -p flashcomm-sim-nccl")
+        })?;
+        std::os::unix::fs::symlink(library.canonicalize()?, dir.path().join(name))?;
+    }
+    Ok(dir)
+}

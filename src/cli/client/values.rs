@@ -1,0 +1,145 @@
+//! What ranks sum, what must come out, and how far something is from it.
+
+use std::hash::{DefaultHasher, Hasher};
+
+use anyhow::{Context, Result};
+use flashcomm_wire::{Codec, Element, GroupSize, Legs, Width, reference};
+use half::{bf16, f16};
+use rand::SeedableRng;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand_distr::{Distribution, StandardNormal};
+use serde::{Deserialize, Serialize};
+
+use super::rank::Dtype;
+
+/// Elements that share a scale and a zero point in every job here.
+pub const GROUP: u16 = 128;
+
+/// `FLASHCOMM_BITS` and [`GROUP`], typed.
+pub fn legs(bits: &str) -> Result<Legs> {
+    let codec = |text: &str| -> Result<Codec> {
+        let width = text.parse().ok().and_then(Width::new);
+        let width =
+            width.with_context(|| format!("{bits:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8"))?;
+        Ok(Codec { width, group: GroupSize::new(GROUP).expect("a group size") })
+    };
+    let (reduce, gather) = bits.split_once(':').unwrap_or((bits, bits));
+    Ok(Legs { reduce: codec(reduce)?, gather: codec(gather)? })
+}
+
+/// A rank's input: normally distributed, the same whenever it is asked for. A shorter one is the beginning of a longer one.
+pub fn input(n_bytes: usize, dtype: Dtype, seed: u64, rank: usize) -> Vec<u8> {
+    let random = Xoshiro256PlusPlus::seed_from_u64(seed.wrapping_mul(1 << 16).wrapping_add(rank as u64));
+    let values = StandardNormal.sample_iter(random).take(n_bytes / dtype.n_bytes());
+    match dtype {
+        Dtype::Fp16 => values.flat_map(|x: f32| f16::from_f32(x).to_le_bytes()).collect(),
+        Dtype::Bf16 => values.flat_map(|x: f32| bf16::from_f32(x).to_le_bytes()).collect(),
+        Dtype::Fp32 => values.flat_map(|x: f32| x.to_le_bytes()).collect(),
+    }
+}
+
+/// Every rank's input.
+pub fn inputs(n_bytes: usize, dtype: Dtype, seed: u64, world: usize) -> Vec<Vec<u8>> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..world).map(|rank| scope.spawn(move || input(n_bytes, dtype, seed, rank))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("makes numbers")).collect()
+    })
+}
+
+/// What every rank must hold after a compressed all-reduce, as the specification has it.
+pub fn reference(inputs: &[Vec<u8>], dtype: Dtype, legs: Legs) -> Vec<u8> {
+    fn typed<E: Element>(inputs: &[Vec<u8>], legs: Legs) -> Vec<u8> {
+        let inputs: Vec<Vec<E>> = inputs.iter().map(|input| elements(input).collect()).collect();
+        let inputs: Vec<&[E]> = inputs.iter().map(Vec::as_slice).collect();
+        let output = reference::all_reduce(&inputs, legs);
+        output.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect()
+    }
+    match dtype {
+        Dtype::Fp16 => typed::<f16>(inputs, legs),
+        Dtype::Bf16 => typed::<bf16>(inputs, legs),
+        Dtype::Fp32 => unreachable!("fp32 is never compressed"),
+    }
+}
+
+fn elements<E: Element>(bytes: &[u8]) -> impl Iterator<Item = E> {
+    bytes.chunks_exact(2).map(|pair| E::from_bits(u16::from_le_bytes([pair[0], pair[1]])))
+}
+
+fn numbers(bytes: &[u8], dtype: Dtype) -> Box<dyn Iterator<Item = f64> + '_> {
+    match dtype {
+        Dtype::Fp16 => Box::new(elements::<f16>(bytes).map(|x| x.to_f64())),
+        Dtype::Bf16 => Box::new(elements::<bf16>(bytes).map(|x| x.to_f64())),
+        Dtype::Fp32 => {
+            Box::new(bytes.chunks_exact(4).map(|four| f64::from(f32::from_le_bytes(four.try_into().expect("four")))))
+        }
+    }
+}
+
+/// The same for the same bytes, in every process of this executable.
+pub fn hash(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
+}
+
+/// How far a result is from the exact sum.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Distance {
+    /// The error's Euclidean norm over that of the exact sum.
+    pub relative_l2: f64,
+    /// Signal to quantization noise, dB: `-20 log10(relative_l2)`.
+    pub sqnr_db: f64,
+    /// The largest error of an element.
+    pub max_abs: f64,
+}
+
+/// The distance of `output` from the sum of `inputs`, taken in fp64.
+pub fn distance(inputs: &[Vec<u8>], output: &[u8], dtype: Dtype) -> Distance {
+    let mut exact: Vec<f64> = numbers(&inputs[0], dtype).collect();
+    for input in &inputs[1..] {
+        exact.iter_mut().zip(numbers(input, dtype)).for_each(|(sum, x)| *sum += x);
+    }
+    let (mut signal, mut noise, mut max_abs) = (0.0, 0.0, 0.0f64);
+    for (exact, got) in exact.iter().zip(numbers(output, dtype)) {
+        let error = (got - exact).abs();
+        signal += exact * exact;
+        noise += error * error;
+        if error > max_abs || error.is_nan() {
+            max_abs = error; // and a NaN stays
+        }
+    }
+    let relative_l2 = (noise / signal).sqrt();
+    Distance { relative_l2, sqnr_db: -20.0 * relative_l2.log10(), max_abs }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn the_distance_is_that_of_the_definitions() {
+        let inputs = [bytes(&[1.0, 2.0, 0.0]), bytes(&[2.0, 2.0, 0.0])];
+        let got = distance(&inputs, &bytes(&[3.0, 4.5, 0.0]), Dtype::Fp16);
+        assert!((got.relative_l2 - 0.1).abs() < 1e-12 && (got.sqnr_db - 20.0).abs() < 1e-9 && got.max_abs == 0.5);
+        assert!(distance(&inputs, &bytes(&[f32::NAN, 4.0, 0.0]), Dtype::Fp16).relative_l2.is_nan());
+    }
+
+    #[test]
+    fn a_shorter_input_is_the_beginning_of_a_longer_one_and_ranks_differ() {
+        let long = input(4096, Dtype::Fp16, 7, 1);
+        assert_eq!(input(1024, Dtype::Fp16, 7, 1), long[..1024]);
+        assert_ne!(input(4096, Dtype::Fp16, 7, 2), long);
+        assert_ne!(input(4096, Dtype::Fp16, 8, 1), long);
+    }
+
+    #[test]
+    fn widths_are_parsed_as_the_shim_does() {
+        assert_eq!(legs("4:8").unwrap().to_string(), "4:8");
+        assert_eq!(legs("5").unwrap().to_string(), "5");
+        assert!(legs("9").is_err() && legs("4:").is_err());
+    }
+}
