@@ -208,12 +208,12 @@ macro_rules! call {
     }};
 }
 
-/// A library of this build.
+/// A library of this build: the nearest one above the test program. (Beside it are cargo's intermediate ones.)
 pub fn built(name: &str) -> PathBuf {
-    let deps = std::env::current_exe().unwrap().parent().unwrap().to_owned();
-    let library = deps.parent().unwrap().join(name);
-    assert!(library.exists(), "{} is missing; run ./scripts/test.sh, or cargo build --workspace", library.display());
-    library
+    let program = std::env::current_exe().unwrap();
+    let places = program.ancestors().skip(1).filter(|dir| !dir.ends_with("deps")).map(|dir| dir.join(name));
+    let found = places.into_iter().find(|library| library.exists());
+    found.unwrap_or_else(|| panic!("{name} is missing; run ./scripts/test.sh, or cargo build --workspace"))
 }
 
 /// A directory with the simulators under the names that programs look for.
