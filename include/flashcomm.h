@@ -51,6 +51,15 @@ flashcommResult_t flashcommGetVersion(int *version);
 // `stats` is null or points to a flashcommStats_t whose `size` is set.
 flashcommResult_t flashcommGetStats(struct flashcommStats_t *stats);
 
+// What went wrong last, in words: for `comm`, an ncclComm_t, if it is not null and something did, else in this process.
+// An empty string where nothing has gone wrong. Names the rank that was waited for where a wait was given up.
+//
+// The string is good until the calling thread calls this again.
+//
+// # Safety
+// `comm` is null or a communicator that has not been destroyed.
+const char *flashcommGetLastError(const void *comm);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif  // __cplusplus

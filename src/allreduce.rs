@@ -1,5 +1,8 @@
 //! The compressed all-reduce, top to bottom.
 //!
+//! Where the ranks share memory, one kernel does all of it (`kernels/all_reduce.cu`), launched on the caller's stream.
+//! Over the real NCCL it takes five steps:
+//!
 //! ```text
 //! quantize      each other rank's chunk of my input                      -> outgoing, a slot per owner
 //! hop 1         every slot to its owner                                  -> incoming, a slot per sender
@@ -8,10 +11,10 @@
 //! dequantize    all chunks                                               -> the caller's output
 //! ```
 //!
-//! Operations come in batches: one alone, or all of a group. A batch runs in *waves*; a wave takes the next slice of
-//! one operation of each communicator through all five steps together, so that one thread that drives several
-//! ranks has all their transfers in one NCCL group (alone, the first would wait for the second for ever). Everything is
-//! issued to the caller's streams; nothing waits on the host.
+//! Operations come in batches: one alone, or all of a group. Fused ones are launched in order. The others run in *waves*;
+//! a wave takes the next slice of one operation of each communicator through all five steps together, so that one
+//! thread that drives several ranks has all their transfers in one NCCL group (alone, the first would wait for the
+//! second for ever). Everything is issued to the caller's streams; nothing waits on the host.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -21,8 +24,10 @@ use flashcomm_wire::Plan;
 use crate::comm::{Attached, Comm, attach};
 use crate::config::Config;
 use crate::cuda::{self, Capture, Entered, StreamHandle};
-use crate::error::{Error, Result};
-use crate::exchange::{self, Transfer};
+use crate::error::{self, Error, Result};
+use crate::exchange::fused::Fused;
+use crate::exchange::nccl::Staging;
+use crate::exchange::{self, Exchange, Transfer};
 use crate::kernels::{ElementType, Piece};
 use crate::nccl::{self, NcclResult, StreamPtr};
 use crate::route::{self, Reason, Request, Route};
@@ -79,13 +84,38 @@ impl Operation {
         unsafe { cuda::capture_of(self.stream()) }.map_err(Error::cuda("asking for a capture"))
     }
 
-    fn plan(&self, first_wave: usize) -> Result<Planned> {
-        let attached = self.comm.attached().ok_or(Error::Aborted)?;
+    fn attached(&self) -> Result<&Attached> {
+        self.comm.attached().ok_or(Error::Aborted)
+    }
+
+    /// Its cut where staging memory of so many bytes bounds the slices.
+    fn plan(&self, attached: &Attached, buffer_bytes: usize) -> Result<Plan> {
         let count = self.request.count;
-        let plan = Plan::new(count, attached.world, attached.legs, attached.buffer_bytes)
+        let plan = Plan::new(count, attached.world, attached.legs, buffer_bytes)
             .map_err(|_| Error::BufferTooSmall { world: attached.world })?;
         stats::compressed((count * self.element.n_bytes()) as u64, plan.wire_bytes() as u64);
-        let _entered = attached.context.enter().map_err(Error::cuda("entering the context"))?;
+        Ok(plan)
+    }
+
+    /// Issues all of it, as one kernel.
+    fn launch(&self, attached: &Attached, fused: &Fused) -> Result<()> {
+        let (buffers, stream) = ((self.input, self.output), self.stream());
+        let plan = self.plan(attached, usize::MAX)?;
+        let _entered = enter(attached)?;
+        // SAFETY: the application's stream, of the communicator's context.
+        let capture = unsafe { cuda::capture_of(stream) }.map_err(Error::cuda("asking for a capture"))?;
+        // SAFETY: as above.
+        unsafe { attached.begin(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
+        // SAFETY: the application vouches for its buffers.
+        unsafe { fused.all_reduce(&attached.kernels, &plan, self.element, buffers, stream) }?;
+        // SAFETY: as above.
+        unsafe { attached.end(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))
+    }
+
+    /// How it runs over the real NCCL, from `first_wave` on.
+    fn schedule(&self, attached: &Attached, staging: &Staging, first_wave: usize) -> Result<Planned> {
+        let plan = self.plan(attached, staging.buffer_bytes)?;
+        let _entered = enter(attached)?;
         // SAFETY: the application's stream, of the communicator's context.
         let capture = unsafe { cuda::capture_of(self.stream()) }.map_err(Error::cuda("asking for a capture"))?;
         Ok(Planned { plan, capture, first_wave })
@@ -113,6 +143,7 @@ pub fn run(batch: &mut Vec<Operation>) -> NcclResult {
         Ok(result) => result,
         Err(error) => {
             log::error!("all-reduce: {error}");
+            error::remember(&error);
             NcclResult::from(&error)
         }
     }
@@ -166,13 +197,24 @@ fn compress(batch: &mut [Operation]) -> Result<()> {
     let mut n_waves = 0;
     for i in 0..batch.len() {
         let (before, operation) = (&batch[..i], &batch[i]);
-        // One operation of a communicator ends before its next one begins.
-        let previous = before.iter().rev().find(|other| Arc::ptr_eq(&other.comm, &operation.comm));
-        let planned = operation.plan(previous.and_then(|other| other.planned.as_ref()).map_or(0, Planned::end_wave))?;
-        n_waves = n_waves.max(planned.end_wave());
-        batch[i].planned = Some(planned);
+        let attached = operation.attached()?;
+        match &*attached.exchange {
+            Exchange::Fused(fused) => operation.launch(attached, fused)?,
+            Exchange::Nccl(staging) => {
+                // One operation of a communicator ends before its next one begins.
+                let previous = before.iter().rev().find(|other| Arc::ptr_eq(&other.comm, &operation.comm));
+                let first_wave = previous.and_then(|other| other.planned.as_ref()).map_or(0, Planned::end_wave);
+                let planned = operation.schedule(attached, staging, first_wave)?;
+                n_waves = n_waves.max(planned.end_wave());
+                batch[i].planned = Some(planned);
+            }
+        }
     }
     (0..n_waves).try_for_each(|wave| run_wave(batch, wave))
+}
+
+fn enter(attached: &Attached) -> Result<Entered> {
+    attached.context.enter().map_err(Error::cuda("entering the context"))
 }
 
 /// Takes the slices of a wave through the all-reduce together.
@@ -193,6 +235,7 @@ fn run_wave(batch: &[Operation], wave: usize) -> Result<()> {
 struct Step<'a> {
     operation: &'a Operation,
     attached: &'a Attached,
+    staging: &'a Staging,
     plan: &'a Plan,
     capture: Capture,
     slice: usize,
@@ -203,17 +246,21 @@ impl<'a> Step<'a> {
     fn of(operation: &'a Operation, wave: usize) -> Option<Self> {
         let Planned { plan, capture, first_wave } = operation.planned.as_ref()?;
         let slice = wave.checked_sub(*first_wave).filter(|slice| *slice < plan.n_slices())?;
-        Some(Self { operation, attached: operation.comm.attached()?, plan, capture: *capture, slice })
+        let attached = operation.comm.attached()?;
+        let Exchange::Nccl(staging) = &*attached.exchange else { return None };
+        Some(Self { operation, attached, staging, plan, capture: *capture, slice })
     }
 
     fn quantize(&self) -> Result<()> {
         let (input, stream) = (self.operation.input, self.operation.stream());
-        let _entered = self.enter()?;
+        let _entered = enter(self.attached)?;
         // SAFETY: the application's stream, of the context just entered.
         unsafe { self.attached.begin(stream, self.capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
         // SAFETY: the application vouches for its input, the plan for the staging area.
-        unsafe { self.attached.kernels.quantize(self.piece(), self.attached.rank, input, self.outgoing(), stream) }
-            .map_err(Error::cuda("launching quantize"))
+        unsafe {
+            self.attached.kernels.quantize(self.piece(), self.attached.rank, input, self.staging.outgoing(), stream)
+        }
+        .map_err(Error::cuda("launching quantize"))
     }
 
     /// To each other owner its payload, from each other rank mine.
@@ -227,10 +274,19 @@ impl<'a> Step<'a> {
             return Ok(());
         }
         let (input, stream) = (self.operation.input, self.operation.stream());
-        let _entered = self.enter()?;
+        let _entered = enter(self.attached)?;
         // SAFETY: the application vouches for its input, the plan for the staging areas.
-        unsafe { attached.kernels.reduce(self.piece(), attached.rank, input, self.incoming(), self.outgoing(), stream) }
-            .map_err(Error::cuda("launching reduce"))
+        unsafe {
+            attached.kernels.reduce(
+                self.piece(),
+                attached.rank,
+                input,
+                self.staging.incoming(),
+                self.staging.outgoing(),
+                stream,
+            )
+        }
+        .map_err(Error::cuda("launching reduce"))
     }
 
     /// My sum to everyone.
@@ -243,8 +299,8 @@ impl<'a> Step<'a> {
             comm: self.operation.comm.handle(),
             rank: self.attached.rank,
             world: self.attached.world,
-            outgoing: self.outgoing(),
-            incoming: self.incoming(),
+            outgoing: self.staging.outgoing(),
+            incoming: self.staging.incoming(),
             slot_bytes,
             stream: self.operation.stream(),
         }
@@ -252,9 +308,9 @@ impl<'a> Step<'a> {
 
     fn dequantize(&self) -> Result<()> {
         let (output, stream) = (self.operation.output, self.operation.stream());
-        let _entered = self.enter()?;
+        let _entered = enter(self.attached)?;
         // SAFETY: the application vouches for its output, the plan for the staging area.
-        unsafe { self.attached.kernels.dequantize(self.piece(), self.incoming(), output, stream) }
+        unsafe { self.attached.kernels.dequantize(self.piece(), self.staging.incoming(), output, stream) }
             .map_err(Error::cuda("launching dequantize"))?;
         // SAFETY: the application's stream, of the context just entered.
         unsafe { self.attached.end(stream, self.capture) }.map_err(Error::cuda("ordering the all-reduce"))
@@ -262,17 +318,5 @@ impl<'a> Step<'a> {
 
     fn piece(&self) -> Piece<'_> {
         Piece { plan: self.plan, slice: self.slice, element: self.operation.element }
-    }
-
-    fn outgoing(&self) -> *mut c_void {
-        self.attached.staging.at(0)
-    }
-
-    fn incoming(&self) -> *mut c_void {
-        self.attached.staging.at(self.attached.incoming_at())
-    }
-
-    fn enter(&self) -> Result<Entered> {
-        self.attached.context.enter().map_err(Error::cuda("entering the context"))
     }
 }

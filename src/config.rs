@@ -44,9 +44,9 @@ pub const SETTINGS: [Setting; 14] = [
         true,
     ),
     setting("FLASHCOMM_DTYPES", "fp16,bf16", "fp16, bf16 or both", "element types that are compressed", true),
-    setting("FLASHCOMM_EXCHANGE", "auto", "auto or nccl", "what carries the payloads", true),
+    setting("FLASHCOMM_EXCHANGE", "auto", "auto, peer, host or nccl", "what carries the payloads", true),
     setting("FLASHCOMM_BUFFER_MIB", "64", "1 to 16384", "staging memory of a communicator, MiB of GPU memory", true),
-    setting("FLASHCOMM_MAX_CTAS", "0", "0 to 1024", "blocks of a waiting kernel at most; 0: its own choice", false),
+    setting("FLASHCOMM_MAX_CTAS", "0", "0 to 1024", "blocks of a waiting kernel at most; 0: its own choice", true),
     setting("FLASHCOMM_TIMEOUT_S", "0", "0 to 86400", "seconds a kernel waits for peers; 0: until aborted", false),
     setting("FLASHCOMM_ATTACH_TIMEOUT_S", "60", "1 to 86400", "seconds to wait for the other ranks' shim", false),
     setting("FLASHCOMM_NCCL_LIB", "", "a path", "the real libnccl.so.2, where it is not found by itself", false),
@@ -70,6 +70,10 @@ const fn setting(
 pub enum ExchangeChoice {
     /// The best that all ranks can.
     Auto,
+    /// GPU memory that peers write.
+    Peer,
+    /// Pinned host memory that all ranks of a host share.
+    Host,
     /// The real NCCL's send, receive and all-gather.
     Nccl,
 }
@@ -160,6 +164,8 @@ impl Config {
             bf16,
             exchange: reader.read("FLASHCOMM_EXCHANGE", |text| match text {
                 "auto" => Some(ExchangeChoice::Auto),
+                "peer" => Some(ExchangeChoice::Peer),
+                "host" => Some(ExchangeChoice::Host),
                 "nccl" => Some(ExchangeChoice::Nccl),
                 _ => None,
             }),
@@ -296,7 +302,11 @@ mod tests {
         assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "auto").0.min_bytes, None);
         let bf16_only = parse_one("FLASHCOMM_DTYPES", "bf16").0;
         assert!(!bf16_only.compresses(ElementType::Fp16) && bf16_only.compresses(ElementType::Bf16));
-        assert_eq!(parse_one("FLASHCOMM_EXCHANGE", "nccl").0.exchange, ExchangeChoice::Nccl);
+        for (name, choice) in
+            [("peer", ExchangeChoice::Peer), ("host", ExchangeChoice::Host), ("nccl", ExchangeChoice::Nccl)]
+        {
+            assert_eq!(parse_one("FLASHCOMM_EXCHANGE", name).0.exchange, choice);
+        }
         assert_eq!(parse_one("FLASHCOMM_BUFFER_MIB", "2").0.buffer_bytes, 2 << 20);
         assert_eq!(parse_one("FLASHCOMM_MAX_CTAS", "16").0.max_ctas, 16);
         assert_eq!(parse_one("FLASHCOMM_TIMEOUT_S", "5").0.timeout, Some(Duration::from_secs(5)));

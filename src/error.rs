@@ -3,6 +3,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
 use crate::cuda::CudaError;
 use crate::kernels::Report;
 use crate::nccl::NcclResult;
@@ -38,7 +40,7 @@ pub enum Error {
         /// Its answer.
         error: std::io::Error,
     },
-    /// Another rank's memory cannot be mapped, and why.
+    /// Another rank's memory cannot be mapped, or not by all, and why.
     Unmappable(&'static str),
     /// A kernel gave up waiting for another rank.
     GaveUp {
@@ -103,6 +105,19 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// The last of our errors in this process, for `flashcommGetLastError`.
+static LAST: Mutex<String> = Mutex::new(String::new());
+
+/// Keeps an error for [`last`].
+pub fn remember(error: &Error) {
+    *LAST.lock() = error.to_string();
+}
+
+/// The last error that was remembered; empty where there was none.
+pub fn last() -> String {
+    LAST.lock().clone()
+}
 
 impl From<&Error> for NcclResult {
     fn from(error: &Error) -> Self {

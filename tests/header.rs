@@ -27,7 +27,7 @@ fn compile(compiler: &str, flags: &[&str], extension: &str, source: &str) {
 
 const PROGRAM: &str = "#include <flashcomm.h>\n\
     int main(void) { int version; flashcommStats_t stats = { sizeof(flashcommStats_t), 0, 0, 0, 0, 0 };\n\
-    return flashcommGetVersion(&version) || flashcommGetStats(&stats) == FLASHCOMM_INVALID_ARGUMENT; }\n";
+    return flashcommGetVersion(&version) || *flashcommGetLastError(0) || flashcommGetStats(&stats) == FLASHCOMM_INVALID_ARGUMENT; }\n";
 
 #[test]
 fn the_header_is_up_to_date() {

@@ -45,7 +45,9 @@ fn own() -> Vec<(&'static str, &'static str)> {
         ncclBroadcastConfig = ncclBroadcastConfig: (_ _ _ _ _ _ _ _);
         ncclCommAbort = ncclCommAbort: (_);
         ncclCommDestroy = ncclCommDestroy: (_);
+        ncclCommGetAsyncError = ncclCommGetAsyncError: (_ _);
         ncclCommRevoke = ncclCommRevoke: (_ _);
+        ncclCommShrink = ncclCommShrink: (_ _ _ _ _ _);
         ncclGather = ncclGather: (_ _ _ _ _ _ _);
         ncclGatherConfig = ncclGatherConfig: (_ _ _ _ _ _ _ _);
         ncclGroupEnd = ncclGroupEnd: ();
@@ -105,6 +107,7 @@ fn type_in_c(rust: &str) -> String {
         "flashcomm::nccl::types::DataType" => "ncclDataType_t",
         "flashcomm::nccl::types::RedOp" => "ncclRedOp_t",
         "flashcomm::nccl::types::CollConfig" => "ncclCollConfig_t",
+        "flashcomm::nccl::types::CommConfig" => "ncclConfig_t",
         "flashcomm::nccl::types::SimInfo" => "ncclSimInfo_t",
         other => panic!("no C type is known for {other}"),
     }

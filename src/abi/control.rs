@@ -2,10 +2,12 @@
 
 #![allow(non_camel_case_types, non_snake_case, reason = "C's names")]
 
-use std::ffi::c_int;
-use std::panic::catch_unwind;
+use std::cell::RefCell;
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::stats::Stats;
+use crate::{comm, error};
 
 /// Result of a flashcomm call, with the values of ncclResult_t.
 pub type flashcommResult_t = c_int;
@@ -72,6 +74,30 @@ pub unsafe extern "C" fn flashcommGetStats(stats: *mut flashcommStats_t) -> flas
     stats.bytesIn = counted.bytes_in;
     stats.bytesOnWire = counted.bytes_wire;
     FLASHCOMM_SUCCESS
+}
+
+/// What went wrong last, in words: for `comm`, an ncclComm_t, if it is not null and something did, else in this process.
+/// An empty string where nothing has gone wrong. Names the rank that was waited for where a wait was given up.
+///
+/// The string is good until the calling thread calls this again.
+///
+/// # Safety
+/// `comm` is null or a communicator that has not been destroyed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flashcommGetLastError(comm: *const c_void) -> *const c_char {
+    thread_local! {
+        static TEXT: RefCell<CString> = RefCell::default();
+    }
+    let text = || {
+        let error = if comm.is_null() { None } else { comm::failure(comm.cast_mut().cast()) };
+        let text = error.map_or_else(error::last, |error| error.to_string());
+        let text = CString::new(text).unwrap_or_default();
+        TEXT.with_borrow_mut(|place| {
+            *place = text;
+            place.as_ptr()
+        })
+    };
+    catch_unwind(AssertUnwindSafe(text)).unwrap_or(c"an internal error of flashcomm".as_ptr())
 }
 
 const VERSION: c_int = number(env!("CARGO_PKG_VERSION_MAJOR")) * 10_000

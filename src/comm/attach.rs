@@ -1,29 +1,35 @@
 //! Attach: the ranks of a communicator agree, once, whether and how they compress.
 //!
-//! Each rank contributes a [`Blob`] through a real all-gather on a stream of ours; every rank derives the same verdict
-//! from the same bytes. Where they agree, a second round sends a few bytes between every two ranks, so that the real
-//! NCCL has its connections (the hot path must not make them, least of all inside a capture), and confirms that
-//! *every* rank got there. Only then is the communicator on.
+//! It goes in rounds. In each, every rank contributes a [`Blob`] through a real all-gather on a stream of ours, and every
+//! rank derives the same verdict from the same bytes. The first round compares the settings. Then the exchanges that are
+//! possible are tried, the best first: each rank prepares and says so, with what the others need to map its memory; each
+//! maps it and says so. The first exchange that *every* rank could set up is the communicator's. For the one over the
+//! real NCCL a few bytes go between every two ranks, so that NCCL has its connections (the hot path must not make
+//! them, least of all inside a capture).
 //!
 //! All of it runs on a thread of its own for each communicator. So the wait can be bounded, although NCCL's own calls
 //! cannot: a rank without the shim never answers. And one thread may attach all communicators of a group together,
 //! in whatever order other ranks get to theirs.
 
 use std::mem::ManuallyDrop;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use flashcomm_wire::Plan;
+use cudarc::driver::sys;
+use flashcomm_wire::rings::MAX_WORLD;
+use flashcomm_wire::{Legs, Rings};
 use parking_lot::Mutex;
 
-use super::blob::{Agreement, BLOB_BYTES, Blob, Disagreement, agree};
+use super::blob::{Agreement, BLOB_BYTES, Blob, Disagreement, Place, agree};
 use super::{Attached, Comm, Order};
-use crate::config::Config;
+use crate::config::{Config, ExchangeChoice};
 use crate::cuda::{self, Context, DeviceMemory, Event, RelaxedCapture, Stream};
-use crate::error::{Error, Result};
-use crate::exchange::{self, Transfer};
+use crate::error::{self, Error, Result};
+use crate::exchange::fused::{self, Fused, Kind, Offer, Peer};
+use crate::exchange::nccl::Staging;
+use crate::exchange::{self, Exchange, Transfer};
 use crate::kernels::Kernels;
 use crate::nccl::{self, NcclResult};
 
@@ -48,6 +54,7 @@ pub fn attach_all<'a>(comms: impl Iterator<Item = &'a Arc<Comm>>) -> Result<()> 
             Ok(attached) => comm.settle(attached),
             Err(error) => {
                 log::error!("attach failed: {error}");
+                error::remember(&error);
                 // What the real NCCL refused (a communicator still in the making) may go well the next time; then
                 // this rank must not be off alone.
                 if !matches!(error, Error::Nccl { .. }) {
@@ -77,52 +84,189 @@ fn attach(comm: &Comm) -> Result<Option<Attached>> {
     if world == 1 {
         return Ok(None);
     }
-    let config = Config::global();
-    let agreement = Agreement::from(config);
+    let agreement = Agreement::from(Config::global());
     let (device, context) = device_of(comm)?;
     let _entered = context.enter().map_err(Error::cuda("entering the context"))?;
     let _relaxed = RelaxedCapture::enter().map_err(Error::cuda("leaving the capture mode"))?;
-    let mut wire = Wire::new(comm, device, rank, world)?;
-
-    // Round 1: the settings.
-    let blob = Blob { rank: rank as u32, agreement, ready: true, host: host() };
-    if let Err(disagreement) = agree(&wire.all_gather(&blob.encode())?) {
-        return Ok(off(rank, &disagreement));
-    }
-    // Round 2: everyone is ready.
-    let prepared = prepare(device, world, &agreement);
-    if let Err(error) = &prepared {
+    let loaded = load(device, &context, agreement.legs);
+    if let Err(error) = &loaded {
         log::warn!("rank {rank} cannot compress: {error}");
     }
-    // A communicator that does not block takes calls one at a time, each to be waited for: nothing for a hot path.
-    if wire.is_nonblocking {
-        log::info!("rank {rank} has a non-blocking communicator");
-    }
-    wire.connect()?;
-    let ready = prepared.is_ok() && !wire.is_nonblocking;
-    let blobs = match agree(&wire.all_gather(&Blob { ready, ..blob }.encode())?) {
-        Ok(blobs) => blobs,
+    let place = place(device, &context, loaded.as_ref().map_or(0, |loaded| loaded.block_channels))?;
+    let blob = Blob { rank: rank as u32, agreement, place, ready: loaded.is_ok(), offer: [0; fused::OFFER_BYTES] };
+    let mut rounds = Rounds { blob, wire: Wire::new(comm, device, rank, world)? };
+
+    let peers = match rounds.next(blob.ready, blob.offer)? {
+        Ok(peers) => peers,
         Err(disagreement) => return Ok(off(rank, &disagreement)),
     };
-    let Prepared { kernels, staging, last } = prepared?;
+    let Loaded { kernels, last, .. } = loaded?;
+    let exchange = match agree_on_exchange(&mut rounds, &context, &peers)? {
+        Ok(exchange) => exchange,
+        Err(disagreement) => return Ok(off(rank, &disagreement)),
+    };
 
-    let one_host = blobs.iter().all(|peer| peer.host == blob.host);
-    let min_bytes = agreement.min_bytes.unwrap_or(exchange::default_min_bytes(one_host));
-    let hosts = if one_host { "one host" } else { "several hosts" };
-    log::info!("rank {rank} of {world}: on, {} bits, from {min_bytes} bytes up, {hosts}", agreement.legs);
+    let one_host = is_one_host(&peers);
+    let min_bytes = agreement.min_bytes.unwrap_or(exchange.default_min_bytes(one_host));
+    log::info!(
+        "rank {rank} of {world}: on, {} bits, exchange {}, from {min_bytes} bytes up",
+        agreement.legs,
+        exchange.name()
+    );
     let order = Mutex::new(Order { last, captured: None });
-    let (legs, buffer_bytes) = (agreement.legs, agreement.buffer_bytes);
-    Ok(Some(Attached {
-        rank,
-        world,
-        legs,
-        buffer_bytes,
-        min_bytes,
-        context,
-        kernels,
-        staging: ManuallyDrop::new(staging),
-        order,
-    }))
+    let exchange = ManuallyDrop::new(exchange);
+    Ok(Some(Attached { rank, world, legs: agreement.legs, min_bytes, context, kernels, exchange, order }))
+}
+
+/// What every exchange needs.
+struct Loaded {
+    kernels: Kernels,
+    block_channels: usize,
+    last: Event,
+}
+
+fn load(device: i32, context: &Context, legs: Legs) -> Result<Loaded> {
+    let kernels = Kernels::load(device, legs)
+        .map_err(Error::cuda("loading the kernels (is the driver older than the CUDA that built flashcomm?)"))?;
+    let block_channels = kernels.prepare_fused(context).map_err(Error::cuda("readying the fused kernel"))?;
+    let last = Event::new().map_err(Error::cuda("creating an event"))?;
+    Ok(Loaded { kernels, block_channels, last })
+}
+
+fn place(device: i32, context: &Context, block_channels: usize) -> Result<Place> {
+    let multiprocessors = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    Ok(Place {
+        host: host(),
+        process: process(),
+        device,
+        device_uuid: context.device_uuid().map_err(Error::cuda("asking for the device's UUID"))?,
+        multiprocessors: context.attribute(multiprocessors).map_err(Error::cuda("asking for an attribute"))?,
+        block_channels,
+    })
+}
+
+fn is_one_host(peers: &[Blob]) -> bool {
+    peers.iter().all(|peer| peer.place.host == peers[0].place.host)
+}
+
+/// Sets up the best exchange that all ranks can, of those that the setting allows.
+fn agree_on_exchange(
+    rounds: &mut Rounds<'_>,
+    context: &Context,
+    peers: &[Blob],
+) -> Result<std::result::Result<Exchange, Disagreement>> {
+    let kinds: &[Kind] = match rounds.blob.agreement.exchange {
+        ExchangeChoice::Auto => &[Kind::Peer, Kind::Host],
+        ExchangeChoice::Peer => &[Kind::Peer],
+        ExchangeChoice::Host => &[Kind::Host],
+        ExchangeChoice::Nccl => &[],
+    };
+    let mut refusal = None;
+    for kind in kinds {
+        match fused_rings(peers) {
+            Some(rings) => match fused_exchange(rounds, context, *kind, rings)? {
+                Ok(fused) => return Ok(Ok(Exchange::Fused(fused))),
+                Err(disagreement) => refusal = Some(disagreement),
+            },
+            None => refusal = Some(Disagreement::NoSharedMemory),
+        }
+    }
+    match refusal {
+        Some(disagreement) if rounds.blob.agreement.exchange != ExchangeChoice::Auto => Ok(Err(disagreement)),
+        Some(disagreement) => {
+            log::info!("rank {}: the payloads go over the real NCCL: {disagreement}", rounds.blob.rank);
+            nccl_exchange(rounds)
+        }
+        None => nccl_exchange(rounds),
+    }
+}
+
+/// The receive areas that all ranks can have alike; `None` where no fused exchange is possible.
+fn fused_rings(peers: &[Blob]) -> Option<Rings> {
+    let agreement = peers[0].agreement;
+    if !is_one_host(peers) || peers.len() > MAX_WORLD {
+        return None;
+    }
+    let sharing = |peer: &Blob| peers.iter().filter(|other| other.place.device_uuid == peer.place.device_uuid).count();
+    let sharing = peers.iter().map(sharing).max()?;
+    let multiprocessors = peers.iter().map(|peer| peer.place.multiprocessors).min()?;
+    let block_channels = block_channels(peers);
+    let n_channels = fused::block_limit(multiprocessors, sharing, agreement.max_ctas) * block_channels;
+    Rings::within(peers.len(), agreement.legs, n_channels, agreement.buffer_bytes)
+}
+
+fn block_channels(peers: &[Blob]) -> usize {
+    peers.iter().map(|peer| peer.place.block_channels).min().unwrap_or(0)
+}
+
+/// Two rounds: everyone has made its area; everyone has mapped all of them.
+fn fused_exchange(
+    rounds: &mut Rounds<'_>,
+    context: &Context,
+    kind: Kind,
+    rings: Rings,
+) -> Result<std::result::Result<Fused, Disagreement>> {
+    let rank = rounds.blob.rank as usize;
+    let prepared = fused::Prepared::new(kind, rings, context, &rounds.wire.stream);
+    if let Err(error) = &prepared {
+        log::info!("rank {rank} cannot offer memory for the exchange {}: {error}", kind.name());
+    }
+    let offer = prepared.as_ref().map_or(rounds.blob.offer, |prepared| *prepared.offer());
+    let offers = match rounds.next(prepared.is_ok(), offer)? {
+        Ok(offers) => offers,
+        Err(disagreement) => return Ok(Err(disagreement)),
+    };
+    let peers: Vec<Peer> = offers
+        .iter()
+        .map(|Blob { place, offer, .. }| Peer { process: place.process, device: place.device, offer: *offer })
+        .collect();
+    let timeout = Config::global().timeout;
+    let fused = prepared?.connect(rank, &peers, context, block_channels(&offers), timeout);
+    if let Err(error) = &fused {
+        log::info!("rank {rank} cannot map the memory of others for the exchange {}: {error}", kind.name());
+    }
+    Ok(match rounds.next(fused.is_ok(), offer)? {
+        Ok(_) => {
+            let mut fused = fused?;
+            fused.unlink();
+            Ok(fused)
+        }
+        Err(disagreement) => Err(disagreement),
+    })
+}
+
+/// One round: everyone has its staging memory, and NCCL its connections.
+fn nccl_exchange(rounds: &mut Rounds<'_>) -> Result<std::result::Result<Exchange, Disagreement>> {
+    let Agreement { legs, buffer_bytes, .. } = rounds.blob.agreement;
+    let (rank, world) = (rounds.blob.rank, rounds.wire.world);
+    let staging = Staging::new(world, legs, buffer_bytes);
+    if let Err(error) = &staging {
+        log::warn!("rank {rank} cannot compress: {error}");
+    }
+    rounds.wire.connect()?;
+    // A communicator that does not block takes calls one at a time, each to be waited for: nothing for a hot path.
+    if rounds.wire.is_nonblocking {
+        log::info!("rank {rank} has a non-blocking communicator");
+    }
+    Ok(match rounds.next(staging.is_ok() && !rounds.wire.is_nonblocking, rounds.blob.offer)? {
+        Ok(_) => Ok(Exchange::Nccl(staging?)),
+        Err(disagreement) => Err(disagreement),
+    })
+}
+
+/// The rounds of an attach.
+struct Rounds<'a> {
+    /// What this rank says in every round.
+    blob: Blob,
+    wire: Wire<'a>,
+}
+
+impl Rounds<'_> {
+    /// One round: whether this rank is ready, and its offer. All ranks' blobs, or what keeps them from going on.
+    fn next(&mut self, ready: bool, offer: Offer) -> Result<std::result::Result<Vec<Blob>, Disagreement>> {
+        let blob = Blob { ready, offer, ..self.blob };
+        Ok(agree(&self.wire.all_gather(&blob.encode())?))
+    }
 }
 
 /// The device of a communicator and its primary context, which the real NCCL uses, too.
@@ -141,26 +285,6 @@ fn off(rank: usize, disagreement: &Disagreement) -> Option<Attached> {
     let level = if rank == 0 { log::Level::Warn } else { log::Level::Info };
     log::log!(level, "all ranks forward to the real NCCL: {disagreement}");
     None
-}
-
-/// What a rank needs before it can say that it is ready.
-struct Prepared {
-    kernels: Kernels,
-    staging: DeviceMemory,
-    last: Event,
-}
-
-fn prepare(device: i32, world: usize, agreement: &Agreement) -> Result<Prepared> {
-    let kernels = Kernels::load(device, agreement.legs)
-        .map_err(Error::cuda("loading the kernels (is the driver older than the CUDA that built flashcomm?)"))?;
-    let n_bytes = Plan::staging_bytes(world, agreement.legs, agreement.buffer_bytes);
-    if n_bytes == 0 {
-        return Err(Error::BufferTooSmall { world });
-    }
-    let staging = DeviceMemory::new(n_bytes)
-        .map_err(Error::cuda("allocating the staging memory (FLASHCOMM_BUFFER_MIB makes it smaller)"))?;
-    let last = Event::new().map_err(Error::cuda("creating an event"))?;
-    Ok(Prepared { kernels, staging, last })
 }
 
 /// Asks the real NCCL for one number of a communicator.
@@ -288,6 +412,17 @@ impl Drop for Wire<'_> {
             SCRATCH.lock().push((self.device, memory));
         }
     }
+}
+
+/// A number that no other process of the host has.
+fn process() -> u64 {
+    static PROCESS: LazyLock<u64> = LazyLock::new(|| {
+        let mut bytes = [0u8; 8];
+        // SAFETY: `bytes` has the room that it says. Where the system has no random numbers the process id must do.
+        unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        u64::from_le_bytes(bytes) ^ u64::from(std::process::id())
+    });
+    *PROCESS
 }
 
 /// A hash of the boot id: the same for all processes of one running kernel, containers included. 0 where the system

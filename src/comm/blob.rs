@@ -8,9 +8,13 @@ use std::fmt;
 use flashcomm_wire::{Codec, GroupSize, Legs, WIRE_VERSION, Width};
 
 use crate::config::{Config, ExchangeChoice};
+use crate::exchange::fused::{OFFER_BYTES, Offer};
 
 /// Bytes of a blob.
 pub const BLOB_BYTES: usize = 256;
+
+/// Where the offer begins; before it, fields of 8 bytes.
+const OFFER_AT: usize = 160;
 
 /// Marks a blob: "flashcom" in ASCII.
 const MAGIC: u64 = u64::from_le_bytes(*b"flashcom");
@@ -28,6 +32,8 @@ pub struct Agreement {
     pub exchange: ExchangeChoice,
     /// `FLASHCOMM_BUFFER_MIB`, in bytes.
     pub buffer_bytes: usize,
+    /// `FLASHCOMM_MAX_CTAS`.
+    pub max_ctas: u32,
 }
 
 impl From<&Config> for Agreement {
@@ -38,6 +44,7 @@ impl From<&Config> for Agreement {
             dtypes: (config.fp16, config.bf16),
             exchange: config.exchange,
             buffer_bytes: config.buffer_bytes,
+            max_ctas: config.max_ctas,
         }
     }
 }
@@ -49,10 +56,29 @@ pub struct Blob {
     pub rank: u32,
     /// Its settings.
     pub agreement: Agreement,
-    /// Whether it can take part: kernels loaded, staging allocated, a communicator that blocks.
+    /// Where it runs.
+    pub place: Place,
+    /// Whether it could do what this round is about.
     pub ready: bool,
-    /// A hash of its host's boot id: equal on ranks of one host.
+    /// Its receive area, in the round that is about it.
+    pub offer: Offer,
+}
+
+/// Where a rank runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// A hash of the host's boot id: equal on ranks of one host.
     pub host: u64,
+    /// Tells processes of the host apart.
+    pub process: u64,
+    /// The device, as the process numbers it.
+    pub device: i32,
+    /// The device, whoever numbers it.
+    pub device_uuid: [u8; 16],
+    /// Its multiprocessors.
+    pub multiprocessors: usize,
+    /// Channels that a block of the fused kernel may have there.
+    pub block_channels: usize,
 }
 
 /// Why a communicator stays off.
@@ -81,6 +107,8 @@ pub enum Disagreement {
         /// The rank.
         rank: usize,
     },
+    /// The ranks have no memory that all could share.
+    NoSharedMemory,
 }
 
 impl fmt::Display for Disagreement {
@@ -97,7 +125,11 @@ impl fmt::Display for Disagreement {
             Disagreement::Setting { rank, setting, theirs, first } => {
                 write!(f, "rank {rank} has {setting}={theirs}, rank 0 has {first}; set it alike on all ranks")
             }
-            Disagreement::NotReady { rank } => write!(f, "rank {rank} could not prepare; see that rank's log"),
+            Disagreement::NoSharedMemory => f.write_str(
+                "FLASHCOMM_EXCHANGE=peer and host take ranks of one host, 16 at most, and FLASHCOMM_BUFFER_MIB must have \
+                 room for them; FLASHCOMM_EXCHANGE=auto or nccl takes any",
+            ),
+            Disagreement::NotReady { rank } => write!(f, "rank {rank} could not; see that rank's log"),
         }
     }
 }
@@ -105,13 +137,15 @@ impl fmt::Display for Disagreement {
 impl Blob {
     /// The bytes that travel.
     pub fn encode(&self) -> [u8; BLOB_BYTES] {
-        let Agreement { legs, min_bytes, dtypes, exchange, buffer_bytes } = self.agreement;
+        let Agreement { legs, min_bytes, dtypes, exchange, buffer_bytes, max_ctas } = self.agreement;
+        let place = &self.place;
+        let (uuid, _) = place.device_uuid.as_chunks::<8>();
         let fields = [
             MAGIC,
             u64::from(WIRE_VERSION),
             u64::from(self.rank),
             u64::from(self.ready),
-            self.host,
+            place.host,
             u64::from(legs.reduce.width.bits()),
             u64::from(legs.gather.width.bits()),
             legs.reduce.group.n_elems() as u64,
@@ -119,11 +153,19 @@ impl Blob {
             u64::from(dtypes.0) | u64::from(dtypes.1) << 1,
             exchange as u64,
             buffer_bytes as u64,
+            u64::from(max_ctas),
+            place.process,
+            u64::from(place.device as u32),
+            u64::from_le_bytes(uuid[0]),
+            u64::from_le_bytes(uuid[1]),
+            place.multiprocessors as u64,
+            place.block_channels as u64,
         ];
         let mut bytes = [0; BLOB_BYTES];
-        for (place, field) in bytes.chunks_exact_mut(8).zip(fields) {
+        for (place, field) in bytes[..OFFER_AT].chunks_exact_mut(8).zip(fields) {
             place.copy_from_slice(&field.to_le_bytes());
         }
+        bytes[OFFER_AT..][..OFFER_BYTES].copy_from_slice(&self.offer);
         bytes
     }
 
@@ -136,26 +178,38 @@ impl Blob {
         if field(1) != u64::from(WIRE_VERSION) {
             return Err(Some(field(1) as u32));
         }
-        Self::decode_fields(field).ok_or(None)
+        let offer = bytes[OFFER_AT..][..OFFER_BYTES].try_into().expect("as many bytes");
+        Self::decode_fields(field, offer).ok_or(None)
     }
 
-    fn decode_fields(field: impl Fn(usize) -> u64) -> Option<Self> {
+    fn decode_fields(field: impl Fn(usize) -> u64, offer: Offer) -> Option<Self> {
         let width = |i| Width::new(u8::try_from(field(i)).ok()?);
         let group = GroupSize::new(u16::try_from(field(7)).ok()?)?;
         Some(Self {
             rank: u32::try_from(field(2)).ok()?,
             ready: field(3) == 1,
-            host: field(4),
+            offer,
+            place: Place {
+                host: field(4),
+                process: field(13),
+                device: i32::try_from(field(14)).ok()?,
+                device_uuid: [field(15).to_le_bytes(), field(16).to_le_bytes()].concat().try_into().ok()?,
+                multiprocessors: usize::try_from(field(17)).ok()?,
+                block_channels: usize::try_from(field(18)).ok()?,
+            },
             agreement: Agreement {
                 legs: Legs { reduce: Codec { width: width(5)?, group }, gather: Codec { width: width(6)?, group } },
                 min_bytes: Some(field(8)).filter(|n_bytes| *n_bytes != u64::MAX),
                 dtypes: (field(9) & 1 != 0, field(9) & 2 != 0),
                 exchange: match field(10) {
                     0 => ExchangeChoice::Auto,
-                    1 => ExchangeChoice::Nccl,
+                    1 => ExchangeChoice::Peer,
+                    2 => ExchangeChoice::Host,
+                    3 => ExchangeChoice::Nccl,
                     _ => return None,
                 },
                 buffer_bytes: usize::try_from(field(11)).ok()?,
+                max_ctas: u32::try_from(field(12)).ok()?,
             },
         })
     }
@@ -185,7 +239,7 @@ pub fn agree(gathered: &[u8]) -> Result<Vec<Blob>, Disagreement> {
 
 /// The first setting that differs, with both values.
 fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, String, String)> {
-    let rows: [(&str, fn(&Agreement) -> String); 6] = [
+    let rows: [(&str, fn(&Agreement) -> String); 7] = [
         ("FLASHCOMM_BITS", |a| a.legs.to_string()),
         ("FLASHCOMM_GROUP", |a| a.legs.reduce.group.n_elems().to_string()),
         ("FLASHCOMM_MIN_BYTES", |a| a.min_bytes.map_or("auto".into(), |n_bytes| n_bytes.to_string())),
@@ -196,6 +250,7 @@ fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, Stri
         }),
         ("FLASHCOMM_EXCHANGE", |a| format!("{:?}", a.exchange).to_lowercase()),
         ("FLASHCOMM_BUFFER_MIB", |a| (a.buffer_bytes >> 20).to_string()),
+        ("FLASHCOMM_MAX_CTAS", |a| a.max_ctas.to_string()),
     ];
     rows.into_iter()
         .map(|(setting, value)| (setting, value(&theirs), value(&first)))
@@ -209,7 +264,10 @@ mod tests {
     use super::*;
 
     fn blob(rank: u32) -> Blob {
-        Blob { rank, agreement: Agreement::from(&Config::default()), ready: true, host: 7 }
+        let device_uuid = *b"0123456789abcdef";
+        let place = Place { host: 7, process: 8, device: 3, device_uuid, multiprocessors: 132, block_channels: 7 };
+        let offer = std::array::from_fn(|i| i as u8);
+        Blob { rank, agreement: Agreement::from(&Config::default()), place, ready: true, offer }
     }
 
     fn gather(blobs: &[Blob]) -> Vec<u8> {
@@ -236,6 +294,7 @@ mod tests {
             ("FLASHCOMM_DTYPES", "bf16"),
             ("FLASHCOMM_EXCHANGE", "nccl"),
             ("FLASHCOMM_BUFFER_MIB", "3"),
+            ("FLASHCOMM_MAX_CTAS", "24"),
         ] {
             let error = agree(&gather(&[blob(0), blob(1), with(2, name, value)])).unwrap_err();
             let Disagreement::Setting { rank: 2, setting, theirs, .. } = &error else { panic!("{error:?}") };
@@ -243,7 +302,7 @@ mod tests {
             assert!(error.to_string().contains(name) && error.to_string().contains("rank 2"));
         }
         let shared = crate::config::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
-        assert_eq!(shared, 7, "six are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
+        assert_eq!(shared, 8, "seven are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
     }
 
     #[test]
@@ -263,7 +322,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn garbage_never_panics(mut bytes in proptest::collection::vec(any::<u8>(), BLOB_BYTES), keep in 0usize..100) {
+        fn garbage_never_panics(mut bytes in proptest::collection::vec(any::<u8>(), BLOB_BYTES), keep in 0usize..BLOB_BYTES) {
             let real = blob(0).encode();
             bytes[..keep].copy_from_slice(&real[..keep]);
             let _ = agree(&bytes);

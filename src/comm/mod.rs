@@ -2,7 +2,7 @@
 //! never wrapped).
 //!
 //! An entry appears at the first candidate all-reduce and is dropped before a destroy or an abort is forwarded, since
-//! NCCL uses addresses again. Its verdict is settled once, by [`attach`]; the staging it then holds is freed with it,
+//! NCCL uses addresses again. Its verdict is settled once, by [`attach`]; what it then holds is freed with it,
 //! as soon as the last operation that uses it has run.
 
 pub mod attach;
@@ -14,10 +14,12 @@ use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
 
-use flashcomm_wire::{Legs, Plan};
+use flashcomm_wire::Legs;
 use parking_lot::{Mutex, RwLock};
 
-use crate::cuda::{Capture, Context, CudaResult, DeviceMemory, Event, RelaxedCapture, StreamHandle};
+use crate::cuda::{Capture, Context, CudaResult, Event, RelaxedCapture, StreamHandle};
+use crate::error::{self, Error};
+use crate::exchange::Exchange;
 use crate::kernels::Kernels;
 use crate::nccl::CommPtr;
 use crate::route::Verdict;
@@ -43,16 +45,14 @@ pub struct Attached {
     pub world: usize,
     /// The agreed codecs.
     pub legs: Legs,
-    /// The agreed bound of the staging memory.
-    pub buffer_bytes: usize,
     /// The agreed threshold.
     pub min_bytes: u64,
     /// The context of the communicator's device.
     pub context: Context,
     /// Kernels of the agreed codecs, in that context.
     pub kernels: Kernels,
-    /// Two areas, see [`Plan`].
-    pub staging: ManuallyDrop<DeviceMemory>,
+    /// What carries the payloads.
+    pub exchange: ManuallyDrop<Exchange>,
     order: Mutex<Order>,
 }
 
@@ -99,6 +99,14 @@ impl Comm {
     /// Whether the application has aborted or destroyed the communicator. Its handle must not be used any more.
     pub fn is_aborted(&self) -> bool {
         self.aborted.load(Ordering::Acquire)
+    }
+
+    /// Frees the kernels that wait for other ranks (invariant I5).
+    fn abort(&self) {
+        self.aborted.store(true, Ordering::Release);
+        if let Some(Exchange::Fused(fused)) = self.attached().map(|attached| &*attached.exchange) {
+            fused.abort();
+        }
     }
 
     fn settle(&self, attached: Option<Attached>) {
@@ -149,9 +157,12 @@ impl Attached {
         unsafe { event.record(stream, false) }
     }
 
-    /// Byte offset of the `incoming` area in the staging memory; `outgoing` is at 0.
-    pub fn incoming_at(&self) -> usize {
-        Plan::outgoing_bytes(self.world, self.legs, self.buffer_bytes)
+    /// The error of a kernel that gave up waiting for another rank.
+    pub fn failure(&self) -> Option<Error> {
+        match &*self.exchange {
+            Exchange::Fused(fused) => fused.failure(),
+            Exchange::Nccl(_) => None,
+        }
     }
 
     fn is_idle(&self) -> bool {
@@ -166,7 +177,7 @@ impl Drop for Attached {
         let _relaxed = RelaxedCapture::enter();
         let _entered = self.context.enter();
         // SAFETY: not used any more; dropped here only.
-        unsafe { ManuallyDrop::drop(&mut self.staging) };
+        unsafe { ManuallyDrop::drop(&mut self.exchange) };
     }
 }
 
@@ -203,8 +214,8 @@ pub fn of(handle: CommPtr) -> Arc<Comm> {
     TABLE.write().entry(handle).or_insert_with(new).clone()
 }
 
-/// Drops the entry of a communicator that is about to be destroyed, aborted or revoked. Its staging memory stays
-/// until [`reap`] finds that its last operation has run.
+/// Drops the entry of a communicator that is about to be destroyed. What it holds stays until [`reap`] finds that its
+/// last operation has run.
 pub fn retire(handle: CommPtr) {
     let removed = TABLE.write().remove(&CommHandle(handle));
     if let Some(comm) = removed {
@@ -215,10 +226,23 @@ pub fn retire(handle: CommPtr) {
     }
 }
 
-/// Settles a communicator as off, for good: after a revocation the real NCCL answers.
-pub fn turn_off(handle: CommPtr) {
+/// Drops the entry of a communicator that is about to be aborted, and frees its waiting kernels.
+pub fn abort(handle: CommPtr) {
+    if let Some(comm) = TABLE.read().get(&CommHandle(handle)) {
+        comm.abort();
+    }
     retire(handle);
+}
+
+/// As [`abort`], for a handle that stays: from now on the real NCCL answers what is done with it.
+pub fn turn_off(handle: CommPtr) {
+    abort(handle);
     of(handle).settle(None);
+}
+
+/// What went wrong in a communicator on the GPU, if anything.
+pub fn failure(handle: CommPtr) -> Option<Error> {
+    TABLE.read().get(&CommHandle(handle))?.attached()?.failure()
 }
 
 /// Frees the staging of retired communicators that are idle. Waits for nothing of a communicator, but frees memory,
@@ -236,5 +260,8 @@ pub fn reap() {
         *retired = busy;
         idle
     };
+    for error in idle.iter().filter_map(|comm| comm.attached()?.failure()) {
+        error::remember(&error);
+    }
     drop(idle);
 }

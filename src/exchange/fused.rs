@@ -9,8 +9,9 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::mem::ManuallyDrop;
 use std::sync::LazyLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use flashcomm_wire::{Plan, Rings, rings};
@@ -43,13 +44,50 @@ impl Kind {
 /// Bytes of an [`Offer`].
 pub const OFFER_BYTES: usize = 80;
 
-/// What a rank tells the others of its area, in bytes that only [`map`] understands.
+/// What a rank tells the others of its area, in bytes that only [`Prepared::connect`] understands.
 pub type Offer = [u8; OFFER_BYTES];
 
 /// An area of this rank's.
 enum Area {
-    Peer(DeviceMemory),
+    Peer(PeerArea),
     Host(HostArea),
+}
+
+/// GPU memory that is lent to a communicator, and for use by the next one when dropped: it is never freed, since a
+/// process that has it mapped would be left with a mapping whose behavior is undefined.
+struct PeerArea {
+    device: i32,
+    memory: ManuallyDrop<DeviceMemory>,
+    /// Peers may still write to it, and nothing tells when they have stopped: nobody may have it again.
+    is_lost: bool,
+}
+
+/// Areas that are not in use, by device.
+static IDLE_AREAS: Mutex<Vec<(i32, DeviceMemory)>> = Mutex::new(Vec::new());
+
+impl PeerArea {
+    fn new(device: i32, n_bytes: usize) -> Result<Self> {
+        let idle = {
+            let mut areas = IDLE_AREAS.lock();
+            let fits = |(owner, memory): &(i32, DeviceMemory)| *owner == device && memory.n_bytes() == n_bytes;
+            areas.iter().position(fits).map(|i| areas.swap_remove(i).1)
+        };
+        let memory = match idle {
+            Some(memory) => memory,
+            None => DeviceMemory::new(n_bytes)
+                .map_err(Error::cuda("allocating the receive area (FLASHCOMM_BUFFER_MIB makes it smaller)"))?,
+        };
+        Ok(Self { device, memory: ManuallyDrop::new(memory), is_lost: false })
+    }
+}
+
+impl Drop for PeerArea {
+    fn drop(&mut self) {
+        if !self.is_lost {
+            // SAFETY: not used any more.
+            IDLE_AREAS.lock().push((self.device, unsafe { ManuallyDrop::take(&mut self.memory) }));
+        }
+    }
 }
 
 /// Shared host memory, as this rank's kernels reach it.
@@ -66,6 +104,17 @@ impl HostArea {
             .map_err(Error::cuda("registering shared host memory"))?;
         Ok(Self { registered, shared })
     }
+}
+
+/// A rank, as the others see it.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    /// Tells processes of the host apart.
+    pub process: u64,
+    /// Its device, by the number that its process knows it by.
+    pub device: i32,
+    /// Its area.
+    pub offer: Offer,
 }
 
 /// What this rank has made for an exchange, before the others' areas are known.
@@ -87,12 +136,12 @@ pub struct Fused {
     max_blocks: usize,
     block_channels: usize,
     areas: [*mut c_void; rings::MAX_WORLD],
-    mine: Option<Area>,
+    mine: Area,
     _theirs: Vec<HostArea>,
     iterations: DeviceMemory,
     control: PinnedMemory,
     timeout: Option<Duration>,
-    device: i32,
+    is_reported: AtomicBool,
 }
 
 // SAFETY: addresses that only kernels follow.
@@ -104,11 +153,8 @@ unsafe impl Sync for Fused {}
 const CONTROL_BYTES: usize = 4096;
 const REPORT_AT: usize = 128;
 
-/// Areas in GPU memory that are not in use, by device. An area is never freed: a peer process may have it mapped, and what
-/// becomes of its mapping then is undefined. Later communicators use it again.
-static IDLE_AREAS: Mutex<Vec<(i32, DeviceMemory)>> = Mutex::new(Vec::new());
-
-/// Areas of other processes that are mapped here, by handle; mapped once, for the same reason.
+/// Areas of other processes that are mapped here, by process, handle and device of ours. They stay mapped: the owner lends
+/// them again and again.
 static MAPPED: LazyLock<Mutex<HashMap<(u64, IpcHandle, i32), usize>>> = LazyLock::new(Default::default);
 
 /// Multiprocessors that are left to the kernels of the real NCCL, which fill one with each block and wait, too.
@@ -138,15 +184,15 @@ impl Prepared {
         let mut offer = [0; OFFER_BYTES];
         let area = match kind {
             Kind::Peer => {
-                let memory = idle_area(context.device(), n_bytes)?;
-                memory.clear(stream).map_err(Error::cuda("clearing the receive area"))?;
-                offer[..8].copy_from_slice(&(memory.at(0) as u64).to_le_bytes());
+                let area = PeerArea::new(context.device(), n_bytes)?;
+                area.memory.clear(stream).map_err(Error::cuda("clearing the receive area"))?;
+                offer[..8].copy_from_slice(&(area.memory.at(0) as u64).to_le_bytes());
                 // Without IPC (containers may forbid it) the ranks of this process can still use the address.
-                if let Ok(handle) = memory.export() {
+                if let Ok(handle) = area.memory.export() {
                     offer[8] = 1;
                     offer[16..].copy_from_slice(&handle);
                 }
-                Area::Peer(memory)
+                Area::Peer(area)
             }
             Kind::Host => {
                 let shared = SharedMemory::create(n_bytes, context.numa_node())?;
@@ -168,28 +214,26 @@ impl Prepared {
 
     /// Maps the others' areas.
     ///
-    /// `peers`: by rank, the process it runs in and its offer; `limits`: blocks of a kernel and channels of a block.
+    /// `peers`: every rank, this one included; `block_channels`: channels that a block of the kernel may have.
     ///
     /// # Errors
     /// When one cannot be mapped.
     pub fn connect(
         self,
         rank: usize,
-        peers: &[(u64, Offer)],
-        contexts: impl Fn(usize) -> Result<Context>,
+        peers: &[Peer],
         context: &Context,
-        (max_blocks, block_channels): (usize, usize),
+        block_channels: usize,
         timeout: Option<Duration>,
     ) -> Result<Fused> {
         let mut areas = [std::ptr::null_mut(); rings::MAX_WORLD];
         let mut theirs = Vec::new();
-        let (my_process, _) = peers[rank];
-        for (peer, (process, offer)) in peers.iter().enumerate() {
+        for (peer, Peer { process, device, offer }) in peers.iter().enumerate() {
             areas[peer] = match &self.area {
-                Area::Peer(memory) if peer == rank => memory.at(0),
+                Area::Peer(area) if peer == rank => area.memory.at(0),
                 Area::Host(host) if peer == rank => host.registered.device_address(),
-                Area::Peer(_) if *process == my_process => {
-                    let peer_context = contexts(peer)?;
+                Area::Peer(_) if *process == peers[rank].process => {
+                    let peer_context = Context::retain(*device).map_err(Error::cuda("retaining a peer's context"))?;
                     context.enable_peer(&peer_context).map_err(Error::cuda("enabling peer access"))?;
                     u64::from_le_bytes(offer[..8].try_into().expect("8 bytes")) as *mut c_void
                 }
@@ -207,29 +251,16 @@ impl Prepared {
             kind: self.kind,
             rings: self.rings,
             rank,
-            max_blocks,
-            block_channels,
+            max_blocks: (self.rings.channels / block_channels).max(1),
+            block_channels: block_channels.min(self.rings.channels),
             areas,
-            mine: Some(self.area),
+            mine: self.area,
             _theirs: theirs,
             iterations: self.iterations,
             control: self.control,
             timeout,
-            device: context.device(),
+            is_reported: AtomicBool::new(false),
         })
-    }
-}
-
-fn idle_area(device: i32, n_bytes: usize) -> Result<DeviceMemory> {
-    let idle = {
-        let mut areas = IDLE_AREAS.lock();
-        let fits = |(owner, memory): &(i32, DeviceMemory)| *owner == device && memory.n_bytes() == n_bytes;
-        areas.iter().position(fits).map(|i| areas.swap_remove(i).1)
-    };
-    match idle {
-        Some(memory) => Ok(memory),
-        None => DeviceMemory::new(n_bytes)
-            .map_err(Error::cuda("allocating the receive area (FLASHCOMM_BUFFER_MIB makes it smaller)")),
     }
 }
 
@@ -250,7 +281,7 @@ fn map_ipc(process: u64, offer: &Offer, device: i32) -> Result<*mut c_void> {
 impl Fused {
     /// Every rank has mapped everything: what was named for that needs no name any more.
     pub fn unlink(&mut self) {
-        if let Some(Area::Host(host)) = &mut self.mine {
+        if let Area::Host(host) = &mut self.mine {
             host.shared.unlink();
         }
     }
@@ -270,8 +301,8 @@ impl Fused {
         (input, output): (*const c_void, *mut c_void),
         stream: StreamHandle,
     ) -> Result<()> {
-        if let Some(report) = self.report() {
-            return Err(Error::GaveUp { rank: self.rank, report });
+        if let Some(error) = self.failure() {
+            return Err(error);
         }
         let chunk_tiles = plan.chunk_tiles();
         // Few tiles rather spread over multiprocessors than share one.
@@ -302,13 +333,26 @@ impl Fused {
         self.word(0).store(1, Ordering::SeqCst);
     }
 
+    fn is_aborted(&self) -> bool {
+        self.word(0).load(Ordering::Relaxed) != 0
+    }
+
     /// What a kernel that gave up was waiting for.
     pub fn report(&self) -> Option<Report> {
         if self.word(REPORT_AT).load(Ordering::Acquire) == 0 {
             return None;
         }
-        // SAFETY: the report lies in the control memory; the kernel that gave up wrote it.
+        // SAFETY: the report lies in the control memory; the kernel that gave up wrote it before the word just seen.
         Some(unsafe { self.control.address().wrapping_byte_add(REPORT_AT).cast::<Report>().read_volatile() })
+    }
+
+    /// The error of a kernel that gave up, logged when first asked for.
+    pub fn failure(&self) -> Option<Error> {
+        let error = Error::GaveUp { rank: self.rank, report: self.report()? };
+        if !self.is_reported.swap(true, Ordering::Relaxed) {
+            log::error!("{error}");
+        }
+        Some(error)
     }
 
     fn word(&self, at: usize) -> &AtomicU32 {
@@ -319,13 +363,10 @@ impl Fused {
 
 impl Drop for Fused {
     fn drop(&mut self) {
-        match self.mine.take() {
-            // All its kernels have run to their end, so every peer has done its part: nobody writes here any more.
-            Some(Area::Peer(memory)) if self.report().is_none() => IDLE_AREAS.lock().push((self.device, memory)),
-            // After an abort peers may still write here, and nothing tells when they have stopped.
-            Some(Area::Peer(memory)) => std::mem::forget(memory),
-            // Peers have mappings of their own.
-            Some(Area::Host(_)) | None => {}
+        // When all its kernels have run to their end, every peer has done its part, and nobody writes here any more.
+        let is_lost = self.is_aborted() || self.report().is_some();
+        if let Area::Peer(area) = &mut self.mine {
+            area.is_lost = is_lost;
         }
     }
 }

@@ -1,6 +1,9 @@
-//! What carries payloads between ranks. So far: the real NCCL ([`nccl`]), which reaches wherever it does.
+//! What carries payloads between ranks: memory that every rank of the host can write ([`fused`]), or the real NCCL
+//! ([`nccl`]), which reaches wherever it does.
 
+pub mod fused;
 pub mod nccl;
+pub mod shared;
 
 use std::ffi::c_void;
 
@@ -26,10 +29,33 @@ pub struct Transfer {
     pub stream: StreamHandle,
 }
 
-/// From how many bytes on an all-reduce over the real NCCL is compressed by default.
-///
-/// Between hosts the bytes decide (measured; see the README). Between ranks of one host NCCL's own all-reduce is
-/// faster than three kernels with two of its calls between, so there it takes an explicit `FLASHCOMM_MIN_BYTES`.
-pub const fn default_min_bytes(one_host: bool) -> u64 {
-    if one_host { u64::MAX } else { 1 << 20 }
+/// The exchange of a communicator.
+#[allow(clippy::large_enum_variant, reason = "a communicator has one, and it is boxed with it")]
+pub enum Exchange {
+    /// One kernel does it all.
+    Fused(fused::Fused),
+    /// Three kernels, and calls of the real NCCL between them.
+    Nccl(nccl::Staging),
+}
+
+impl Exchange {
+    /// As in settings and in the log.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Exchange::Fused(fused) => fused.kind.name(),
+            Exchange::Nccl(_) => "nccl",
+        }
+    }
+
+    /// From how many bytes on an all-reduce is compressed by default.
+    ///
+    /// Measured (see the README). Over the real NCCL the bytes decide between hosts; between ranks of one host NCCL's own
+    /// all-reduce is faster than three kernels with two of its calls between, so there it takes an explicit
+    /// `FLASHCOMM_MIN_BYTES`.
+    pub const fn default_min_bytes(&self, one_host: bool) -> u64 {
+        match self {
+            Exchange::Nccl(_) if one_host => u64::MAX,
+            Exchange::Fused(_) | Exchange::Nccl(_) => 1 << 20,
+        }
+    }
 }

@@ -1,10 +1,48 @@
 //! The exchange over the real NCCL: grouped send and receive for hop 1, an all-gather for hop 2. Payload travels as
 //! bytes.
 
-use flashcomm_wire::Plan;
+use std::ffi::c_void;
+
+use flashcomm_wire::{Legs, Plan};
 
 use super::Transfer;
+use crate::cuda::DeviceMemory;
+use crate::error::{Error, Result};
 use crate::nccl::{self, DataType, NcclResult};
+
+/// Where payloads lie before and after a hop: the two areas of [`Plan`].
+pub struct Staging {
+    memory: DeviceMemory,
+    /// The agreed bound of the memory.
+    pub buffer_bytes: usize,
+    incoming_at: usize,
+}
+
+impl Staging {
+    /// Allocates it in the current context.
+    ///
+    /// # Errors
+    /// When `buffer_bytes` do not hold a tile of each rank, or there is no memory.
+    pub fn new(world: usize, legs: Legs, buffer_bytes: usize) -> Result<Self> {
+        let n_bytes = Plan::staging_bytes(world, legs, buffer_bytes);
+        if n_bytes == 0 {
+            return Err(Error::BufferTooSmall { world });
+        }
+        let memory = DeviceMemory::new(n_bytes)
+            .map_err(Error::cuda("allocating the staging memory (FLASHCOMM_BUFFER_MIB makes it smaller)"))?;
+        Ok(Self { memory, buffer_bytes, incoming_at: Plan::outgoing_bytes(world, legs, buffer_bytes) })
+    }
+
+    /// What goes out.
+    pub fn outgoing(&self) -> *mut c_void {
+        self.memory.at(0)
+    }
+
+    /// What comes in.
+    pub fn incoming(&self) -> *mut c_void {
+        self.memory.at(self.incoming_at)
+    }
+}
 
 /// Runs `issue` between the real group calls; the first error of it or of them.
 ///

@@ -11,7 +11,7 @@ use std::ffi::{c_int, c_void};
 
 pub use symbols::Symbol;
 pub(crate) use table::real;
-pub use types::{CollConfig, CommPtr, DataType, NcclResult, RedOp, SimInfo, StreamPtr};
+pub use types::{CollConfig, CommConfig, CommPtr, DataType, NcclResult, RedOp, SimInfo, StreamPtr};
 
 macro_rules! calls {
     ($($symbol:ident as $name:ident($($arg:ident: $type:ty),*);)*) => {$(

@@ -23,7 +23,7 @@ macro_rules! for_each_symbol {
             jump ncclCommDeregister pncclCommDeregister Result 2 19 1;
             own  ncclCommDestroy pncclCommDestroy Result 2 3 5;
             jump ncclCommFinalize pncclCommFinalize Result 2 14 3;
-            jump ncclCommGetAsyncError pncclCommGetAsyncError Result 2 4 2;
+            own  ncclCommGetAsyncError pncclCommGetAsyncError Result 2 4 2;
             jump ncclCommGetUniqueId pncclCommGetUniqueId Result 2 29 2;
             jump ncclCommGrow pncclCommGrow Result 2 29 2;
             jump ncclCommInitAll pncclCommInitAll Result 2 3 5;
@@ -35,7 +35,7 @@ macro_rules! for_each_symbol {
             jump ncclCommRegister pncclCommRegister Result 2 19 1;
             jump ncclCommResume pncclCommResume Result 2 29 7;
             own  ncclCommRevoke pncclCommRevoke Result 2 28 7;
-            jump ncclCommShrink pncclCommShrink Result 2 27 3;
+            own  ncclCommShrink pncclCommShrink Result 2 27 3;
             jump ncclCommSplit pncclCommSplit Result 2 18 1;
             jump ncclCommSuspend pncclCommSuspend Result 2 29 7;
             jump ncclCommUserRank pncclCommUserRank Result 2 3 5;

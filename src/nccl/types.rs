@@ -20,6 +20,8 @@ opaque! {
     Stream;
     /// `ncclCollConfig_t`, passed through.
     CollConfig;
+    /// `ncclConfig_t`, passed through.
+    CommConfig;
     /// `ncclSimInfo_t`, passed through.
     SimInfo;
 }
