@@ -109,6 +109,7 @@ libraries! {
         cuMemFree_v2(Ptr);
         cuMemAllocAsync(*mut Ptr, usize, Ptr);
         cuMemFreeAsync(Ptr, Ptr);
+        cuMemGetInfo_v2(*mut usize, *mut usize);
         cuMemcpyHtoDAsync_v2(Ptr, *const u8, usize, Ptr);
         cuMemcpyDtoHAsync_v2(*mut u8, Ptr, usize, Ptr);
         cuMemsetD8Async(Ptr, u8, usize, Ptr);
@@ -207,12 +208,12 @@ macro_rules! call {
     }};
 }
 
-/// A library of this build.
+/// A library of this build: the nearest one above the test program. (Beside it are cargo's intermediate ones.)
 pub fn built(name: &str) -> PathBuf {
-    let deps = std::env::current_exe().unwrap().parent().unwrap().to_owned();
-    let library = deps.parent().unwrap().join(name);
-    assert!(library.exists(), "{} is missing; run ./scripts/test.sh, or cargo build --workspace", library.display());
-    library
+    let program = std::env::current_exe().unwrap();
+    let places = program.ancestors().skip(1).filter(|dir| !dir.ends_with("deps")).map(|dir| dir.join(name));
+    let found = places.into_iter().find(|library| library.exists());
+    found.unwrap_or_else(|| panic!("{name} is missing; run ./scripts/test.sh, or cargo build --workspace"))
 }
 
 /// A directory with the simulators under the names that programs look for.
@@ -306,21 +307,46 @@ impl Process {
 
     /// An id made by rank `root`.
     pub fn unique_id_by(&self, n: usize, root: usize) -> UniqueId {
-        let path = self.dir.join(format!("id{n}"));
+        let name = format!("id{n}");
         if self.rank == root {
             let id = unique_id();
-            std::fs::write(path.with_extension("part"), id.0).unwrap();
-            std::fs::rename(path.with_extension("part"), &path).unwrap();
+            self.tell(&name, &id.0);
             return id;
         }
+        UniqueId(self.hear(&name).try_into().unwrap())
+    }
+
+    /// Tells the other ranks something, by name.
+    pub fn tell(&self, name: &str, what: &[u8]) {
+        let part = self.dir.join(format!("{name}.part{}", self.rank));
+        std::fs::write(&part, what).unwrap();
+        std::fs::rename(&part, self.dir.join(name)).unwrap();
+    }
+
+    /// What has been told by that name so far.
+    pub fn heard(&self, name: &str) -> Option<Vec<u8>> {
+        std::fs::read(self.dir.join(name)).ok()
+    }
+
+    /// Waits for what is told by that name.
+    pub fn hear(&self, name: &str) -> Vec<u8> {
         let end = Instant::now() + Duration::from_secs(60);
         loop {
-            if let Ok(bytes) = std::fs::read(&path) {
-                return UniqueId(bytes.try_into().unwrap());
+            if let Some(what) = self.heard(name) {
+                return what;
             }
-            assert!(Instant::now() < end, "no id {n}");
+            assert!(Instant::now() < end, "nobody tells {name}");
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Starts a further rank of this job, with settings of its own; its stderr goes to `log`.
+    pub fn start_rank(&self, rank: usize, settings: &[(&str, String)], log: &Path) -> Child {
+        let simulators = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        let mut command = again(Path::new(&simulators), &[]);
+        command.envs(settings.iter().map(|(name, value)| (name, value)));
+        command.env("WORLD_RANK", rank.to_string()).env("WORLD_DIR", &self.dir);
+        command.stderr(std::fs::File::create(log).unwrap()).stdout(Stdio::null()).spawn().unwrap()
     }
 }
 
@@ -593,4 +619,34 @@ pub fn n_compressed() -> u64 {
     let mut stats = [48, 0, 0, 0, 0, 0];
     ok!(flashcommGetStats(&mut stats));
     stats[1]
+}
+
+/// What this process holds, to see whether it grows.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    pub memory_kib: usize,
+    pub files: usize,
+    pub threads: usize,
+    /// Of the current device; on a GPU, of everyone there.
+    pub device_bytes: usize,
+}
+
+impl Held {
+    pub fn now() -> Self {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        let files = std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let (mut free, mut total) = (0, 0);
+        ok!(cuMemGetInfo_v2(&mut free, &mut total));
+        Held { memory_kib: field("VmRSS:"), files, threads: field("Threads:"), device_bytes: total - free }
+    }
+}
+
+/// Names of the shim's shared memory on this machine, of whatever process.
+pub fn shared_memory_names() -> Vec<String> {
+    let names = std::fs::read_dir("/dev/shm").unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter_map(|name| name.into_string().ok()).filter(|name| name.starts_with("flashcomm-")).collect()
 }

@@ -9,8 +9,15 @@ fn codec(bits: u8, group: u16) -> Codec {
     Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(group).unwrap() }
 }
 
+/// All of them; under Miri, which takes some ten seconds for a tile, one with three planes.
 fn all_codecs() -> impl Iterator<Item = Codec> {
-    (2..=8).flat_map(|bits| [32, 64, 128].map(|group| codec(bits, group)))
+    let all = (2..=8).flat_map(|bits| [32, 64, 128].map(|group| codec(bits, group)));
+    all.filter(|one| !cfg!(miri) || *one == codec(7, 64))
+}
+
+/// The cases of a test; under Miri the first few.
+fn few<T>(cases: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
+    cases.into_iter().take(if cfg!(miri) { 2 } else { usize::MAX })
 }
 
 /// The formulas of the module's essay for one whole group, in f64 where that is exact anyway.
@@ -97,7 +104,7 @@ proptest! {
 fn codes_stand_where_the_layout_says() {
     // All codes 0 but one, at the top: its bits are the only ones set, at the documented places.
     for codec in all_codecs() {
-        for i in [0, 1, 7, 8, 255, 256, 300, 1023, 1024, 2049, 4095] {
+        for i in few([4095, 0, 1, 7, 8, 255, 256, 300, 1023, 1024, 2049]) {
             let mut x = vec![0.0; TILE_ELEMS];
             x[i] = 1.0;
             let mut payload = vec![0; codec.tile_bytes()];
@@ -128,7 +135,7 @@ fn codes_stand_where_the_layout_says() {
 fn scales_and_zeros_stand_where_the_layout_says() {
     for codec in all_codecs() {
         let g = codec.group.n_elems();
-        for start in (0..TILE_ELEMS).step_by(g) {
+        for start in few((0..TILE_ELEMS).step_by(g).rev()) {
             let mut x = vec![0.0; TILE_ELEMS];
             x[start..start + g].fill(-3.0);
             x[start] = -3.0 + f32::from(codec.width.max_code());
@@ -155,7 +162,7 @@ fn tile_sizes_are_multiples_of_128_bytes() {
 
 #[test]
 fn nan_and_infinity_spread_over_their_group_only() {
-    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+    for bad in few([f32::NAN, f32::INFINITY, f32::NEG_INFINITY]) {
         for codec in all_codecs() {
             let mut x: Vec<f32> = (0..300).map(|i| i as f32).collect();
             x[130] = bad;
@@ -178,7 +185,7 @@ fn a_sum_below_the_storage_type_decodes_to_nan() {
 
 #[test]
 fn constant_groups_are_exact_and_minus_zero_becomes_zero() {
-    for x in [0.0, -0.0, 65504.0, -65504.0, 5.960_464_5e-8, 1.5] {
+    for x in few([-0.0, 5.960_464_5e-8, 0.0, 65504.0, -65504.0, 1.5]) {
         let y = round_trip::<f16>(codec(2, 128), &[x; 200]);
         assert!(y.iter().all(|y| y.to_bits() == (x + 0.0).to_bits()), "{x}");
     }
@@ -193,7 +200,7 @@ fn zeros_of_both_signs_encode_alike_in_any_order() {
     };
     let zeros = encode(&[0.0; 128]);
     assert!(zeros.iter().all(|byte| *byte == 0));
-    for x in [[-0.0, 0.0], [0.0, -0.0], [-0.0, -0.0]] {
+    for x in few([[-0.0, 0.0], [0.0, -0.0], [-0.0, -0.0]]) {
         assert_eq!(encode(&x.repeat(64)), zeros, "{x:?}");
     }
 }
