@@ -35,9 +35,9 @@ fn reduce_both_ways<E: Element>(comm: usize, stream: &Stream, rank: usize, case:
     same_bits(&input.read(case.count, stream), &case.expected, &about("in place"));
 }
 
-fn equals_the_reference<E: Element>(worlds: &[usize], reduce: u8, gather: u8) {
+fn equals_the_reference<E: Element>(exchange: &str, worlds: &[usize], reduce: u8, gather: u8) {
     let bits = format!("{reduce}:{gather}");
-    in_process(&[("FLASHCOMM_BITS", &bits)], || {
+    in_process(&[("FLASHCOMM_BITS", &bits), ("FLASHCOMM_EXCHANGE", exchange)], || {
         for &world in worlds {
             let legs = legs(reduce, gather);
             let cases: Vec<_> =
@@ -55,31 +55,50 @@ fn equals_the_reference<E: Element>(worlds: &[usize], reduce: u8, gather: u8) {
 }
 
 #[test]
-fn two_to_five_ranks_equal_the_reference_fp16_int4_int8() {
-    equals_the_reference::<f16>(&[2, 3, 4, 5], 4, 8);
+fn two_to_five_ranks_equal_the_reference_over_nccl_fp16_int4_int8() {
+    equals_the_reference::<f16>("nccl", &[2, 3, 4, 5], 4, 8);
 }
 
 #[test]
-fn six_to_nine_ranks_equal_the_reference_bf16_int5() {
-    equals_the_reference::<bf16>(&[6, 7, 8, 9], 5, 5);
+fn two_to_five_ranks_equal_the_reference_over_peer_memory_bf16_int7() {
+    equals_the_reference::<bf16>("peer", &[2, 3, 4, 5], 7, 7);
 }
 
 #[test]
-fn ten_to_thirteen_ranks_equal_the_reference_fp16_int2_int3() {
-    equals_the_reference::<f16>(&[10, 11, 12, 13], 2, 3);
+fn two_to_five_ranks_equal_the_reference_over_host_memory_fp16_int6_int4() {
+    equals_the_reference::<f16>("host", &[2, 3, 4, 5], 6, 4);
 }
 
 #[test]
-fn fourteen_to_sixteen_ranks_equal_the_reference_bf16_int8_int6() {
-    equals_the_reference::<bf16>(&[14, 15, 16], 8, 6);
+fn six_to_nine_ranks_equal_the_reference_over_host_memory_bf16_int5() {
+    equals_the_reference::<bf16>("host", &[6, 7, 8, 9], 5, 5);
+}
+
+#[test]
+fn ten_to_thirteen_ranks_equal_the_reference_over_peer_memory_fp16_int2_int3() {
+    equals_the_reference::<f16>("peer", &[10, 11, 12, 13], 2, 3);
+}
+
+#[test]
+fn fourteen_to_sixteen_ranks_equal_the_reference_over_nccl_bf16_int8_int6() {
+    equals_the_reference::<bf16>("nccl", &[14, 15, 16], 8, 6);
+}
+
+#[test]
+fn sixteen_ranks_equal_the_reference_over_peer_memory_fp16_int4() {
+    equals_the_reference::<f16>("peer", &[16], 4, 4);
 }
 
 #[test]
 fn processes_equal_the_reference() {
-    for world in [2, 3, 5] {
+    for (world, exchange) in [(2, "peer"), (3, "peer"), (5, "peer"), (2, "host"), (3, "host"), (2, "nccl"), (5, "nccl")]
+    {
         let ends = processes(
             world,
-            |_| vec![("FLASHCOMM_BITS", "4".into()), ("WORLD_SIZE", world.to_string())],
+            |_| {
+                let bits = ("FLASHCOMM_BITS", "4".into());
+                vec![bits, ("FLASHCOMM_EXCHANGE", exchange.into()), ("WORLD_SIZE", world.to_string())]
+            },
             |process| {
                 let world = std::env::var("WORLD_SIZE").unwrap().parse().unwrap();
                 let rank = process.rank;

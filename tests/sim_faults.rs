@@ -13,6 +13,7 @@
 
 mod world;
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,8 @@ const WORLD: usize = 3;
 const HARMED: usize = 2;
 const COUNT: usize = 9000;
 const ATTACH_TIMEOUT_S: u64 = 2;
+/// `FLASHCOMM_BUFFER_MIB` of the jobs.
+const RECEIVE_AREA: usize = 1 << 20;
 /// How soon an abort has to free what waits.
 const SOON: Duration = Duration::from_secs(5);
 /// What a loaded machine may add to a time limit.
@@ -66,7 +69,10 @@ impl Sums {
 
 /// Settings of every rank of a job.
 fn settings(exchange: &str) -> Vec<(&'static str, String)> {
+    // Over shared host memory a kernel gives up by itself; over peer memory it takes an abort.
+    let timeout_s = if exchange == "host" { "2" } else { "0" };
     vec![
+        ("FLASHCOMM_TIMEOUT_S", timeout_s.into()),
         ("FLASHCOMM_BITS", "4".into()),
         ("FLASHCOMM_EXCHANGE", exchange.into()),
         ("FLASHCOMM_ATTACH_TIMEOUT_S", ATTACH_TIMEOUT_S.to_string()),
@@ -98,20 +104,24 @@ fn watched(comm: usize, rank: usize, sums: &Sums, must_abort: impl Fn(i32, bool)
     let stream = Stream::new();
     let memory = Memory::of(&sums.inputs[rank], &stream);
     stream.wait();
-    let (is_over, is_aborted, in_first_call) = (AtomicBool::new(false), AtomicBool::new(false), AtomicBool::new(true));
+    let (is_over, is_aborted, in_first_call) = (AtomicBool::new(false), Mutex::new(false), AtomicBool::new(true));
     let async_error = AtomicI32::new(0);
     let mut seen = Seen { ends: Vec::new(), async_error: 0, first_call: Duration::ZERO };
+    let ask = || {
+        let mut told = 0;
+        ok!(ncclCommGetAsyncError(comm, &mut told));
+        if told != 0 {
+            async_error.store(told, Ordering::Release);
+        }
+        told
+    };
     std::thread::scope(|scope| {
         scope.spawn(|| {
             use_device(rank);
             while !is_over.load(Ordering::Acquire) {
-                let mut told = 0;
-                ok!(ncclCommGetAsyncError(comm, &mut told));
-                if told != 0 {
-                    async_error.store(told, Ordering::Release);
-                }
+                let told = ask();
                 if must_abort(told, in_first_call.load(Ordering::Acquire)) {
-                    is_aborted.store(true, Ordering::Release);
+                    *is_aborted.lock().unwrap() = true;
                     ok!(ncclCommAbort(comm));
                     return;
                 }
@@ -129,7 +139,9 @@ fn watched(comm: usize, rank: usize, sums: &Sums, must_abort: impl Fn(i32, bool)
             // However it ends: the stream has to become idle, if only by the watcher's abort.
             let limit = Duration::from_secs(ATTACH_TIMEOUT_S) + SOON + SLACK;
             assert!(stream.becomes_idle(limit), "the stream hangs, call {i}, result {result}");
-            if result != 0 || is_aborted.load(Ordering::Acquire) {
+            // A kernel that gave up waiting has ended, too: what it left is no result, and NCCL's state says so.
+            let is_aborted = is_aborted.lock().unwrap();
+            if result != 0 || *is_aborted || ask() != 0 {
                 seen.ends.push(End::Failed);
                 break;
             }
@@ -138,7 +150,7 @@ fn watched(comm: usize, rank: usize, sums: &Sums, must_abort: impl Fn(i32, bool)
         is_over.store(true, Ordering::Release);
     });
     seen.async_error = async_error.load(Ordering::Acquire);
-    if is_aborted.load(Ordering::Acquire) {
+    if *is_aborted.lock().unwrap() {
         return seen;
     }
     match seen.ends.contains(&End::Failed) {
@@ -165,6 +177,19 @@ fn works(process: &Process, n: usize, world: usize, rank: usize) {
     let comm = init(world, process.unique_id(n), rank);
     let seen = watched(comm, rank, &sums, |_, _| false);
     assert_eq!(seen.ends, [End::Compressed; 2], "a new communicator, {world} ranks");
+}
+
+impl Held {
+    /// With what `n` aborts may cost.
+    fn and_lost(mut self, exchange: &str, n: usize) -> Self {
+        // Scratch memory of attach, kept for the next one, the larger the more ranks.
+        self.device_bytes += 4096;
+        if exchange == "peer" {
+            // What a peer's kernel may still write to is not used again: a receive area each time.
+            self.device_bytes += n * RECEIVE_AREA;
+        }
+        self
+    }
 }
 
 /// Wants nothing to have grown since `first`, but for threads that are just ending.
@@ -237,7 +262,9 @@ fn survivor(process: &Process, exchange: &str) {
                 return false;
             }
             let waited = since_death.get_or_init(Instant::now).elapsed();
-            !(patient && in_first_call) && (told != 0 || waited > Duration::from_secs(1))
+            // Of a rank that is gone the kernels of ours learn nothing.
+            let patience = Duration::from_millis(if exchange == "peer" { 300 } else { 8000 });
+            !(patient && in_first_call) && (told != 0 || waited > patience)
         });
         tell.into_iter().for_each(|thread| thread.join().unwrap());
         let was_killed = process.hear(&dead) == b"killed";
@@ -246,7 +273,7 @@ fn survivor(process: &Process, exchange: &str) {
         let failed = seen.ends.contains(&End::Failed);
         assert!(was_killed || !failed, "nobody died");
         assert!(!seen.ends.contains(&End::Exact), "step {n}: {:?}", seen.ends);
-        if failed && exchange == "nccl" && !patient {
+        if failed && exchange != "peer" && !patient {
             assert_eq!(seen.async_error, 6, "step {n}: ncclCommGetAsyncError tells ncclRemoteError");
         }
         n_died += usize::from(was_killed);
@@ -261,28 +288,41 @@ fn survivor(process: &Process, exchange: &str) {
     }
     eprintln!("{exchange}: died at {n_died} steps, every {stride}th; rank {me} waited for it in {n_freed} rounds");
     assert!(n_died >= 5 && n_freed >= 3, "the steps are not where they are thought to be");
-    nothing_has_grown(first.unwrap());
+    nothing_has_grown(first.unwrap().and_lost(exchange, n_freed));
 }
 
 fn killed_at_every_step(exchange: &'static str) {
     let before = shared_memory_names();
     let ends = processes(
         2,
-        |_| settings(exchange),
+        |_| [settings(exchange), vec![("FLASHCOMM_LOG", "info".into())]].concat(),
         |process| match std::env::var("WORLD_ROUND") {
             Ok(round) => victim(&process, round.parse().unwrap()),
             Err(_) => survivor(&process, exchange),
         },
     );
     let Some(ends) = ends else { return };
-    eprint!("{}", ends[0].1);
+    let summary = ends[0].1.lines().filter(|line| line.starts_with(exchange));
+    summary.for_each(|line| eprintln!("{line}"));
+    let is_over = ends[0].1.contains(&format!("exchange {exchange},"));
     all_succeed(Some(ends));
+    assert!(is_over, "the payloads went over another exchange");
     no_name_stays(&before);
 }
 
 #[test]
 fn survivors_get_over_a_rank_killed_at_any_step_over_nccl() {
     killed_at_every_step("nccl");
+}
+
+#[test]
+fn survivors_get_over_a_rank_killed_at_any_step_over_peer_memory() {
+    killed_at_every_step("peer");
+}
+
+#[test]
+fn survivors_get_over_a_rank_killed_at_any_step_over_host_memory() {
+    killed_at_every_step("host");
 }
 
 /// One call of a rank that fails.
@@ -332,19 +372,20 @@ fn a_call_of_one_rank_fails(exchange: &'static str) {
     let before = shared_memory_names();
     let ends = processes(
         2,
-        |_| settings(exchange),
+        |_| [settings(exchange), vec![("FLASHCOMM_LOG", "info".into())]].concat(),
         |process| {
             use_device(process.rank);
             if let Ok(round) = std::env::var("WORLD_ROUND") {
                 round_with_a_fault(&process, round.parse().unwrap());
                 return;
             }
-            let (mut round, mut first) = (0, None);
+            let (mut round, mut first, mut n_failed) = (0, None, 0);
             for (kind, made_before, cause) in KINDS {
                 let mut unharmed = 0;
                 let mut counts = [0; 3];
                 for n in made_before + 1.. {
-                    let log = process.dir.join(format!("harmed{round}"));
+                    let (log, mine) = (process.dir.join(format!("harmed{round}")), process.dir.join("stderr0"));
+                    let n_mine = std::fs::read_to_string(&mine).unwrap().lines().count();
                     let child = (process.rank == 0).then(|| {
                         let mut settings = settings(exchange);
                         settings.push(("FLASHCOMM_SIM_FAIL", format!("{kind}:{n}")));
@@ -355,7 +396,14 @@ fn a_call_of_one_rank_fails(exchange: &'static str) {
                     if let Some(mut child) = child {
                         let (status, log) = (child.wait().unwrap(), std::fs::read_to_string(&log).unwrap());
                         assert!(status.success(), "{kind} {n}: {status:?}\n{log}");
-                        let causes = log.lines().filter(|line| line.starts_with("flashcomm [") && line.contains(cause));
+                        // What cannot be exported is missed by those that cannot map it.
+                        let mine = std::fs::read_to_string(&mine).unwrap();
+                        let mine = mine.lines().skip(if kind == "ipc" { n_mine } else { usize::MAX });
+                        let names_it = |line: &&str| {
+                            let is_named = line.contains(cause) || line.contains("CUDA IPC");
+                            line.starts_with("flashcomm [") && is_named
+                        };
+                        let causes = log.lines().chain(mine).filter(names_it);
                         // Where attach fails, it says so and so does the all-reduce that asked for it.
                         let expected = if end == End::Compressed { 0..1 } else { 1..3 };
                         assert!(expected.contains(&causes.count()), "{kind} {n}, {end:?}:\n{log}");
@@ -370,22 +418,37 @@ fn a_call_of_one_rank_fails(exchange: &'static str) {
                 }
                 if first.is_none() {
                     first = Some(Held::now());
+                } else {
+                    n_failed += counts[End::Failed as usize];
                 }
                 eprintln!(
                     "{exchange}: {kind}: {} rounds compressed, {} plain, {} failed",
                     counts[0], counts[1], counts[2]
                 );
             }
-            nothing_has_grown(first.unwrap());
+            nothing_has_grown(first.unwrap().and_lost(exchange, n_failed));
         },
     );
     let Some(ends) = ends else { return };
-    eprint!("{}", ends[0].1);
+    let summary = ends[0].1.lines().filter(|line| line.starts_with(exchange));
+    summary.for_each(|line| eprintln!("{line}"));
+    let is_over = ends[0].1.contains(&format!("exchange {exchange},"));
     all_succeed(Some(ends));
+    assert!(is_over, "the payloads went over another exchange");
     no_name_stays(&before);
 }
 
 #[test]
 fn ranks_end_alike_when_a_call_of_one_fails_over_nccl() {
     a_call_of_one_rank_fails("nccl");
+}
+
+#[test]
+fn ranks_end_alike_when_a_call_of_one_fails_over_peer_memory() {
+    a_call_of_one_rank_fails("peer");
+}
+
+#[test]
+fn ranks_end_alike_when_a_call_of_one_fails_over_host_memory() {
+    a_call_of_one_rank_fails("host");
 }

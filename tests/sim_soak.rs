@@ -182,81 +182,102 @@ impl Rank<'_> {
     }
 }
 
-fn soak(bits: &str, reduce: u8, gather: u8, share: usize) {
-    in_process(&[("FLASHCOMM_BITS", bits)], || {
-        let number = |name: &str, default: usize| std::env::var(name).map_or(default, |text| text.parse().unwrap());
-        let first_seed = number("FLASHCOMM_TEST_SOAK_SEED", 1) as u64;
-        let wanted = number("FLASHCOMM_TEST_SOAK_OPS", 100_000) / share;
-        let (mut n_ops, mut seed) = (0, first_seed);
-        eprintln!("soak: {wanted} operations from seed {seed}, {bits} bits");
-        while n_ops < wanted {
-            let mut random = Random(seed * 7919);
-            let world = 2 + (seed as usize % 3);
-            let start: Vec<Buffers> = (0..world)
-                .map(|rank| (0..BUFFERS).map(|b| input(MAX_COUNT, seed + b as u64, rank)).collect())
-                .collect();
-            let programs: Vec<_> = (0..10).map(|_| program(&mut random, world)).collect();
-            let ids = [unique_id(), unique_id()];
-            let (start_ref, programs_ref) = (&start, &programs);
-            let results = threads(world, |rank| {
-                let streams = [Stream::new(), Stream::new()];
-                let comms = [init(world, ids[0], rank), init(world, ids[1], world - 1 - rank)];
-                let memory: Vec<_> = start_ref[rank].iter().map(|buffer| Memory::of(buffer, &streams[0])).collect();
-                streams[0].wait();
-                let me = Rank { rank, world, comms, streams: &streams, memory: &memory };
-                let mut results = Vec::new();
-                for (steps, _) in programs_ref {
-                    // Attached before the first capture, so that what is captured is compressed.
-                    for comm in comms {
-                        let at = memory[0].at;
-                        ok!(ncclAllReduce(at, at, 1, dtype::FP16, SUM, comm, streams[0].0));
-                    }
-                    steps.iter().for_each(|step| me.run(step));
-                    order(&streams[1], &streams[0]);
-                    let read = |buffer: &Memory| buffer.read::<f16>(MAX_COUNT, &streams[0]);
-                    results.push(memory.iter().map(read).collect::<Buffers>());
-                }
-                comms.iter().for_each(|comm| ok!(ncclCommDestroy(*comm)));
-                results
-            });
-            let mut ranks = start;
-            for (i, (steps, n)) in programs.iter().enumerate() {
-                for comm in 0..2 {
-                    model(Op::Reduce { comm, from: 0, to: 0, count: 1, stream: 0 }, &mut ranks, legs(reduce, gather));
-                }
-                for step in steps {
-                    let (ops, times) = match step {
-                        Step::Eager(op) => (std::slice::from_ref(op), 1),
-                        Step::Group(ops) => (ops.as_slice(), 1),
-                        Step::Graph(ops, times) => (ops.as_slice(), *times),
-                    };
-                    for op in (0..times).flat_map(|_| ops) {
-                        model(*op, &mut ranks, legs(reduce, gather));
-                    }
-                }
-                for (rank, expected) in ranks.iter().enumerate() {
-                    for (b, buffer) in expected.iter().enumerate() {
-                        same_bits(
-                            &results[rank][i][b],
-                            buffer,
-                            &format!("seed {seed}, program {i}, rank {rank}, buffer {b}"),
-                        );
-                    }
-                }
-                n_ops += n + 2;
-            }
-            seed += 1;
+/// A third of the operations over one exchange, in three processes: without delays, and with those of two schedules.
+fn soak(exchange: &str, reduce: u8, gather: u8) {
+    for (part, schedule) in ["", "1", "2"].into_iter().enumerate() {
+        let part = part.to_string();
+        if std::env::var("WORLD_PART").is_ok_and(|mine| mine != part) {
+            continue;
         }
-        eprintln!("soak: {n_ops} operations, seeds {first_seed} to {}, no difference", seed - 1);
-    });
+        let bits = format!("{reduce}:{gather}");
+        let settings = [
+            ("FLASHCOMM_BITS", bits.as_str()),
+            ("FLASHCOMM_EXCHANGE", exchange),
+            ("FLASHCOMM_SIM_SEED", schedule),
+            ("WORLD_PART", &part),
+        ];
+        in_process(&settings, || soak_part(exchange, &part, reduce, gather));
+    }
+}
+
+fn soak_part(exchange: &str, part: &str, reduce: u8, gather: u8) {
+    let number = |name: &str, default: usize| std::env::var(name).map_or(default, |text| text.parse().unwrap());
+    // Other programs in every part.
+    let first_seed = number("FLASHCOMM_TEST_SOAK_SEED", 1) as u64 + part.parse::<u64>().unwrap() * 1_000_000;
+    let wanted = number("FLASHCOMM_TEST_SOAK_OPS", 100_000).div_ceil(9);
+    let (mut n_ops, mut seed) = (0, first_seed);
+    eprintln!("soak: {wanted} operations from seed {seed} over {exchange}, {reduce}:{gather} bits, schedule {part}");
+    while n_ops < wanted {
+        let mut random = Random(seed * 7919);
+        let world = 2 + (seed as usize % 3);
+        let start: Vec<Buffers> =
+            (0..world).map(|rank| (0..BUFFERS).map(|b| input(MAX_COUNT, seed + b as u64, rank)).collect()).collect();
+        let programs: Vec<_> = (0..10).map(|_| program(&mut random, world)).collect();
+        let ids = [unique_id(), unique_id()];
+        let (start_ref, programs_ref) = (&start, &programs);
+        let results = threads(world, |rank| {
+            let streams = [Stream::new(), Stream::new()];
+            let comms = [init(world, ids[0], rank), init(world, ids[1], world - 1 - rank)];
+            let memory: Vec<_> = start_ref[rank].iter().map(|buffer| Memory::of(buffer, &streams[0])).collect();
+            streams[0].wait();
+            let me = Rank { rank, world, comms, streams: &streams, memory: &memory };
+            let mut results = Vec::new();
+            for (steps, _) in programs_ref {
+                // Attached before the first capture, so that what is captured is compressed.
+                for comm in comms {
+                    let at = memory[0].at;
+                    ok!(ncclAllReduce(at, at, 1, dtype::FP16, SUM, comm, streams[0].0));
+                }
+                steps.iter().for_each(|step| me.run(step));
+                order(&streams[1], &streams[0]);
+                let read = |buffer: &Memory| buffer.read::<f16>(MAX_COUNT, &streams[0]);
+                results.push(memory.iter().map(read).collect::<Buffers>());
+            }
+            comms.iter().for_each(|comm| ok!(ncclCommDestroy(*comm)));
+            results
+        });
+        let mut ranks = start;
+        for (i, (steps, n)) in programs.iter().enumerate() {
+            for comm in 0..2 {
+                model(Op::Reduce { comm, from: 0, to: 0, count: 1, stream: 0 }, &mut ranks, legs(reduce, gather));
+            }
+            for step in steps {
+                let (ops, times) = match step {
+                    Step::Eager(op) => (std::slice::from_ref(op), 1),
+                    Step::Group(ops) => (ops.as_slice(), 1),
+                    Step::Graph(ops, times) => (ops.as_slice(), *times),
+                };
+                for op in (0..times).flat_map(|_| ops) {
+                    model(*op, &mut ranks, legs(reduce, gather));
+                }
+            }
+            for (rank, expected) in ranks.iter().enumerate() {
+                for (b, buffer) in expected.iter().enumerate() {
+                    same_bits(
+                        &results[rank][i][b],
+                        buffer,
+                        &format!("seed {seed}, program {i}, rank {rank}, buffer {b}"),
+                    );
+                }
+            }
+            n_ops += n + 2;
+        }
+        seed += 1;
+    }
+    eprintln!("soak: {n_ops} operations, seeds {first_seed} to {}, no difference", seed - 1);
 }
 
 #[test]
-fn random_jobs_equal_the_model() {
-    soak("4", 4, 4, 2);
+fn random_jobs_over_nccl_equal_the_model() {
+    soak("nccl", 4, 4);
 }
 
 #[test]
-fn random_jobs_of_unequal_legs_equal_the_model() {
-    soak("3:8", 3, 8, 2);
+fn random_jobs_over_peer_memory_equal_the_model() {
+    soak("peer", 3, 8);
+}
+
+#[test]
+fn random_jobs_over_host_memory_equal_the_model() {
+    soak("host", 4, 8);
 }

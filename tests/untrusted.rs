@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-use flashcomm::comm::blob::{Agreement, BLOB_BYTES, Blob, agree};
+use flashcomm::comm::blob::{Agreement, BLOB_BYTES, Blob, Place, agree};
 use flashcomm::config::{Config, SETTINGS};
 use proptest::prelude::*;
 
@@ -54,7 +54,7 @@ fn value() -> impl Strategy<Value = OsString> {
 /// A value that a setting takes, of those where many do.
 fn good_settings() -> impl Strategy<Value = Config> {
     let group = proptest::sample::select(vec!["32", "64", "128"]);
-    let exchange = proptest::sample::select(vec!["auto", "nccl"]);
+    let exchange = proptest::sample::select(vec!["auto", "peer", "host", "nccl"]);
     let dtypes = proptest::sample::select(vec!["fp16", "bf16", "fp16,bf16"]);
     (2u8..=8, 2u8..=8, group, proptest::option::of(any::<u32>()), exchange, dtypes, 1u32..=16384).prop_map(
         |(reduce, gather, group, min_bytes, exchange, dtypes, mib)| {
@@ -175,5 +175,7 @@ proptest! {
 }
 
 fn blob(rank: u32, config: &Config) -> Blob {
-    Blob { rank, agreement: Agreement::from(config), ready: true, host: 7 }
+    let place = Place { host: 7, process: 8, device: 3, device_uuid: [9; 16], multiprocessors: 132, block_channels: 7 };
+    let offer = std::array::from_fn(|i| i as u8);
+    Blob { rank, agreement: Agreement::from(config), place, ready: true, offer }
 }

@@ -209,7 +209,7 @@ fn fused_exchange(
     let rank = rounds.blob.rank as usize;
     let prepared = fused::Prepared::new(kind, rings, context, &rounds.wire.stream);
     if let Err(error) = &prepared {
-        log::info!("rank {rank} cannot offer memory for the exchange {}: {error}", kind.name());
+        log::log!(rounds.refusal(), "rank {rank} cannot offer memory for the exchange {}: {error}", kind.name());
     }
     let offer = prepared.as_ref().map_or(rounds.blob.offer, |prepared| *prepared.offer());
     let offers = match rounds.next(prepared.is_ok(), offer)? {
@@ -223,7 +223,7 @@ fn fused_exchange(
     let timeout = Config::global().timeout;
     let fused = prepared?.connect(rank, &peers, context, block_channels(&offers), timeout);
     if let Err(error) = &fused {
-        log::info!("rank {rank} cannot map the memory of others for the exchange {}: {error}", kind.name());
+        log::log!(rounds.refusal(), "rank {rank} cannot map others' memory for the exchange {}: {error}", kind.name());
     }
     Ok(match rounds.next(fused.is_ok(), offer)? {
         Ok(_) => {
@@ -262,6 +262,11 @@ struct Rounds<'a> {
 }
 
 impl Rounds<'_> {
+    /// How loud a rank says why an exchange cannot be: unless another may take its place, the communicator stays off.
+    fn refusal(&self) -> log::Level {
+        if self.blob.agreement.exchange == ExchangeChoice::Auto { log::Level::Info } else { log::Level::Warn }
+    }
+
     /// One round: whether this rank is ready, and its offer. All ranks' blobs, or what keeps them from going on.
     fn next(&mut self, ready: bool, offer: Offer) -> Result<std::result::Result<Vec<Blob>, Disagreement>> {
         let blob = Blob { ready, offer, ..self.blob };

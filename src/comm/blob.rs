@@ -185,22 +185,25 @@ impl Blob {
     fn decode_fields(field: impl Fn(usize) -> u64, offer: Offer) -> Option<Self> {
         let width = |i| Width::new(u8::try_from(field(i)).ok()?);
         let group = GroupSize::new(u16::try_from(field(7)).ok()?)?;
+        // What no settings and no device give is not ours; and settings that look alike when told are alike.
+        let within = |i, min: u64, max: u64| Some(field(i)).filter(|value| (min..=max).contains(value));
+        let dtypes = within(9, 1, 3)?;
         Some(Self {
             rank: u32::try_from(field(2)).ok()?,
-            ready: field(3) == 1,
+            ready: within(3, 0, 1)? == 1,
             offer,
             place: Place {
                 host: field(4),
                 process: field(13),
                 device: i32::try_from(field(14)).ok()?,
                 device_uuid: [field(15).to_le_bytes(), field(16).to_le_bytes()].concat().try_into().ok()?,
-                multiprocessors: usize::try_from(field(17)).ok()?,
-                block_channels: usize::try_from(field(18)).ok()?,
+                multiprocessors: within(17, 0, 1 << 16)? as usize,
+                block_channels: within(18, 0, 1 << 16)? as usize,
             },
             agreement: Agreement {
                 legs: Legs { reduce: Codec { width: width(5)?, group }, gather: Codec { width: width(6)?, group } },
                 min_bytes: Some(field(8)).filter(|n_bytes| *n_bytes != u64::MAX),
-                dtypes: (field(9) & 1 != 0, field(9) & 2 != 0),
+                dtypes: (dtypes & 1 != 0, dtypes & 2 != 0),
                 exchange: match field(10) {
                     0 => ExchangeChoice::Auto,
                     1 => ExchangeChoice::Peer,
@@ -208,8 +211,8 @@ impl Blob {
                     3 => ExchangeChoice::Nccl,
                     _ => return None,
                 },
-                buffer_bytes: usize::try_from(field(11)).ok()?,
-                max_ctas: u32::try_from(field(12)).ok()?,
+                buffer_bytes: within(11, 1 << 20, 16384 << 20).filter(|n_bytes| n_bytes % (1 << 20) == 0)? as usize,
+                max_ctas: within(12, 0, 1024)? as u32,
             },
         })
     }

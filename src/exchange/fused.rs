@@ -188,9 +188,12 @@ impl Prepared {
                 area.memory.clear(stream).map_err(Error::cuda("clearing the receive area"))?;
                 offer[..8].copy_from_slice(&(area.memory.at(0) as u64).to_le_bytes());
                 // Without IPC (containers may forbid it) the ranks of this process can still use the address.
-                if let Ok(handle) = area.memory.export() {
-                    offer[8] = 1;
-                    offer[16..].copy_from_slice(&handle);
+                match area.memory.export() {
+                    Ok(handle) => {
+                        offer[8] = 1;
+                        offer[16..].copy_from_slice(&handle);
+                    }
+                    Err(error) => log::info!("no CUDA IPC for the exchange peer: {error}"),
                 }
                 Area::Peer(area)
             }

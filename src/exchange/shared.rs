@@ -1,15 +1,20 @@
 //! Host memory that the processes of one user share, for as long as any has it mapped.
 //!
 //! It is made private to the user under a name that nobody can guess, and the name goes as soon as every rank has mapped
-//! it, so that nothing is left behind whatever becomes of the processes.
+//! it. As long as it has a name its maker holds a lock on it, which ends with the process; a name without a lock is
+//! what a killed process left, and whoever makes shared memory next removes it.
 
 use std::ffi::{CString, c_void};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::ptr;
 
 use crate::error::{Error, Result};
+
+/// What every name begins with.
+const PREFIX: &str = "flashcomm-";
 
 /// The random part of the name.
 pub type Name = [u8; 16];
@@ -20,7 +25,8 @@ pub struct SharedMemory {
     address: *mut c_void,
     n_bytes: usize,
     name: Name,
-    is_linked: bool,
+    /// Locked, while it has a name that is ours to remove.
+    linked: Option<File>,
 }
 
 // SAFETY: a mapping; whoever uses it synchronizes.
@@ -34,14 +40,22 @@ impl SharedMemory {
     /// # Errors
     /// When the system has no room for it (containers bound /dev/shm) or does not allow it.
     pub fn create(n_bytes: usize, numa_node: Option<u32>) -> Result<Self> {
-        let mut name = [0; 16];
-        // SAFETY: `name` has the room that it says.
-        if unsafe { libc::getrandom(name.as_mut_ptr().cast(), name.len(), 0) } != name.len() as isize {
-            return Err(failed("naming shared memory"));
-        }
-        let file = open(&name, libc::O_CREAT | libc::O_EXCL | libc::O_RDWR)?;
+        sweep();
+        // Another process may sweep away the name before the lock is there; then there is another one.
+        let (file, name) = loop {
+            let mut name = [0; 16];
+            // SAFETY: `name` has the room that it says.
+            if unsafe { libc::getrandom(name.as_mut_ptr().cast(), name.len(), 0) } != name.len() as isize {
+                return Err(failed("naming shared memory"));
+            }
+            let file = open(&name, libc::O_CREAT | libc::O_EXCL | libc::O_RDWR)?;
+            if lock(&file, libc::LOCK_SH) && file.metadata().is_ok_and(|file| file.nlink() == 1) {
+                break (file, name);
+            }
+        };
+        let linked = file.try_clone().map_err(|error| Error::System { doing: "keeping shared memory", error });
         // From here on the name is removed when this is dropped.
-        let mut shared = Self { address: ptr::null_mut(), n_bytes, name, is_linked: true };
+        let mut shared = Self { address: ptr::null_mut(), n_bytes, name, linked: Some(linked?) };
         // Takes the pages now: without that a full /dev/shm would be a bus error later.
         // SAFETY: an open file.
         let result = unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, n_bytes as libc::off_t) };
@@ -66,7 +80,7 @@ impl SharedMemory {
         if length != n_bytes as u64 {
             return Err(Error::Unmappable("the shared memory of another rank has another size"));
         }
-        let mut shared = Self { address: ptr::null_mut(), n_bytes, name, is_linked: false };
+        let mut shared = Self { address: ptr::null_mut(), n_bytes, name, linked: None };
         shared.map(&file)?;
         Ok(shared)
     }
@@ -88,7 +102,7 @@ impl SharedMemory {
 
     /// Removes the name. The memory stays for those who have it mapped.
     pub fn unlink(&mut self) {
-        if std::mem::take(&mut self.is_linked) {
+        if let Some(_locked) = self.linked.take() {
             // SAFETY: a NUL-terminated name.
             unsafe { libc::shm_unlink(path(&self.name).as_ptr()) };
         }
@@ -118,7 +132,7 @@ impl Drop for SharedMemory {
 
 fn path(name: &Name) -> CString {
     let hex: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
-    CString::new(format!("/flashcomm-{hex}")).expect("no NUL in it")
+    CString::new(format!("/{PREFIX}{hex}")).expect("no NUL in it")
 }
 
 fn open(name: &Name, flags: i32) -> Result<File> {
@@ -129,6 +143,29 @@ fn open(name: &Name, flags: i32) -> Result<File> {
     }
     // SAFETY: just opened, and nobody else's.
     Ok(unsafe { File::from_raw_fd(descriptor) })
+}
+
+/// Locks a file, shared or not, unless another process's lock forbids it.
+fn lock(file: &File, how: i32) -> bool {
+    // SAFETY: an open file.
+    unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) == 0 }
+}
+
+/// Removes the names that killed processes of this user have left.
+fn sweep() {
+    // Where it cannot be listed nothing is swept; making memory says what is wrong.
+    for entry in std::fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
+        let is_ours = entry.file_name().to_str().and_then(|name| name.strip_prefix(PREFIX)).is_some_and(|rest| {
+            rest.len() == 2 * size_of::<Name>() && rest.bytes().all(|digit| digit.is_ascii_hexdigit())
+        });
+        let open = || File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(entry.path());
+        if let Some(file) = is_ours.then(open).and_then(io::Result::ok)
+            && lock(&file, libc::LOCK_EX)
+        {
+            // Still locked: its maker, if there is one after all, has yet to get its lock and will not.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 fn failed(doing: &'static str) -> Error {
@@ -183,5 +220,15 @@ mod tests {
         let name = path(SharedMemory::create(4096, None).unwrap().name());
         let file = std::path::Path::new("/dev/shm").join(name.to_str().unwrap().trim_start_matches('/'));
         assert!(!file.exists());
+    }
+
+    #[test]
+    fn a_name_that_a_killed_process_left_is_swept_and_one_in_use_is_not() {
+        let used = SharedMemory::create(4096, None).unwrap();
+        let left: Name = [0xab; 16];
+        drop(open(&left, libc::O_CREAT | libc::O_RDWR).unwrap()); // without the lock, as after a kill
+        drop(SharedMemory::create(4096, None).unwrap());
+        assert!(open(&left, libc::O_RDWR).is_err(), "not swept");
+        assert!(SharedMemory::open(*used.name(), 4096).is_ok(), "swept while in use");
     }
 }
