@@ -21,7 +21,6 @@ macro_rules! table {
         #[allow(non_snake_case, reason = "C's names")]
         pub struct $table {
             $(pub $name: unsafe extern "C" fn($($type),*) -> table!(@ $($answer)?),)*
-            #[allow(dead_code, reason = "keeps the functions where they are")]
             library: Library,
         }
 
@@ -117,6 +116,16 @@ impl Cuda {
         // SAFETY: takes a place for a pointer to a static string.
         unsafe { (self.cuGetErrorString)(code, &mut text) };
         bail!("{name} answers {code}: {}", in_words(text))
+    }
+
+    /// Brings a graph to the device before its first launch, which would otherwise do so while other ranks already
+    /// wait on it. Drivers have this since 11.1; the simulated one needs no such thing and lacks it.
+    pub fn upload(&self, graph: Ptr, stream: Ptr) -> Result<()> {
+        type Upload = unsafe extern "C" fn(Ptr, Ptr) -> c_int;
+        // SAFETY: the driver's function has this signature.
+        let Ok(upload) = (unsafe { self.library.get::<Upload>("cuGraphUpload") }) else { return Ok(()) };
+        // SAFETY: an executable graph and a stream of this driver.
+        self.check(unsafe { upload(graph, stream) }, "cuGraphUpload")
     }
 
     /// Number of GPUs.
