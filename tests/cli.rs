@@ -134,14 +134,16 @@ fn bench_runs_ranks_that_are_processes() {
 
 #[test]
 fn bench_knows_which_nccl_lets_ranks_share_a_gpu() {
-    // Simulators that pass for the real thing. The simulated NCCL calls itself 2.28.7, which does not.
+    // Simulators that pass for the real thing. The simulated NCCL calls itself 2.28.7, which does not. (It does not know
+    // NCCL_HOSTID, the way around that, and goes by the setting of newer ones instead.)
     let dir = with_driver();
     let nccl = built("libflashcomm_sim_nccl.so");
     let bench = |more: &[&str]| {
         run(flashcomm(&["bench", "--worlds", "4", "--sizes", "4K", "--batches", "2", "--bits", "4", "--rounds", "1"])
             .args(["--nccl", nccl.to_str().unwrap()])
             .args(more)
-            .envs([("LD_LIBRARY_PATH", dir.path().to_str().unwrap()), ("FLASHCOMM_SIM_DEVICES", "1")]))
+            .envs([("LD_LIBRARY_PATH", dir.path().to_str().unwrap()), ("FLASHCOMM_SIM_DEVICES", "1")])
+            .env("NCCL_MULTI_RANK_GPU_ENABLE", "1"))
     };
     let (_, stderr, code) = bench(&[]);
     assert!(code == 1 && stderr.contains("use 2.30.3 or newer"), "{stderr}");
