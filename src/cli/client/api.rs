@@ -101,7 +101,7 @@ fn open(path: &Path) -> Result<Library, libloading::Error> {
 impl Cuda {
     /// The driver, initialized.
     pub fn load() -> Result<Self> {
-        let library = open(Path::new("libcuda.so.1")).context("no CUDA driver; install NVIDIA's")?;
+        let library = open(Path::new("libcuda.so.1")).context("no CUDA driver")?;
         let cuda = Cuda::find_in(library).context("the CUDA driver is too old; flashcomm wants 12.0 or newer")?;
         call!(&cuda, cuInit(0)).context("the CUDA driver finds no GPU that it can use; does nvidia-smi?")?;
         Ok(cuda)
