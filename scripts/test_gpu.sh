@@ -43,12 +43,12 @@ job() {
 
 # The packed NCCL, which takes several ranks on a GPU; PyTorch's own is too old for that.
 unpack_nccl() {
-    [[ -f .gpu/libnccl.so.2 ]] || python3 - <<'PYTHON'
+    [[ -f .gpu/libnccl.so.2 ]] && return
+    python3 - <<'PYTHON' && mv .gpu/libnccl.so.2.part .gpu/libnccl.so.2
 import lzma, shutil
 with lzma.open(".gpu/libnccl.so.2.xz") as packed, open(".gpu/libnccl.so.2.part", "wb") as unpacked:
     shutil.copyfileobj(packed, unpacked)
 PYTHON
-    [[ -f .gpu/libnccl.so.2 ]] || mv .gpu/libnccl.so.2.part .gpu/libnccl.so.2
 }
 
 # Ranks that share the GPU, as threads: the shim beside NCCL in the same run, and the kernels alone.
