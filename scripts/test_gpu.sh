@@ -3,13 +3,13 @@
 # PyTorch jobs through the shim, and speed beside plain NCCL of the same run. What it runs comes from
 # scripts/pack_gpu.sh. Results go to the folder named by OUT (default: .gpu/results).
 #
-#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [speed]     default: all
+#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [bench] [speed]     default: all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-.gpu/results}
 mkdir -p "$out"
 [[ -f .gpu/libflashcomm.so ]] || { echo "run ./scripts/pack_gpu.sh first, where cargo is, and bring .gpu/ along" >&2; exit 1; }
-parts=${*:-kernels sanitize torch settings lifecycle speed}
+parts=${*:-kernels sanitize torch settings lifecycle bench speed}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 failed=()
 # check NAME COMMAND...: runs, reports, remembers a failure, goes on.
@@ -41,12 +41,27 @@ job() {
     return $status
 }
 
+# The packed NCCL, which takes several ranks on a GPU; PyTorch's own is too old for that.
+unpack_nccl() {
+    [[ -f .gpu/libnccl.so.2 ]] && return
+    python3 - <<'PYTHON' && mv .gpu/libnccl.so.2.part .gpu/libnccl.so.2
+import lzma, shutil
+with lzma.open(".gpu/libnccl.so.2.xz") as packed, open(".gpu/libnccl.so.2.part", "wb") as unpacked:
+    shutil.copyfileobj(packed, unpacked)
+PYTHON
+}
+
+# Ranks that share the GPU, as threads: the shim beside NCCL in the same run, and the kernels alone.
+bench() {
+    unpack_nccl || return
+    timeout 400 .gpu/flashcomm bench --nccl .gpu/libnccl.so.2 --graph --crossover --kernels --json "$out/bench.json"
+}
+
 lifecycle() {
     FLASHCOMM_SCRATCH=$(mktemp -d -p /dev/shm) || return
     export FLASHCOMM_SCRATCH
     local status=0
-    python3 -c 'import lzma, shutil; shutil.copyfileobj(lzma.open(".gpu/libnccl.so.2.xz"), open(".gpu/libnccl.so.2", "wb"))' ||
-        return
+    unpack_nccl || return
     NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=8 FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 FLASHCOMM_MIN_BYTES=0 \
         FLASHCOMM_BITS=4:8 timeout 200 python3 scripts/gpu/lifecycle_job.py || status=$?
     rm -rf "$FLASHCOMM_SCRATCH"
@@ -98,9 +113,10 @@ if wants lifecycle; then
     # Threads as ranks of one GPU need a newer NCCL than PyTorch brings along.
     check "communicators of every making" lifecycle
 fi
+if wants bench; then
+    check "all-reduces beside NCCL" bench
+fi
 if wants speed; then
-    check "kernel speed" timeout 100 .gpu/kernel_speed >"$out/kernel_speed.json"
-    cat "$out/kernel_speed.json"
     sockets_speed "$out"
     # Without MPS two processes take turns on the GPU, which no two hosts do; with it they share it.
     export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mpslog

@@ -92,7 +92,7 @@ pub fn run(args: &Args) -> Result<bool> {
     println!("Running on {}.", machine.describe());
     let count = args.size.0 / args.dtype.n_bytes();
     println!(
-        "{} processes call ncclAllReduce (sum, {}, {count} normally distributed elements, {} each) through {}.\n",
+        "{} processes call ncclAllReduce (sum, {}, {count} normally distributed elements, {} bytes) through {}.\n",
         args.ranks,
         args.dtype,
         args.size,
@@ -112,7 +112,7 @@ pub fn run(args: &Args) -> Result<bool> {
         progress.inc(1);
     }
     progress.finish_and_clear();
-    println!("{table}\n");
+    println!("{}\n", table.trim_fmt());
     if problems.is_empty() {
         println!(
             "sent: by a rank in both hops, as the shim counts; first row: in a ring all-reduce\n\

@@ -75,7 +75,9 @@ const PLAIN: TableStyle = TableStyle::new().header_separator(LineStyle::new('-',
 fn table<H: AsRef<str>>(header: &[H]) -> Table {
     let mut table = Table::new();
     table.load_style(PLAIN).set_header(header.iter().map(H::as_ref));
-    table.column_iter_mut().skip(1).for_each(|column| _ = column.set_cell_alignment(CellAlignment::Right));
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
     table
 }
 

@@ -238,7 +238,7 @@ impl Report {
         let cases: BTreeSet<Case> = comparisons.iter().map(|comparison| comparison.case).collect();
         for case in cases {
             let rows: Vec<&Comparison> = comparisons.iter().filter(|comparison| comparison.case == case).collect();
-            let _ = writeln!(text, "\n{}\n{}", self.title(case), in_rows(&rows));
+            let _ = writeln!(text, "\n{}\n{}", self.title(case), in_rows(&rows).trim_fmt());
         }
         if with_crossovers && !comparisons.is_empty() {
             let mut table = table(&["", "never slower from"]);
@@ -246,7 +246,7 @@ impl Report {
                 let from = from_bytes.map_or("-".into(), |n_bytes| Bytes(n_bytes).to_string());
                 table.add_row([format!("{}: {way}", name(case)), from]);
             }
-            let _ = writeln!(text, "\n{table}");
+            let _ = writeln!(text, "\n{}", table.trim_fmt());
         }
         if let Some(speeds) = &self.kernels {
             let _ = writeln!(
@@ -254,7 +254,7 @@ impl Report {
                 "\nKernels alone, {} of fp16 or bf16, bytes read and written; device copy {:.3} TB/s\n{}",
                 Bytes(speeds.n_bytes),
                 speeds.copy_tb_s,
-                of_kernels(speeds)
+                of_kernels(speeds).trim_fmt()
             );
         }
         if self.simulated {
@@ -267,7 +267,7 @@ impl Report {
     fn title(&self, case: Case) -> String {
         let kind = if self.processes { "processes" } else { "threads" };
         format!(
-            "{} ({kind}): microseconds of an all-reduce, medians of {} rounds; x: NCCL / flashcomm",
+            "{} ({kind}): microseconds of an all-reduce, median of {} round(s); x: NCCL / flashcomm",
             name(case),
             self.rounds
         )

@@ -21,7 +21,6 @@ macro_rules! table {
         #[allow(non_snake_case, reason = "C's names")]
         pub struct $table {
             $(pub $name: unsafe extern "C" fn($($type),*) -> table!(@ $($answer)?),)*
-            #[allow(dead_code, reason = "keeps the functions where they are")]
             library: Library,
         }
 
@@ -102,7 +101,7 @@ fn open(path: &Path) -> Result<Library, libloading::Error> {
 impl Cuda {
     /// The driver, initialized.
     pub fn load() -> Result<Self> {
-        let library = open(Path::new("libcuda.so.1")).context("no CUDA driver; install NVIDIA's")?;
+        let library = open(Path::new("libcuda.so.1")).context("no CUDA driver")?;
         let cuda = Cuda::find_in(library).context("the CUDA driver is too old; flashcomm wants 12.0 or newer")?;
         call!(&cuda, cuInit(0)).context("the CUDA driver finds no GPU that it can use; does nvidia-smi?")?;
         Ok(cuda)
@@ -117,6 +116,16 @@ impl Cuda {
         // SAFETY: takes a place for a pointer to a static string.
         unsafe { (self.cuGetErrorString)(code, &mut text) };
         bail!("{name} answers {code}: {}", in_words(text))
+    }
+
+    /// Brings a graph to the device before its first launch, which would otherwise do so while other ranks already
+    /// wait on it. Drivers have this since 11.1; the simulated one needs no such thing and lacks it.
+    pub fn upload(&self, graph: Ptr, stream: Ptr) -> Result<()> {
+        type Upload = unsafe extern "C" fn(Ptr, Ptr) -> c_int;
+        // SAFETY: the driver's function has this signature.
+        let Ok(upload) = (unsafe { self.library.get::<Upload>("cuGraphUpload") }) else { return Ok(()) };
+        // SAFETY: an executable graph and a stream of this driver.
+        self.check(unsafe { upload(graph, stream) }, "cuGraphUpload")
     }
 
     /// Number of GPUs.

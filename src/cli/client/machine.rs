@@ -159,9 +159,7 @@ impl Machine {
         command.env("FLASHCOMM_NCCL_LIB", &self.nccl);
         // What is measured is opened by name; a shim preloaded on top would stand before the real NCCL's own calls.
         if let Some(preloads) = env::var_os("LD_PRELOAD") {
-            let text = preloads.to_string_lossy();
-            let others: Vec<&str> = text.split([':', ' ']).filter(|path| !path.contains("flashcomm")).collect();
-            command.env("LD_PRELOAD", others.join(":"));
+            command.env("LD_PRELOAD", without_flashcomm(&preloads.to_string_lossy()));
         }
         if let Some(simulators) = &self.simulators {
             let mut paths = vec![simulators.path().to_owned()];
@@ -171,6 +169,12 @@ impl Machine {
         }
         Ok(command)
     }
+}
+
+/// A value of `LD_PRELOAD` without the shim.
+fn without_flashcomm(preloads: &str) -> String {
+    let is_shim = |path: &&str| Path::new(path).file_name().is_some_and(|name| name == "libflashcomm.so");
+    preloads.split([':', ' ']).filter(|path| !is_shim(path)).collect::<Vec<_>>().join(":")
 }
 
 /// In a child: what there is.
@@ -220,4 +224,39 @@ fn simulators() -> Result<TempDir> {
         std::os::unix::fs::symlink(library.canonicalize()?, dir.path().join(name))?;
     }
     Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(nccl_version: u32, gpus: usize) -> Machine {
+        Machine {
+            shim: "libflashcomm.so".into(),
+            nccl: "libnccl.so.2".into(),
+            gpus: vec!["a GPU".into(); gpus],
+            driver: 13000,
+            nccl_version,
+            no_gpu: None,
+            simulators: None,
+        }
+    }
+
+    #[test]
+    fn ranks_share_a_gpu_as_their_nccl_lets_them() {
+        let names = |machine: &Machine, rank| -> Vec<String> {
+            machine.sharing(2, rank).into_iter().map(|(name, value)| format!("{name}={value}")).collect()
+        };
+        let (new, old, enough) = (with(23203, 1), with(22809, 1), with(22809, 2));
+        assert!(new.takes_threads(2) && !old.takes_threads(2) && enough.takes_threads(2));
+        assert_eq!(names(&new, 1), ["NCCL_MULTI_RANK_GPU_ENABLE=1", "NCCL_MAX_CTAS=8"]);
+        assert_eq!(names(&old, 1), ["NCCL_HOSTID=flashcomm-rank-1"]);
+        assert_ne!(names(&old, 0), names(&old, 1));
+        assert!(names(&enough, 1).is_empty());
+    }
+
+    #[test]
+    fn a_preloaded_shim_does_not_reach_the_children() {
+        assert_eq!(without_flashcomm("/a/libflashcomm.so:/b/other.so /c/libflashcomm.so"), "/b/other.so");
+    }
 }

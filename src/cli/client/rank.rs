@@ -165,6 +165,8 @@ impl<'a> Rank<'a> {
         issued?;
         ensure!(graph != 0, "the capture came to nothing");
         call!(self.cuda, cuGraphInstantiateWithFlags(&mut executable, graph, 0))?;
+        self.cuda.upload(executable, self.stream)?;
+        self.wait()?;
         Ok(Graph { graph, executable })
     }
 
