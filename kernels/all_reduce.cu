@@ -35,7 +35,6 @@ constexpr unsigned kSignalWords = 32;  // of a channel: 128 bytes, a line of its
 constexpr unsigned kSlots = 4;         // rounds of a ring
 constexpr unsigned kDrain = 3;         // iterations after the last push
 constexpr unsigned kStages = 2;        // input tiles on their way to a channel
-constexpr unsigned kMaxBlockChannels = 7;  // 7 x 128 threads of 72 registers fill an SM
 constexpr unsigned kHearingWarp = 0, kTellingWarp = 3;
 
 // Written by the first channel that gives up waiting, read by the host and by those that still wait. Mirrors Report in
@@ -65,13 +64,11 @@ struct AllReduceArgs {
   uint32_t group_shift;
 };
 
-// Tiles of the input on their way through shared memory. Each thread fetches and reads its own elements, so nothing here
-// synchronizes.
+// Tiles of the input on their way through shared memory: kStages - 1 fetched ahead of the one that is taken. Each thread
+// fetches and reads its own elements, so nothing here synchronizes.
 struct InputStream {
   Vec16 (*stages)[kRows][kTileThreads];
-  unsigned fetch_stage = 0, take_stage = 0;
-
-  static __device__ unsigned after(unsigned stage) { return stage + 1 == kStages ? 0 : stage + 1; }
+  unsigned stage = 0;
 
   // Starts to fetch a whole tile at a multiple of 16 bytes; null: nothing, but the turn passes.
   __device__ void fetch(const void* tile_ptr) {
@@ -79,20 +76,19 @@ struct InputStream {
       const Vec16* vecs = static_cast<const Vec16*>(tile_ptr);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        cp_async_16(&stages[fetch_stage][row][threadIdx.x], vecs + lane_first(row) / kLaneElems);
+        cp_async_16(&stages[stage][row][threadIdx.x], vecs + lane_first(row) / kLaneElems);
       }
     }
     cp_async_commit();
-    fetch_stage = after(fetch_stage);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
 
-  // The tile that was fetched kStages - 1 fetches before the last.
+  // The tile that was fetched kStages - 1 fetches before the last. The next fetch takes its place.
   __device__ void take(ThreadVecs& v) const {
     cp_async_wait<kStages - 1>();
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) v[row] = stages[take_stage][row][threadIdx.x];
+    for (int row = 0; row < kRows; ++row) v[row] = stages[stage][row][threadIdx.x];
   }
-  __device__ void pass() { take_stage = after(take_stage); }
 };
 
 template <class T, int kReduceBits, int kGatherBits>
@@ -107,7 +103,6 @@ struct AllReduce {
   unsigned channel, n_channels;
   uint32_t rings_at;  // of this channel, in every area
   unsigned n_rounds;
-  bool input_aligned, output_aligned;
   InputStream stream;
   unsigned fetch_iteration = 0, fetch_step = 0;
 
@@ -145,14 +140,14 @@ struct AllReduce {
   __device__ void fetch_next() {
     const bool own = fetch_step + 1 == args.world;
     const Tile t = own ? tile(args.rank, fetch_iteration - 1) : tile(other(fetch_step), fetch_iteration);
-    stream.fetch(input_aligned && is_whole(t) ? input + t.start : nullptr);
+    stream.fetch(is_aligned16(args.input) && is_whole(t) ? input + t.start : nullptr);
     fetch_step = own ? 0 : fetch_step + 1;
     fetch_iteration += own;
   }
 
   // This thread's elements of tile t, whose turn it is.
   __device__ void take(const Tile& t, ThreadVecs& x) const {
-    if (input_aligned && is_whole(t)) {
+    if (is_aligned16(args.input) && is_whole(t)) {
       stream.take(x);
     } else {
       const SlowVecs slow = load_slowly(input + t.start, t.n_elems);
@@ -174,7 +169,7 @@ struct AllReduce {
   // ---- the output -----------------------------------------------------------------------------------------------
 
   __device__ void write(const typename Gather::Thread& codes, const Tile& t) const {
-    if (output_aligned && is_whole(t)) {
+    if (is_aligned16(args.output) && is_whole(t)) {
       decode_to(codes, output + t.start, kTileElems, true);
     } else {
       write_slowly(codes, output + t.start, t.n_elems);
@@ -203,7 +198,6 @@ struct AllReduce {
         take(t, x);
         Reduce::store(slot(owner, 0, args.rank, round), args.group_shift, Reduce::encode(x, args.group_shift));
       }
-      stream.pass();
     }
   }
 
@@ -248,7 +242,6 @@ struct AllReduce {
       }
       write(codes, t);
     }
-    stream.pass();
   }
 
   __device__ void add_hop1(unsigned rank, unsigned round, ThreadElems& sum) const {
@@ -341,15 +334,19 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
       n_channels,
       args.max_channels * kSignalWords * 4 + channel * 2 * args.world * kSlots * slot_bytes,
       unsigned((args.chunk_tiles + n_channels - 1 - channel) / n_channels),
-      is_aligned16(args.input),
-      is_aligned16(args.output),
       {stages[threadIdx.y]}};
   self.run();
 }
 
+// Channels of a block at most: as many as share the registers of an SM without spilling.
+constexpr unsigned block_channels(int reduce_bits, int gather_bits) {
+  const int bits = reduce_bits > gather_bits ? reduce_bits : gather_bits;
+  return bits <= 5 ? 7 : bits <= 7 ? 6 : 5;
+}
+
 // One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
 #define FLASHCOMM_DEFINE_PAIR(suffix, T, in, out)                                                     \
-  extern "C" __global__ void __launch_bounds__(kTileThreads* kMaxBlockChannels, 1)                    \
+  extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(in, out), 1)              \
       flashcomm_allreduce_##suffix##_int##in##_int##out(const __grid_constant__ AllReduceArgs args) { \
     all_reduce<T, in, out>(args);                                                                     \
   }

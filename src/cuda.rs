@@ -533,6 +533,15 @@ impl Function {
         check(unsafe { sys::cuFuncSetAttribute(self.0, attribute, n_bytes as c_int) })
     }
 
+    /// Threads that a block may have.
+    pub fn max_threads(self) -> CudaResult<usize> {
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+        let mut n_threads = 0;
+        // SAFETY: `n_threads` is a valid place, and this a function of a loaded module.
+        check(unsafe { sys::cuFuncGetAttribute(&mut n_threads, attribute, self.0) })?;
+        Ok(usize::try_from(n_threads).unwrap_or(0))
+    }
+
     /// Blocks of so many threads and so much shared memory that a multiprocessor holds at once.
     pub fn occupancy(self, n_threads: u32, shared_bytes: usize) -> CudaResult<usize> {
         let mut n_blocks = 0;

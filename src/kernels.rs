@@ -18,9 +18,6 @@ static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbi
 /// Threads that work on one tile.
 const TILE_THREADS: u32 = 128;
 
-/// Channels of a block of the fused kernel at most; `kMaxBlockChannels` in `kernels/all_reduce.cu`.
-pub const MAX_BLOCK_CHANNELS: usize = 7;
-
 /// Shared memory of a channel of the fused kernel: `kStages` tiles of input.
 pub const CHANNEL_SHARED_BYTES: usize = 2 * TILE_ELEMS * 2;
 
@@ -230,7 +227,10 @@ impl Kernels {
     /// The driver's, when not even one channel fits.
     pub fn prepare_fused(&self, context: &Context) -> CudaResult<usize> {
         let optin = cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        let channels = (context.attribute(optin)? / CHANNEL_SHARED_BYTES).min(MAX_BLOCK_CHANNELS);
+        let mut channels = context.attribute(optin)? / CHANNEL_SHARED_BYTES;
+        for entries in &self.entries {
+            channels = channels.min(entries.all_reduce.max_threads()? / TILE_THREADS as usize);
+        }
         for entries in &self.entries {
             entries.all_reduce.allow_shared(channels * CHANNEL_SHARED_BYTES)?;
             let shape = fused_shape(1, channels);

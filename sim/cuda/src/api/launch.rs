@@ -84,9 +84,9 @@ driver! {
         put(place, handle)
     }
     fn cuFuncGetAttribute(value: *mut c_int, attribute: c_int, handle: usize) {
-        function(handle)?;
+        let kernel = function(handle)?;
         put(value, match attribute {
-            0 => 1024, // threads per block
+            0 => (kernels::THREADS * kernel.max_rows) as c_int, // threads per block
             4 => 32,   // registers
             5 | 6 => 90, // PTX and binary version
             _ => 0,
