@@ -219,6 +219,9 @@ pub fn built(name: &str) -> PathBuf {
 /// A directory with the simulators under the names that programs look for.
 pub fn simulators() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
+    if is_real() {
+        return dir;
+    }
     for (name, file) in [
         ("libcuda.so.1", "libflashcomm_sim_cuda.so"),
         ("libcuda.so", "libflashcomm_sim_cuda.so"),
@@ -248,8 +251,14 @@ fn again(dir: &Path, settings: Settings<'_>) -> Command {
     let test = std::thread::current().name().expect("tests are named").to_string();
     command.args(["--exact", &test, "--nocapture"]).env("NCCL_MULTI_RANK_GPU_ENABLE", "1").env("NCCL_MAX_CTAS", "8");
     command.env("FLASHCOMM_MIN_BYTES", "0").env("FLASHCOMM_BUFFER_MIB", "1");
-    if !is_real() {
-        command.env("LD_LIBRARY_PATH", dir);
+    match (is_real(), std::env::var_os("FLASHCOMM_TEST_NCCL")) {
+        (false, _) => {
+            command.env("LD_LIBRARY_PATH", dir);
+        }
+        (true, Some(nccl)) => {
+            command.env("FLASHCOMM_NCCL_LIB", nccl);
+        }
+        (true, None) => {}
     }
     command.envs(settings.iter().copied());
     command
