@@ -15,7 +15,7 @@ cargo build --release --tests --message-format=json 2>/dev/null |
 import json, shutil, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message["target"]["name"].startswith("gpu_"):
+    if message.get("executable") and message["target"]["name"].startswith(("gpu_", "sim_")):
         shutil.copy(message["executable"], ".gpu/" + message["target"]["name"])
 '
 cp target/release/libflashcomm.so target/release/flashcomm target/release/examples/reference .gpu/
@@ -26,5 +26,5 @@ if [[ ${FLASHCOMM_CUDA_ARCHS:-} =~ ^[0-9]+$ && -f .toolkit/nccl-2.32.3/lib/libnc
 else
     echo "no trimmed NCCL packed: set FLASHCOMM_CUDA_ARCHS to the one architecture of the GPU and run setup.sh --test"
 fi
-strip .gpu/gpu_* .gpu/flashcomm .gpu/reference
+strip .gpu/gpu_* .gpu/sim_* .gpu/flashcomm .gpu/reference
 du -sh .gpu

@@ -18,6 +18,7 @@ toolkit_packages=(
     nvidia-cuda-cccl==13.0.85
 )
 cuobjdump_package=nvidia-cuda-cuobjdump==13.2.86
+nightly=nightly-2026-10-30
 # The newest architecture that build.rs compiles for, so an nvcc that knows it knows them all.
 newest_arch=sm_120
 
@@ -122,6 +123,12 @@ if $want_test; then
     if ! cargo nextest --version >/dev/null 2>&1; then
         say "installing cargo-nextest"
         cargo install --locked cargo-nextest
+    fi
+    # Miri runs on this nightly only; without rustup it is left out.
+    if have rustup && ! cargo "+$nightly" miri --version >/dev/null 2>&1; then
+        say "installing Rust $nightly with Miri"
+        rustup toolchain install "$nightly" --profile minimal --component miri --component rust-src ||
+            say "no $nightly with Miri to be had: its step will be skipped"
     fi
     say "NCCL: .toolkit/nccl-2.32.3, .toolkit/nccl-2.18.3"
 fi

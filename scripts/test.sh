@@ -1,9 +1,23 @@
 #!/usr/bin/env bash
 # The whole test of a machine without a GPU: sets up, checks the format and the lints, compiles the kernels for every
-# architecture with a report on registers and spills, and runs the tests against two real NCCLs.
+# architecture with a report on registers and spills, runs the tests against two real NCCLs and whole jobs on the
+# simulators.
+#
+#   ./scripts/test.sh          what CI runs
+#   ./scripts/test.sh --long   then also a rank killed at every single step, and ten more soaks (about an hour)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 step() { printf '\n== %s\n' "$*"; }
+
+long=false
+case ${1:-} in
+    "") ;;
+    --long) long=true ;;
+    *)
+        echo "test: unknown argument '$1'; usage: ./scripts/test.sh [--long]" >&2
+        exit 1
+        ;;
+esac
 
 step "setup"
 ./scripts/setup.sh --test
@@ -24,6 +38,26 @@ step "tests"
 FLASHCOMM_CUDA_ARCHS=90 cargo build --workspace
 FLASHCOMM_CUDA_ARCHS=90 cargo nextest run --workspace --no-fail-fast
 echo "tests/gpu_*.rs ran no kernel unless this machine has a GPU: ./scripts/test_gpu.sh is for one that has"
+
+step "Miri: the wire format"
+nightly=$(sed -n 's/^nightly=//p' scripts/setup.sh)
+if cargo "+$nightly" miri --version >/dev/null 2>&1; then
+    # One case of each property: Miri takes some ten seconds for a tile. (Isolation: proptest asks for the directory.)
+    MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=1 \
+        cargo "+$nightly" miri nextest run -p flashcomm-wire --target-dir target/miri
+else
+    echo "SKIPPED: no $nightly with Miri here"
+fi
+
+if $long; then
+    step "a rank killed at every step; soaks"
+    export FLASHCOMM_CUDA_ARCHS=90
+    FLASHCOMM_TEST_STRIDE=1 cargo nextest run --test sim_faults
+    for seed in $(seq 100 100 1000); do
+        FLASHCOMM_TEST_SOAK_SEED=$seed cargo nextest run --test sim_soak --no-capture
+    done
+    unset FLASHCOMM_CUDA_ARCHS
+fi
 
 step "release build, all architectures"
 cargo build --release

@@ -3,13 +3,13 @@
 # PyTorch jobs through the shim, and speed beside plain NCCL of the same run. What it runs comes from
 # scripts/pack_gpu.sh. Results go to the folder named by OUT (default: .gpu/results).
 #
-#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [bench] [speed]     default: all
+#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [jobs] [bench] [speed]     default: all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-.gpu/results}
 mkdir -p "$out"
 [[ -f .gpu/libflashcomm.so ]] || { echo "run ./scripts/pack_gpu.sh first, where cargo is, and bring .gpu/ along" >&2; exit 1; }
-parts=${*:-kernels sanitize torch settings lifecycle bench speed}
+parts=${*:-kernels sanitize torch settings lifecycle jobs bench speed}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 failed=()
 # check NAME COMMAND...: runs, reports, remembers a failure, goes on.
@@ -23,7 +23,7 @@ check() {
     fi
 }
 
-chmod +x .gpu/gpu_* .gpu/flashcomm .gpu/reference
+chmod +x .gpu/gpu_* .gpu/sim_* .gpu/flashcomm .gpu/reference
 export FLASHCOMM_REQUIRE_GPU=1
 FLASHCOMM_LIB=$PWD/.gpu/libflashcomm.so
 export FLASHCOMM_LIB FLASHCOMM_REFERENCE=$PWD/.gpu/reference
@@ -112,6 +112,17 @@ fi
 if wants lifecycle; then
     # Threads as ranks of one GPU need a newer NCCL than PyTorch brings along.
     check "communicators of every making" lifecycle
+fi
+if wants jobs; then
+    # The simulators' jobs, threads as ranks of this GPU, on the real driver and the packed NCCL.
+    export FLASHCOMM_TEST_REAL=1 FLASHCOMM_TEST_NCCL=$PWD/.gpu/libnccl.so.2 FLASHCOMM_TEST_SOAK_OPS=2000
+    check "the packed NCCL" unpack_nccl
+    check "groups and captures" timeout 60 .gpu/sim_groups --test-threads 1
+    check "children, revocation, addresses used again" timeout 60 .gpu/sim_lifecycle --test-threads 1 \
+        children revoked address another_thread_captures
+    check "sizes at every border" timeout 60 .gpu/sim_allreduce --test-threads 1 two_to_five replays
+    check "a soak" timeout 60 .gpu/sim_soak --test-threads 1
+    unset FLASHCOMM_TEST_REAL FLASHCOMM_TEST_NCCL FLASHCOMM_TEST_SOAK_OPS
 fi
 if wants bench; then
     check "all-reduces beside NCCL" bench

@@ -235,8 +235,8 @@ fn operations_of_a_communicator_are_ordered_across_streams() {
 }
 
 #[test]
-fn non_blocking_communicators_are_plain_nccls() {
-    in_process(BITS, || {
+fn non_blocking_communicators_are_plain_nccls_where_nccl_carries_the_payloads() {
+    in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", "nccl")], || {
         let (world, count) = (3, 4000);
         let numbers: Vec<_> = (0..world).map(|rank| whole_numbers(count, 6, rank)).collect();
         let (exact, id) = (exact_sum(&numbers), unique_id());

@@ -219,6 +219,9 @@ pub fn built(name: &str) -> PathBuf {
 /// A directory with the simulators under the names that programs look for.
 pub fn simulators() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
+    if is_real() {
+        return dir;
+    }
     for (name, file) in [
         ("libcuda.so.1", "libflashcomm_sim_cuda.so"),
         ("libcuda.so", "libflashcomm_sim_cuda.so"),
@@ -250,8 +253,14 @@ fn again(dir: &Path, settings: Settings<'_>) -> Command {
     // Ranks of one GPU must not wait for each other in a queue of the hardware that their streams happen to share.
     command.env("CUDA_DEVICE_MAX_CONNECTIONS", "32");
     command.env("FLASHCOMM_MIN_BYTES", "0").env("FLASHCOMM_BUFFER_MIB", "1");
-    if !is_real() {
-        command.env("LD_LIBRARY_PATH", dir);
+    match (is_real(), std::env::var_os("FLASHCOMM_TEST_NCCL")) {
+        (false, _) => {
+            command.env("LD_LIBRARY_PATH", dir);
+        }
+        (true, Some(nccl)) => {
+            command.env("FLASHCOMM_NCCL_LIB", nccl);
+        }
+        (true, None) => {}
     }
     command.envs(settings.iter().copied());
     command

@@ -62,6 +62,7 @@ fn element<E: Element>() -> impl Strategy<Value = f32> {
 
 proptest! {
     #[test]
+    #[cfg_attr(miri, ignore = "takes minutes; the next one does the same to bf16")]
     fn a_tile_is_its_groups_coded_one_by_one(
         x in proptest::collection::vec(element::<f16>(), 1..600),
         bits in 2u8..=8,
