@@ -3,6 +3,7 @@
 #
 #   ./scripts/setup.sh          what a build needs: checks the compilers, fetches nvcc if there is none
 #   ./scripts/setup.sh --test   also the real NCCL in two versions, cuobjdump and cargo-nextest
+#   ./scripts/setup.sh --miri   also a Rust nightly with Miri, where there is rustup
 #
 # Everything fetched goes to .toolkit/ (ignored by git; delete it to start over), nothing into the system, except
 # cargo-nextest, which cargo installs where it installs everything.
@@ -29,11 +30,12 @@ die() {
 }
 have() { command -v "$1" >/dev/null; }
 
-want_test=false
+want_test=false want_miri=false
 for arg in "$@"; do
     case $arg in
         --test) want_test=true ;;
-        *) die "unknown argument '$arg'; usage: ./scripts/setup.sh [--test]" ;;
+        --miri) want_miri=true ;;
+        *) die "unknown argument '$arg'; usage: ./scripts/setup.sh [--test] [--miri]" ;;
     esac
 done
 
@@ -124,12 +126,11 @@ if $want_test; then
         say "installing cargo-nextest"
         cargo install --locked cargo-nextest
     fi
-    # Miri runs on this nightly only; without rustup it is left out.
-    if have rustup && ! cargo "+$nightly" miri --version >/dev/null 2>&1; then
-        say "installing Rust $nightly with Miri"
-        rustup toolchain install "$nightly" --profile minimal --component miri --component rust-src ||
-            say "no $nightly with Miri to be had: its step will be skipped"
-    fi
     say "NCCL: .toolkit/nccl-2.32.3, .toolkit/nccl-2.18.3"
+fi
+if $want_miri && have rustup && ! cargo "+$nightly" miri --version >/dev/null 2>&1; then
+    say "installing Rust $nightly with Miri"
+    rustup toolchain install "$nightly" --profile minimal --component miri --component rust-src ||
+        say "no $nightly with Miri to be had: its step will be skipped"
 fi
 say "done"

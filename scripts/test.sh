@@ -4,7 +4,7 @@
 # simulators.
 #
 #   ./scripts/test.sh          what CI runs
-#   ./scripts/test.sh --long   then also a rank killed at every single step, and ten more soaks (about an hour)
+#   ./scripts/test.sh --long   then also Miri, a rank killed at every single step, and ten more soaks (hours)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 step() { printf '\n== %s\n' "$*"; }
@@ -39,17 +39,18 @@ FLASHCOMM_CUDA_ARCHS=90 cargo build --workspace
 FLASHCOMM_CUDA_ARCHS=90 cargo nextest run --workspace --no-fail-fast
 echo "tests/gpu_*.rs ran no kernel unless this machine has a GPU: ./scripts/test_gpu.sh is for one that has"
 
-step "Miri: the wire format"
-nightly=$(sed -n 's/^nightly=//p' scripts/setup.sh)
-if cargo "+$nightly" miri --version >/dev/null 2>&1; then
-    # One case of each property: Miri takes some ten seconds for a tile. (Isolation: proptest asks for the directory.)
-    MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=1 \
-        cargo "+$nightly" miri nextest run -p flashcomm-wire --target-dir target/miri
-else
-    echo "SKIPPED: no $nightly with Miri here"
-fi
-
 if $long; then
+    ./scripts/setup.sh --miri
+    step "Miri: the wire format"
+    nightly=$(sed -n 's/^nightly=//p' scripts/setup.sh)
+    if cargo "+$nightly" miri --version >/dev/null 2>&1; then
+        # One case of each property: Miri takes some ten seconds for a tile. (Isolation: proptest asks for the directory.)
+        MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=1 \
+            cargo "+$nightly" miri nextest run -p flashcomm-wire --target-dir target/miri
+    else
+        echo "SKIPPED: no $nightly with Miri here"
+    fi
+
     step "a rank killed at every step; soaks"
     export FLASHCOMM_CUDA_ARCHS=90
     FLASHCOMM_TEST_STRIDE=1 cargo nextest run --test sim_faults

@@ -7,13 +7,18 @@
 //! real NCCL a few bytes go between every two ranks, so that NCCL has its connections (the hot path must not make
 //! them, least of all inside a capture).
 //!
+//! Ranks that are threads of one process take care not to be in each other's way: while one has work on the GPU that
+//! waits for another, calls of the other that allocate or map memory there may wait for that very work. So they meet on the
+//! host before each round but the first (where the real NCCL, which connects the ranks, meets for them).
+//!
 //! All of it runs on a thread of its own for each communicator. So the wait can be bounded, although NCCL's own calls
 //! cannot: a rank without the shim never answers. And one thread may attach all communicators of a group together,
 //! in whatever order other ranks get to theirs.
 
 use std::mem::ManuallyDrop;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -93,19 +98,23 @@ fn attach(comm: &Comm) -> Result<Option<Attached>> {
         log::warn!("rank {rank} cannot compress: {error}");
     }
     let place = place(device, &context, loaded.as_ref().map_or(0, |loaded| loaded.block_channels))?;
-    let blob = Blob { rank: rank as u32, agreement, place, ready: loaded.is_ok(), offer: [0; fused::OFFER_BYTES] };
-    let mut rounds = Rounds { blob, wire: Wire::new(comm, device, rank, world)? };
+    let (ready, offer) = (loaded.is_ok(), [0; fused::OFFER_BYTES]);
+    let blob = Blob { rank: rank as u32, agreement, place, attach: number_of_attach(), ready, offer };
+    let mut rounds = Rounds { blob, wire: Wire::new(comm, device, rank, world)?, neighbors: None };
 
-    let peers = match rounds.next(blob.ready, blob.offer)? {
+    let peers = match rounds.next(ready, offer)? {
         Ok(peers) => peers,
         Err(disagreement) => return Ok(off(rank, &disagreement)),
     };
+    rounds.neighbors = Some(Neighbors::of(&blob, &peers));
     let Loaded { kernels, last, .. } = loaded?;
     let exchange = match agree_on_exchange(&mut rounds, &context, &peers)? {
         Ok(exchange) => exchange,
         Err(disagreement) => return Ok(off(rank, &disagreement)),
     };
 
+    // The first operation waits for the others, too.
+    rounds.meet()?;
     let one_host = is_one_host(&peers);
     let min_bytes = agreement.min_bytes.unwrap_or(exchange.default_min_bytes(one_host));
     log::info!(
@@ -259,6 +268,33 @@ struct Rounds<'a> {
     /// What this rank says in every round.
     blob: Blob,
     wire: Wire<'a>,
+    /// Known after the first round.
+    neighbors: Option<Neighbors>,
+}
+
+/// The ranks of the communicator that run in this process.
+struct Neighbors {
+    count: usize,
+    /// How often one of them has come to a meeting.
+    arrivals: Arc<AtomicUsize>,
+    meetings: usize,
+}
+
+impl Neighbors {
+    fn of(blob: &Blob, peers: &[Blob]) -> Self {
+        /// By the number of rank 0's attach.
+        static ATTACHES: Mutex<Vec<(u64, Weak<AtomicUsize>)>> = Mutex::new(Vec::new());
+        let mut attaches = ATTACHES.lock();
+        attaches.retain(|(_, arrivals)| arrivals.strong_count() > 0);
+        let known = attaches.iter().find(|(attach, _)| *attach == peers[0].attach);
+        let arrivals = known.and_then(|(_, arrivals)| arrivals.upgrade()).unwrap_or_else(|| {
+            let new = Arc::new(AtomicUsize::new(0));
+            attaches.push((peers[0].attach, Arc::downgrade(&new)));
+            new
+        });
+        let count = peers.iter().filter(|peer| peer.place.process == blob.place.process).count();
+        Self { count, arrivals, meetings: 0 }
+    }
 }
 
 impl Rounds<'_> {
@@ -269,8 +305,17 @@ impl Rounds<'_> {
 
     /// One round: whether this rank is ready, and its offer. All ranks' blobs, or what keeps them from going on.
     fn next(&mut self, ready: bool, offer: Offer) -> Result<std::result::Result<Vec<Blob>, Disagreement>> {
-        let blob = Blob { ready, offer, ..self.blob };
-        Ok(agree(&self.wire.all_gather(&blob.encode())?))
+        self.wire.write(&Blob { ready, offer, ..self.blob }.encode())?;
+        self.meet()?;
+        Ok(agree(&self.wire.all_gather()?))
+    }
+
+    /// Waits until all ranks of this process have come here as often as this one.
+    fn meet(&mut self) -> Result<()> {
+        let Some(neighbors) = &mut self.neighbors else { return Ok(()) };
+        neighbors.arrivals.fetch_add(1, Ordering::AcqRel);
+        neighbors.meetings += 1;
+        self.wire.poll(|_| Ok(neighbors.arrivals.load(Ordering::Acquire) >= neighbors.count * neighbors.meetings))
     }
 }
 
@@ -340,10 +385,14 @@ impl<'a> Wire<'a> {
         self.memory.as_ref().expect("there until dropped")
     }
 
-    /// Everyone's blob, in rank order.
-    fn all_gather(&mut self, blob: &[u8; BLOB_BYTES]) -> Result<Vec<u8>> {
+    /// Puts this rank's blob where it goes out from.
+    fn write(&self, blob: &[u8; BLOB_BYTES]) -> Result<()> {
         let mine = self.world * BLOB_BYTES;
-        self.memory().write(mine, blob, &self.stream).map_err(Error::cuda("writing the blob"))?;
+        self.memory().write(mine, blob, &self.stream).map_err(Error::cuda("writing the blob"))
+    }
+
+    /// Everyone's blob, in rank order.
+    fn all_gather(&mut self) -> Result<Vec<u8>> {
         // SAFETY: the ranges lie in our memory, the handle and the stream live.
         let result = unsafe { exchange::nccl::all_gather(std::iter::once(self.transfer())) };
         self.finish("ncclAllGather", result)?;
@@ -417,6 +466,12 @@ impl Drop for Wire<'_> {
             SCRATCH.lock().push((self.device, memory));
         }
     }
+}
+
+/// A number that no other attach has, of whatever process.
+fn number_of_attach() -> u64 {
+    static ATTACHES: AtomicU64 = AtomicU64::new(0);
+    process().wrapping_add(ATTACHES.fetch_add(1, Ordering::Relaxed))
 }
 
 /// A number that no other process of the host has.

@@ -58,6 +58,8 @@ pub struct Blob {
     pub agreement: Agreement,
     /// Where it runs.
     pub place: Place,
+    /// The number of its attach; that of rank 0 names the communicator among the ranks of a process.
+    pub attach: u64,
     /// Whether it could do what this round is about.
     pub ready: bool,
     /// Its receive area, in the round that is about it.
@@ -160,6 +162,7 @@ impl Blob {
             u64::from_le_bytes(uuid[1]),
             place.multiprocessors as u64,
             place.block_channels as u64,
+            self.attach,
         ];
         let mut bytes = [0; BLOB_BYTES];
         for (place, field) in bytes[..OFFER_AT].chunks_exact_mut(8).zip(fields) {
@@ -192,6 +195,7 @@ impl Blob {
             rank: u32::try_from(field(2)).ok()?,
             ready: within(3, 0, 1)? == 1,
             offer,
+            attach: field(19),
             place: Place {
                 host: field(4),
                 process: field(13),
@@ -270,7 +274,7 @@ mod tests {
         let device_uuid = *b"0123456789abcdef";
         let place = Place { host: 7, process: 8, device: 3, device_uuid, multiprocessors: 132, block_channels: 7 };
         let offer = std::array::from_fn(|i| i as u8);
-        Blob { rank, agreement: Agreement::from(&Config::default()), place, ready: true, offer }
+        Blob { rank, agreement: Agreement::from(&Config::default()), place, attach: 9, ready: true, offer }
     }
 
     fn gather(blobs: &[Blob]) -> Vec<u8> {

@@ -10,7 +10,7 @@
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use flashcomm_wire::{Codec, Element, GroupSize, Legs, Width, reference};
@@ -262,6 +262,9 @@ fn again(dir: &Path, settings: Settings<'_>) -> Command {
         }
         (true, None) => {}
     }
+    if is_real() {
+        command.env("CUDA_VISIBLE_DEVICES", "0"); // where `take_from_a_real_device` has its memory
+    }
     command.envs(settings.iter().copied());
     command
 }
@@ -412,6 +415,9 @@ pub fn use_device(rank: usize) {
     ok!(cuDeviceGetCount(&mut count));
     ok!(cuDevicePrimaryCtxRetain(&mut context, rank as c_int % count));
     ok!(cuCtxSetCurrent(context));
+    if is_real() {
+        take_from_a_real_device(0);
+    }
 }
 
 pub fn unique_id() -> UniqueId {
@@ -502,7 +508,11 @@ pub struct Memory {
 impl Memory {
     pub fn new(n_bytes: usize) -> Self {
         let mut at = 0;
-        ok!(cuMemAlloc_v2(&mut at, n_bytes.max(1)));
+        if is_real() {
+            at = take_from_a_real_device(n_bytes);
+        } else {
+            ok!(cuMemAlloc_v2(&mut at, n_bytes.max(1)));
+        }
         Memory { at, n_bytes }
     }
     pub fn of<E: Element>(elements: &[E], stream: &Stream) -> Self {
@@ -532,12 +542,27 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // Freeing waits for the whole device. Where ranks share one, that may be another rank's kernel, which waits for
-        // this rank; so on a real GPU the memory is left to the end of the process.
         if !is_real() {
             ok!(cuMemFreeAsync(self.at, 2)); // the per-thread default stream
         }
     }
+}
+
+/// Bytes of memory of a real device, from what was allocated when the process first asked; never given back. To allocate
+/// or to free may wait for another rank's work on the same device, which waits for this rank.
+fn take_from_a_real_device(n_bytes: usize) -> Ptr {
+    const ALL: usize = 4 << 30;
+    static NEXT: Mutex<Option<(Ptr, usize)>> = Mutex::new(None);
+    let mut next = NEXT.lock().unwrap();
+    let (start, taken) = next.get_or_insert_with(|| {
+        let mut start = 0;
+        ok!(cuMemAlloc_v2(&mut start, ALL));
+        (start, 0)
+    });
+    let at = *start + *taken;
+    *taken += n_bytes.next_multiple_of(256);
+    assert!(*taken <= ALL, "the tests need more memory");
+    at
 }
 
 /// A small fast generator.

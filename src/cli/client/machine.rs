@@ -146,8 +146,12 @@ impl Machine {
             return vec![];
         }
         if self.nccl_version >= SHARES_GPUS {
-            let ctas = SHARED_CTAS.to_string();
-            return vec![("NCCL_MULTI_RANK_GPU_ENABLE".into(), "1".into()), ("NCCL_MAX_CTAS".into(), ctas)];
+            return vec![
+                ("NCCL_MULTI_RANK_GPU_ENABLE".into(), "1".into()),
+                ("NCCL_MAX_CTAS".into(), SHARED_CTAS.to_string()),
+                // Ranks must not wait for each other in a queue of the hardware that their streams happen to share.
+                ("CUDA_DEVICE_MAX_CONNECTIONS".into(), "32".into()),
+            ];
         }
         // An older NCCL refuses two ranks on a GPU, unless it takes them for ranks of two hosts.
         vec![("NCCL_HOSTID".into(), format!("flashcomm-rank-{rank}"))]
@@ -249,7 +253,8 @@ mod tests {
         };
         let (new, old, enough) = (with(23203, 1), with(22809, 1), with(22809, 2));
         assert!(new.takes_threads(2) && !old.takes_threads(2) && enough.takes_threads(2));
-        assert_eq!(names(&new, 1), ["NCCL_MULTI_RANK_GPU_ENABLE=1", "NCCL_MAX_CTAS=8"]);
+        let expected = ["NCCL_MULTI_RANK_GPU_ENABLE=1", "NCCL_MAX_CTAS=8", "CUDA_DEVICE_MAX_CONNECTIONS=32"];
+        assert_eq!(names(&new, 1), expected);
         assert_eq!(names(&old, 1), ["NCCL_HOSTID=flashcomm-rank-1"]);
         assert_ne!(names(&old, 0), names(&old, 1));
         assert!(names(&enough, 1).is_empty());
