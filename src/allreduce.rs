@@ -132,21 +132,15 @@ impl Operation {
 /// Runs a batch in order: attaches the communicators that have no verdict, forwards what is not compressed, and
 /// compresses the rest. Empties `batch` and keeps its memory.
 pub fn run(batch: &mut Vec<Operation>) -> NcclResult {
-    let attached = attach::attach_all(batch.iter().map(|operation| &operation.comm));
-    let result = attached.and_then(|()| {
-        let forwarded = forward_some(batch)?;
-        compress(batch)?;
-        Ok(forwarded)
-    });
-    batch.clear();
-    match result {
-        Ok(result) => result,
-        Err(error) => {
+    let result = match attach::attach_all(batch.iter().map(|operation| &operation.comm)) {
+        Ok(()) => forward_some(batch).and_then(|forwarded| compress(batch).map(|()| forwarded)).inspect_err(|error| {
             log::error!("all-reduce: {error}");
-            error::remember(&error);
-            NcclResult::from(&error)
-        }
-    }
+            error::remember(error);
+        }),
+        failed => failed.map(|()| NcclResult::SUCCESS), // attach has told of it
+    };
+    batch.clear();
+    result.unwrap_or_else(|error| NcclResult::from(&error))
 }
 
 /// Forwards, in one real group, the operations that turn out not to be compressed, and takes them out of the batch.

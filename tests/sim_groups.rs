@@ -234,12 +234,12 @@ fn operations_of_a_communicator_are_ordered_across_streams() {
     });
 }
 
-#[test]
-fn non_blocking_communicators_are_plain_nccls_where_nccl_carries_the_payloads() {
-    in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", "nccl")], || {
+/// A job of communicators that do not block; `expected` of the inputs by rank.
+fn do_not_block(exchange: &str, n_expected: u64, expected: fn(&[Vec<f16>]) -> Vec<f16>) {
+    in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", exchange)], || {
         let (world, count) = (3, 4000);
         let numbers: Vec<_> = (0..world).map(|rank| whole_numbers(count, 6, rank)).collect();
-        let (exact, id) = (exact_sum(&numbers), unique_id());
+        let (expected, id) = (expected(&numbers), unique_id());
         threads(world, |rank| {
             let (mut comm, stream, config) = (0, Stream::new(), Config::non_blocking());
             let settled = |comm: usize, first: i32| {
@@ -256,13 +256,23 @@ fn non_blocking_communicators_are_plain_nccls_where_nccl_carries_the_payloads() 
                 let memory = Memory::of(&numbers[rank], &stream);
                 let first = call!(ncclAllReduce(memory.at, memory.at, count, dtype::FP16, SUM, comm, stream.0));
                 settled(comm, first);
-                same_bits(&memory.read(count, &stream), &exact, "exact");
+                same_bits(&memory.read(count, &stream), &expected, exchange);
             }
             call!(ncclCommFinalize(comm));
             ok!(ncclCommDestroy(comm));
         });
-        assert_eq!(n_compressed(), 0);
+        assert_eq!(n_compressed(), n_expected);
     });
+}
+
+#[test]
+fn non_blocking_communicators_are_plain_nccls_where_nccl_carries_the_payloads() {
+    do_not_block("nccl", 0, exact_sum);
+}
+
+#[test]
+fn non_blocking_communicators_compress_where_nccl_is_not_needed() {
+    do_not_block("peer", 15, |inputs| reference(inputs, legs(4, 4)));
 }
 
 #[test]

@@ -185,6 +185,38 @@ fn an_abort_by_another_thread_frees_peers_that_wait_in_an_all_reduce() {
 }
 
 #[test]
+fn a_deadline_ends_a_wait_and_says_for_whom() {
+    in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", "peer"), ("FLASHCOMM_TIMEOUT_S", "1")], || {
+        let (world, ids) = (3, [unique_id(), unique_id()]);
+        let case = Case::<f16>::new(5000, 1, world, legs(4, 4));
+        threads(world, |rank| {
+            let (comm, stream) = (init(world, ids[0], rank), Stream::new());
+            reduce(comm, &stream, rank, &case, "before");
+            assert_eq!(last_error(comm), "");
+            if rank != 2 {
+                let memory = Memory::new(10_000);
+                let start = Instant::now();
+                ok!(ncclAllReduce(memory.at, memory.at, 5000, dtype::FP16, SUM, comm, stream.0));
+                stream.wait();
+                assert!((1..10).contains(&start.elapsed().as_secs()));
+                let mut state = 0;
+                ok!(ncclCommGetAsyncError(comm, &mut state));
+                assert_eq!(state, 6, "ncclRemoteError");
+                for text in [last_error(comm), last_error(0)] {
+                    assert!(text.contains("waiting for rank 2") && text.contains("FLASHCOMM_TIMEOUT_S"), "{text}");
+                }
+                let again = call!(ncclAllReduce(memory.at, memory.at, 5000, dtype::FP16, SUM, comm, stream.0));
+                assert_eq!(again, 6, "nothing more is issued");
+            }
+            ok!(ncclCommAbort(comm));
+            let comm = init(world, ids[1], rank);
+            reduce(comm, &stream, rank, &case, "a new communicator");
+            ok!(ncclCommDestroy(comm));
+        });
+    });
+}
+
+#[test]
 fn a_revoked_communicator_is_plain_nccls_to_answer_for() {
     in_process(BITS, || {
         let (world, id) = (2, unique_id());

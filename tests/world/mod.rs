@@ -187,6 +187,20 @@ pub fn api() -> &'static Api {
     })
 }
 
+/// `flashcommGetLastError` of a communicator, or of the process for 0.
+pub fn last_error(comm: Ptr) -> String {
+    let shim = open(&built("libflashcomm.so"));
+    // SAFETY: a function of this name has this signature.
+    let function = unsafe {
+        std::mem::transmute::<*mut c_void, unsafe extern "C" fn(Ptr) -> *const std::ffi::c_char>(symbol(
+            shim,
+            "flashcommGetLastError",
+        ))
+    };
+    // SAFETY: a communicator or 0; what it answers is NUL-terminated and stays until this thread asks again.
+    unsafe { CStr::from_ptr(function(comm)) }.to_str().unwrap().to_string()
+}
+
 /// Calls a function of [`Api`] and wants success.
 #[macro_export]
 macro_rules! ok {
