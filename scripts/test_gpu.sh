@@ -28,14 +28,25 @@ export FLASHCOMM_REQUIRE_GPU=1
 FLASHCOMM_LIB=$PWD/.gpu/libflashcomm.so
 export FLASHCOMM_LIB FLASHCOMM_REFERENCE=$PWD/.gpu/reference
 
-# job RANKS BITS PROGRAM ARGUMENT...: a PyTorch job with the shim preloaded, every size compressed.
+# mps COMMAND...: runs it while processes share the GPU. Without MPS they take turns on it: what waits for another rank
+# then waits for a time slice.
+mps() {
+    export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mpslog
+    mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
+    nvidia-cuda-mps-control -d
+    "$@"
+    echo quit | nvidia-cuda-mps-control
+    unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+}
+
+# job RANKS BITS EXCHANGE PROGRAM ARGUMENT...: a PyTorch job with the shim preloaded, every size compressed.
 job() {
-    local ranks=$1 bits=$2
-    shift 2
+    local ranks=$1 bits=$2 exchange=$3
+    shift 3
     FLASHCOMM_SCRATCH=$(mktemp -d -p /dev/shm) || return
     export FLASHCOMM_SCRATCH
     local status=0
-    LD_PRELOAD=$FLASHCOMM_LIB FLASHCOMM_BITS=$bits FLASHCOMM_MIN_BYTES=0 \
+    LD_PRELOAD=$FLASHCOMM_LIB FLASHCOMM_BITS=$bits FLASHCOMM_EXCHANGE=$exchange FLASHCOMM_MIN_BYTES=0 \
         python3 scripts/gpu/launch.py "$ranks" 150 "$@" || status=$?
     rm -rf "$FLASHCOMM_SCRATCH"
     return $status
@@ -57,13 +68,24 @@ bench() {
     timeout 400 .gpu/flashcomm bench --nccl .gpu/libnccl.so.2 --graph --crossover --kernels --json "$out/bench.json"
 }
 
+# PyTorch jobs of 2 and 4 ranks at 8 and 4 bits over an exchange.
+torch_jobs() {
+    local ranks bits
+    for ranks in 2 4; do
+        for bits in 8 4; do
+            check "PyTorch, $ranks ranks, $bits bits, $1" job "$ranks" "$bits" "$1" scripts/gpu/torch_job.py
+        done
+    done
+}
+
+# lifecycle EXCHANGE
 lifecycle() {
     FLASHCOMM_SCRATCH=$(mktemp -d -p /dev/shm) || return
     export FLASHCOMM_SCRATCH
     local status=0
     unpack_nccl || return
     NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=8 FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 FLASHCOMM_MIN_BYTES=0 \
-        FLASHCOMM_BITS=4:8 timeout 200 python3 scripts/gpu/lifecycle_job.py || status=$?
+        FLASHCOMM_BITS=4:8 FLASHCOMM_EXCHANGE=$1 timeout 100 python3 scripts/gpu/lifecycle_job.py || status=$?
     rm -rf "$FLASHCOMM_SCRATCH"
     return $status
 }
@@ -75,7 +97,7 @@ sockets_speed() {
     for round in 1 2 3; do
         check "plain NCCL" python3 scripts/gpu/launch.py 2 100 scripts/gpu/torch_speed.py "$to/speed_plain_$round.json"
         for bits in 4 8; do
-            check "$bits bits" job 2 "$bits" scripts/gpu/torch_speed.py "$to/speed_${bits}_$round.json"
+            check "$bits bits" job 2 "$bits" nccl scripts/gpu/torch_speed.py "$to/speed_${bits}_$round.json"
         done
     done
     python3 - "$to" <<'PYTHON'
@@ -102,16 +124,16 @@ if wants sanitize; then
     tail -n 3 "$out/memcheck.txt"
 fi
 if wants torch; then
-    for ranks in 2 4; do
-        for bits in 8 4; do check "PyTorch, $ranks ranks, $bits bits" job "$ranks" "$bits" scripts/gpu/torch_job.py; done
-    done
+    torch_jobs nccl
+    mps torch_jobs peer
+    mps torch_jobs host
 fi
 if wants settings; then
-    check "ranks with different settings" timeout 100 python3 scripts/gpu/settings_job.py
+    check "ranks with different settings" env FLASHCOMM_EXCHANGE=nccl timeout 100 python3 scripts/gpu/settings_job.py
 fi
 if wants lifecycle; then
     # Threads as ranks of one GPU need a newer NCCL than PyTorch brings along.
-    check "communicators of every making" lifecycle
+    for exchange in nccl peer; do check "communicators of every making, $exchange" lifecycle "$exchange"; done
 fi
 if wants jobs; then
     # The simulators' jobs, threads as ranks of this GPU, on the real driver and the packed NCCL.
@@ -128,14 +150,9 @@ if wants bench; then
     check "all-reduces beside NCCL" bench
 fi
 if wants speed; then
+    # On two hosts the ranks run at the same time, as they do here under MPS only.
     sockets_speed "$out"
-    # Without MPS two processes take turns on the GPU, which no two hosts do; with it they share it.
-    export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mpslog
-    mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
-    nvidia-cuda-mps-control -d
-    sockets_speed "$out/mps"
-    echo quit | nvidia-cuda-mps-control
-    unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    mps sockets_speed "$out/mps"
 fi
 
 if ((${#failed[@]})); then
