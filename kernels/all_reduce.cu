@@ -338,10 +338,15 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
   self.run();
 }
 
-// Channels of a block at most: as many as share the registers of an SM without spilling.
-constexpr unsigned block_channels(int reduce_bits, int gather_bits) {
+// Channels of a block at most: as many as share the registers of an SM without spilling. (Tried out on sm_90; 5 is enough
+// room on every architecture.)
+constexpr unsigned block_channels([[maybe_unused]] int reduce_bits, [[maybe_unused]] int gather_bits) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   const int bits = reduce_bits > gather_bits ? reduce_bits : gather_bits;
   return bits <= 5 ? 7 : bits <= 7 ? 6 : 5;
+#else
+  return 5;
+#endif
 }
 
 // One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
