@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use flashcomm_sim_schedule as schedule;
 use flashcomm_wire::{Codec, Element, Legs, Rings, TILE_ELEMS, rings};
 
+use crate::access::{args, load, load_elements, store, store_decoded};
 use crate::code::{Code, Result};
-use crate::kernels::{Kernel, Shape, args, load, load_elements, store, store_decoded};
+use crate::kernels::{Kernel, Shape};
 use crate::memory;
 
 /// Channels of a block at most.
