@@ -10,7 +10,7 @@ rm -rf .gpu
 mkdir -p .gpu
 cargo build --release --lib --bin flashcomm
 cargo build --release -p flashcomm-wire --example reference
-cargo build --release --tests --message-format=json 2>/dev/null |
+cargo build --release --tests --message-format=json-render-diagnostics |
     python3 -c '
 import json, shutil, sys
 for line in sys.stdin:
