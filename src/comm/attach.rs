@@ -100,7 +100,7 @@ fn attach(comm: &Comm) -> Result<Option<Attached>> {
     let place = place(device, &context, loaded.as_ref().map_or(0, |loaded| loaded.block_channels))?;
     let (ready, offer) = (loaded.is_ok(), [0; fused::OFFER_BYTES]);
     let blob = Blob { rank: rank as u32, agreement, place, attach: number_of_attach(), ready, offer };
-    let mut rounds = Rounds { blob, wire: Wire::new(comm, device, rank, world)?, neighbors: None };
+    let mut rounds = Rounds { blob, wire: Wire::new(comm, device, rank, world)?, number: 0, neighbors: None };
 
     let peers = match rounds.next(ready, offer)? {
         Ok(peers) => peers,
@@ -108,13 +108,12 @@ fn attach(comm: &Comm) -> Result<Option<Attached>> {
     };
     rounds.neighbors = Some(Neighbors::of(&blob, &peers));
     let Loaded { kernels, last, .. } = loaded?;
-    let exchange = match agree_on_exchange(&mut rounds, &context, &peers)? {
+    let exchange = match agree_on_exchange(&mut rounds, &context, &kernels, &peers)? {
         Ok(exchange) => exchange,
         Err(disagreement) => return Ok(off(rank, &disagreement)),
     };
 
-    // The first operation waits for the others, too.
-    rounds.meet()?;
+    rounds.end()?;
     let one_host = is_one_host(&peers);
     let min_bytes = agreement.min_bytes.unwrap_or(exchange.default_min_bytes(one_host));
     log::info!(
@@ -162,6 +161,7 @@ fn is_one_host(peers: &[Blob]) -> bool {
 fn agree_on_exchange(
     rounds: &mut Rounds<'_>,
     context: &Context,
+    kernels: &Kernels,
     peers: &[Blob],
 ) -> Result<std::result::Result<Exchange, Disagreement>> {
     let kinds: &[Kind] = match rounds.blob.agreement.exchange {
@@ -173,7 +173,7 @@ fn agree_on_exchange(
     let mut refusal = None;
     for kind in kinds {
         match fused_rings(peers) {
-            Some(rings) => match fused_exchange(rounds, context, *kind, rings)? {
+            Some(rings) => match fused_exchange(rounds, context, kernels, *kind, rings)? {
                 Ok(fused) => return Ok(Ok(Exchange::Fused(fused))),
                 Err(disagreement) => refusal = Some(disagreement),
             },
@@ -212,6 +212,7 @@ fn block_channels(peers: &[Blob]) -> usize {
 fn fused_exchange(
     rounds: &mut Rounds<'_>,
     context: &Context,
+    kernels: &Kernels,
     kind: Kind,
     rings: Rings,
 ) -> Result<std::result::Result<Fused, Disagreement>> {
@@ -231,8 +232,9 @@ fn fused_exchange(
         .collect();
     let timeout = Config::global().timeout;
     let fused = prepared?.connect(rank, &peers, context, block_channels(&offers), timeout);
+    let fused = fused.and_then(|fused| fused.warm_up(kernels, &rounds.wire.stream).map(|()| fused));
     if let Err(error) = &fused {
-        log::log!(rounds.refusal(), "rank {rank} cannot map others' memory for the exchange {}: {error}", kind.name());
+        log::log!(rounds.refusal(), "rank {rank} cannot use others' memory for the exchange {}: {error}", kind.name());
     }
     Ok(match rounds.next(fused.is_ok(), offer)? {
         Ok(_) => {
@@ -268,6 +270,8 @@ struct Rounds<'a> {
     /// What this rank says in every round.
     blob: Blob,
     wire: Wire<'a>,
+    /// Rounds begun.
+    number: usize,
     /// Known after the first round.
     neighbors: Option<Neighbors>,
 }
@@ -295,6 +299,13 @@ impl Neighbors {
         let count = peers.iter().filter(|peer| peer.place.process == blob.place.process).count();
         Self { count, arrivals, meetings: 0 }
     }
+
+    /// Waits until all ranks of this process have come here as often as this one.
+    fn meet(&mut self, comm: &Comm) -> Result<()> {
+        self.arrivals.fetch_add(1, Ordering::AcqRel);
+        self.meetings += 1;
+        poll(comm, || Ok(self.arrivals.load(Ordering::Acquire) >= self.count * self.meetings))
+    }
 }
 
 impl Rounds<'_> {
@@ -305,17 +316,23 @@ impl Rounds<'_> {
 
     /// One round: whether this rank is ready, and its offer. All ranks' blobs, or what keeps them from going on.
     fn next(&mut self, ready: bool, offer: Offer) -> Result<std::result::Result<Vec<Blob>, Disagreement>> {
+        self.number += 1;
+        log::debug!("rank {}: attach, round {}", self.blob.rank, self.number);
         self.wire.write(&Blob { ready, offer, ..self.blob }.encode())?;
         self.meet()?;
         Ok(agree(&self.wire.all_gather()?))
     }
 
-    /// Waits until all ranks of this process have come here as often as this one.
     fn meet(&mut self) -> Result<()> {
-        let Some(neighbors) = &mut self.neighbors else { return Ok(()) };
-        neighbors.arrivals.fetch_add(1, Ordering::AcqRel);
-        neighbors.meetings += 1;
-        self.wire.poll(|_| Ok(neighbors.arrivals.load(Ordering::Acquire) >= neighbors.count * neighbors.meetings))
+        self.neighbors.as_mut().map_or(Ok(()), |neighbors| neighbors.meet(self.wire.comm))
+    }
+
+    /// The first operation waits for the others, too: until all are done with what attach needs, also with giving it up.
+    fn end(self) -> Result<()> {
+        let Rounds { wire, neighbors, .. } = self;
+        let comm = wire.comm;
+        drop(wire);
+        neighbors.map_or(Ok(()), |mut neighbors| neighbors.meet(comm))
     }
 }
 
@@ -426,10 +443,10 @@ impl<'a> Wire<'a> {
     fn finish(&mut self, function: &'static str, result: NcclResult) -> Result<()> {
         if result == NcclResult::IN_PROGRESS {
             self.is_nonblocking = true;
-            self.poll(|comm| {
+            poll(self.comm, || {
                 let mut state = NcclResult::SUCCESS;
                 // SAFETY: the handle lives while the communicator is not aborted, which `poll` has just seen.
-                let asked = unsafe { nccl::comm_get_async_error(comm.handle(), &mut state) };
+                let asked = unsafe { nccl::comm_get_async_error(self.comm.handle(), &mut state) };
                 match (asked, state) {
                     (NcclResult::SUCCESS, NcclResult::SUCCESS) => Ok(true),
                     (NcclResult::SUCCESS, NcclResult::IN_PROGRESS) => Ok(false),
@@ -441,21 +458,22 @@ impl<'a> Wire<'a> {
         }
         // SAFETY: the stream is ours.
         unsafe { self.done.record(self.stream.handle(), false) }.map_err(Error::cuda("recording an event"))?;
-        self.poll(|_| self.done.is_complete().map_err(Error::cuda("waiting for the other ranks")))
+        poll(self.comm, || self.done.is_complete().map_err(Error::cuda("waiting for the other ranks")))
     }
+}
 
-    fn poll(&self, mut is_done: impl FnMut(&Comm) -> Result<bool>) -> Result<()> {
-        let mut pause = Duration::from_micros(20);
-        loop {
-            if self.comm.is_aborted() {
-                return Err(Error::Aborted);
-            }
-            if is_done(self.comm)? {
-                return Ok(());
-            }
-            thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(2));
+/// Waits until it is done or the communicator is aborted.
+fn poll(comm: &Comm, mut is_done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let mut pause = Duration::from_micros(20);
+    loop {
+        if comm.is_aborted() {
+            return Err(Error::Aborted);
         }
+        if is_done()? {
+            return Ok(());
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(2));
     }
 }
 
