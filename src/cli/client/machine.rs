@@ -151,6 +151,9 @@ impl Machine {
                 ("NCCL_MAX_CTAS".into(), SHARED_CTAS.to_string()),
                 // Ranks must not wait for each other in a queue of the hardware that their streams happen to share.
                 ("CUDA_DEVICE_MAX_CONNECTIONS".into(), "32".into()),
+                // Nor for the driver to load one's first kernel, or to give it a stack, while another's waits.
+                ("CUDA_MODULE_LOADING".into(), "EAGER".into()),
+                ("NCCL_SET_STACK_SIZE".into(), "1".into()),
             ];
         }
         // An older NCCL refuses two ranks on a GPU, unless it takes them for ranks of two hosts.
@@ -253,7 +256,13 @@ mod tests {
         };
         let (new, old, enough) = (with(23203, 1), with(22809, 1), with(22809, 2));
         assert!(new.takes_threads(2) && !old.takes_threads(2) && enough.takes_threads(2));
-        let expected = ["NCCL_MULTI_RANK_GPU_ENABLE=1", "NCCL_MAX_CTAS=8", "CUDA_DEVICE_MAX_CONNECTIONS=32"];
+        let expected = [
+            "NCCL_MULTI_RANK_GPU_ENABLE=1",
+            "NCCL_MAX_CTAS=8",
+            "CUDA_DEVICE_MAX_CONNECTIONS=32",
+            "CUDA_MODULE_LOADING=EAGER",
+            "NCCL_SET_STACK_SIZE=1",
+        ];
         assert_eq!(names(&new, 1), expected);
         assert_eq!(names(&old, 1), ["NCCL_HOSTID=flashcomm-rank-1"]);
         assert_ne!(names(&old, 0), names(&old, 1));
