@@ -251,9 +251,11 @@ impl Report {
         if let Some(speeds) = &self.kernels {
             let _ = writeln!(
                 text,
-                "\nKernels alone, {} of fp16 or bf16, bytes read and written; device copy {:.3} TB/s\n{}",
+                "\nKernels alone, {} of fp16 or bf16, bytes read and written; device copy {:.3} TB/s, copies from and to \
+                 pinned host memory at once {:.1} GB/s together\n{}",
                 Bytes(speeds.n_bytes),
                 speeds.copy_tb_s,
+                speeds.host_link_gb_s,
                 of_kernels(speeds).trim_fmt()
             );
         }
