@@ -311,13 +311,8 @@ impl Fused {
         // Few tiles rather spread over multiprocessors than share one.
         let block_channels = chunk_tiles.div_ceil(self.max_blocks).min(self.block_channels);
         let n_blocks = chunk_tiles.div_ceil(block_channels).min(self.max_blocks);
-        let args = AllReduceArgs {
-            input,
-            output,
-            count: plan.count() as u64,
-            chunk_tiles: chunk_tiles as u64,
-            ..self.args(kernels::group_shift(plan.legs().reduce))
-        };
+        let args =
+            AllReduceArgs { input, output, count: plan.count() as u64, chunk_tiles: chunk_tiles as u64, ..self.args() };
         // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `block_limit`.
         unsafe { kernels.all_reduce(element, (n_blocks, block_channels), &args, stream) }
             .map_err(Error::cuda("launching the all-reduce"))
@@ -333,14 +328,14 @@ impl Fused {
         for element in ElementType::ALL {
             let shape = (self.max_blocks, self.block_channels);
             // SAFETY: without tiles the kernel touches no memory.
-            unsafe { kernels.all_reduce(element, shape, &self.args(0), stream.handle()) }
+            unsafe { kernels.all_reduce(element, shape, &self.args(), stream.handle()) }
                 .map_err(Error::cuda("launching the all-reduce for the first time"))?;
         }
         stream.synchronize().map_err(Error::cuda("running the all-reduce for the first time"))
     }
 
     /// What all launches have in common; the operation is to be filled in.
-    fn args(&self, group_shift: u32) -> AllReduceArgs {
+    fn args(&self) -> AllReduceArgs {
         AllReduceArgs {
             input: std::ptr::null(),
             output: std::ptr::null_mut(),
@@ -354,7 +349,7 @@ impl Fused {
             rank: self.rank as u32,
             world: self.rings.world as u32,
             max_channels: self.rings.channels as u32,
-            group_shift,
+            group_shift: kernels::group_shift(self.rings.legs.reduce),
         }
     }
 
