@@ -3,6 +3,7 @@
 mod bench;
 mod client;
 mod demo;
+mod run;
 
 use std::fmt;
 use std::process::ExitCode;
@@ -26,6 +27,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Starts a command with the shim in front of its NCCL, or prints the environment for that
+    Run(Box<run::Args>),
     /// Shows a sum all-reduce at each width: bytes on the wire, error, and whether all ranks agree
     Demo(demo::Args),
     /// Times sum all-reduces through the shim beside those of the real NCCL, in one run on one machine
@@ -44,6 +47,7 @@ const UNABLE: u8 = 2;
 /// Runs the command.
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Run(args) => return run::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Rank { assignment } => rank(&assignment).map(|()| true),
@@ -62,6 +66,7 @@ fn rank(assignment: &str) -> Result<()> {
     let told: Assignment = serde_json::from_str(assignment).context("this is for the command itself")?;
     match told.role {
         Role::Probe => machine::probe(told),
+        Role::Nccl => machine::find_nccl(told),
         Role::Demo => demo::child(told),
         Role::Bench => bench::measure::child(told),
         Role::Kernels => bench::kernels::child(told),

@@ -7,6 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use flashcomm::nccl::load::RealLibrary;
+use flashcomm::nccl::symbols::SYMBOLS;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -34,6 +36,17 @@ pub enum Wanted {
     Gpu,
     /// On the simulator, also where there are GPUs.
     Simulator,
+}
+
+/// A real NCCL, as the shim finds it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RealNccl {
+    /// Where it is.
+    pub path: PathBuf,
+    /// As people write it.
+    pub version: String,
+    /// Functions of newer ones that it lacks.
+    pub lacks: Vec<String>,
 }
 
 /// There is no GPU, and one was wanted.
@@ -181,6 +194,37 @@ fn without_flashcomm(preloads: &str) -> String {
     preloads.split([':', ' ']).filter(|path| !is_shim(path)).collect::<Vec<_>>().join(":")
 }
 
+/// The real NCCL at `named`, or the one that the shim finds by itself, or why it cannot be used. A child process opens
+/// it, so that nothing of it stays here.
+pub fn real_nccl(named: Option<&Path>) -> Result<Result<RealNccl, String>> {
+    let nccl = named.unwrap_or(Path::new("")).to_owned();
+    let nobody = PathBuf::new();
+    let machine =
+        Machine { shim: nobody, nccl, gpus: vec![], driver: 0, nccl_version: 0, no_gpu: None, simulators: None };
+    let limit = Duration::from_secs(60);
+    let mut job = Job::start(&machine, &Start { role: Role::Nccl, limit, ..Start::default() })?;
+    job.answers(limit)?.pop().context("one answer")
+}
+
+/// In a child: the real NCCL.
+pub fn find_nccl(told: Assignment) -> Result<()> {
+    let party = Party::new(told)?;
+    let named = party.told.nccl.as_os_str();
+    let found = if named.is_empty() {
+        RealLibrary::search().map_err(|tried| tried.join("; "))
+    } else {
+        RealLibrary::open(named)
+    };
+    party.answer_alone(&found.map(|library| {
+        let names = SYMBOLS.iter().map(|(name, ..)| *name).filter(|name| !name.starts_with('p'));
+        RealNccl {
+            path: library.path().into(),
+            version: library.version().to_string(),
+            lacks: names.filter(|name| library.find(name).is_none()).map(String::from).collect(),
+        }
+    }))
+}
+
 /// In a child: what there is.
 pub fn probe(told: Assignment) -> Result<()> {
     let party = Party::new(told)?;
@@ -198,7 +242,8 @@ pub fn probe(told: Assignment) -> Result<()> {
     party.answer_alone(&Found { gpus: gpus().map_err(in_words), nccl: nccl().map_err(in_words) })
 }
 
-fn find_shim(named: Option<&Path>) -> Result<PathBuf> {
+/// The shim that is named, or the one of this command.
+pub fn find_shim(named: Option<&Path>) -> Result<PathBuf> {
     if let Some(path) = named {
         // A name without a slash would be looked up elsewhere by the loader.
         return path.canonicalize().with_context(|| format!("no shim at --shim {}", path.display()));
@@ -212,7 +257,8 @@ fn find_shim(named: Option<&Path>) -> Result<PathBuf> {
 fn beside(name: &str) -> Result<PathBuf, String> {
     let exe = env::current_exe().map_err(|error| error.to_string())?;
     let here = exe.parent().unwrap_or(Path::new("."));
-    let candidates = [here.join(name), here.join("../lib").join(name)];
+    // In the package for Python the simulators stand in a directory of their own.
+    let candidates = [here.join(name), here.join("../lib").join(name), here.join("../lib/flashcomm").join(name)];
     let found = candidates.iter().find(|path| path.exists());
     found.cloned().ok_or_else(|| format!("{} or {}", here.display(), here.join("../lib").display()))
 }

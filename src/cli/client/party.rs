@@ -40,6 +40,8 @@ pub struct Assignment {
 pub enum Role {
     /// Says what the machine has.
     Probe,
+    /// Opens the real NCCL as the shim does.
+    Nccl,
     /// `flashcomm demo`.
     Demo,
     /// `flashcomm bench`.
