@@ -15,6 +15,7 @@ use tempfile::TempDir;
 use super::api::{Cuda, Nccl, call};
 use super::job::{Job, Start};
 use super::party::{Assignment, Party, Role};
+use crate::cli::run::python;
 
 /// Where the libraries are, if not where they are looked for.
 #[derive(Clone, Debug, clap::Args)]
@@ -22,7 +23,7 @@ pub struct Places {
     /// The shim [default: libflashcomm.so beside this command, or in ../lib]
     #[arg(long, value_name = "FILE")]
     shim: Option<PathBuf>,
-    /// The real NCCL [default: what the loader finds as libnccl.so.2]
+    /// The real NCCL [default: that of python3's packages, or what the loader finds as libnccl.so.2]
     #[arg(long, value_name = "FILE", env = "FLASHCOMM_NCCL_LIB")]
     nccl: Option<PathBuf>,
 }
@@ -51,11 +52,11 @@ pub struct RealNccl {
 
 /// There is no GPU, and one was wanted.
 #[derive(Debug)]
-pub struct NoGpu(String);
+pub struct NoGpu(pub String);
 
 impl std::fmt::Display for NoGpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "this needs a GPU, since the simulator proves nothing about speed: {}", self.0)
+        f.write_str(&self.0)
     }
 }
 
@@ -94,12 +95,30 @@ const SHARES_GPUS: u32 = 23003;
 const SHARED_CTAS: u32 = 8;
 
 impl Machine {
+    /// The machine, or the simulators in its place, before it has been looked at.
+    pub fn unseen(places: &Places, simulator: bool) -> Result<Self> {
+        let shim = find_shim(places.shim.as_deref())?;
+        let simulators = simulator.then(simulators).transpose()?;
+        let nccl = match &simulators {
+            Some(simulators) => simulators.path().join("libnccl.so.2"),
+            None => nccl(places),
+        };
+        Ok(Machine { shim, nccl, gpus: vec![], driver: 0, nccl_version: 0, no_gpu: None, simulators })
+    }
+
+    /// Looks for GPUs only; the inner error says why there is none.
+    pub fn find_gpus(&mut self) -> Result<Result<(), String>> {
+        Ok(self.probe()?.gpus.map(|(gpus, driver)| (self.gpus, self.driver) = (gpus, driver)))
+    }
+
+    /// The real NCCL; the inner error says why there is none.
+    pub fn find_nccl(&self) -> Result<Result<RealNccl, String>> {
+        real_nccl(Some(&self.nccl).filter(|path| path.as_os_str() != NCCL).map(PathBuf::as_path))
+    }
+
     /// Looks around. Libraries are opened in a child process, so that this one stays without a driver and its threads.
     pub fn find(places: &Places, wanted: Wanted) -> Result<Self> {
-        let shim = find_shim(places.shim.as_deref())?;
-        let nccl = places.nccl.clone().unwrap_or_else(|| "libnccl.so.2".into());
-        let mut machine =
-            Machine { shim, nccl, gpus: vec![], driver: 0, nccl_version: 0, no_gpu: None, simulators: None };
+        let mut machine = Self::unseen(places, false)?;
         if wanted != Wanted::Simulator {
             let found = machine.probe()?;
             match found.gpus {
@@ -108,7 +127,9 @@ impl Machine {
                     (machine.gpus, machine.driver) = (gpus, driver);
                     return Ok(machine);
                 }
-                Err(why) if wanted == Wanted::Gpu => bail!(NoGpu(why)),
+                Err(why) if wanted == Wanted::Gpu => {
+                    bail!(NoGpu(format!("this needs a GPU, since the simulator proves nothing about speed: {why}")))
+                }
                 Err(why) => machine.no_gpu = Some(why),
             }
         }
@@ -240,6 +261,16 @@ pub fn probe(told: Assignment) -> Result<()> {
     let nccl = || Nccl::load(&party.told.nccl)?.version();
     let in_words = |error: anyhow::Error| format!("{error:#}");
     party.answer_alone(&Found { gpus: gpus().map_err(in_words), nccl: nccl().map_err(in_words) })
+}
+
+/// The name that NCCL goes by.
+const NCCL: &str = "libnccl.so.2";
+
+/// The NCCL that is named; or that of the Python that a user has at hand; or what the loader finds.
+fn nccl(places: &Places) -> PathBuf {
+    let named = places.nccl.clone().filter(|path| !path.as_os_str().is_empty());
+    let of_python = || python::nccl_of(&python::find("python3".as_ref())?);
+    named.or_else(of_python).unwrap_or_else(|| NCCL.into())
 }
 
 /// The shim that is named, or the one of this command.

@@ -145,7 +145,7 @@ fn prepare(args: &Args) -> Result<Job> {
     let python = certain.clone().or_else(|| python::find(OsStr::new("python3")));
     let packages = python.as_deref().and_then(python::packages_of);
     let torch = packages.as_ref().and_then(|packages| packages.torch.as_deref());
-    let torch_cuda = torch.map(|torch| torch.join("lib/libtorch_cuda.so"));
+    let torch_cuda = torch.map(|torch| torch.join(python::TORCH_CUDA));
     let mut torch_nccl = NcclOf::Loader(None);
     // What a Python has that the command may not run at all is no reason to refuse.
     if let (Some(torch), Some(torch_cuda), Some(python)) = (torch, &torch_cuda, &certain) {

@@ -11,6 +11,8 @@ use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
+use super::elf::{self, NcclOf};
+
 /// What a Python has installed.
 #[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
 pub struct Packages {
@@ -37,6 +39,19 @@ pub fn packages_of(python: &Path) -> Option<Packages> {
     // What a sitecustomize prints comes first.
     serde_json::from_str(String::from_utf8(asked.stdout).ok()?.lines().last()?).ok()
 }
+
+/// The NCCL of a Python: that which its PyTorch loads, or else that of its package nvidia-nccl.
+pub fn nccl_of(python: &Path) -> Option<PathBuf> {
+    let packages = packages_of(python)?;
+    let torch = packages.torch.map(|torch| torch.join(TORCH_CUDA)).filter(|torch| torch.exists());
+    match torch.and_then(|torch| elf::nccl_of(&torch).ok()) {
+        Some(NcclOf::Loader(Some(path))) => Some(path),
+        _ => packages.nccl,
+    }
+}
+
+/// The library that calls NCCL, in the directory of the package torch.
+pub const TORCH_CUDA: &str = "lib/libtorch_cuda.so";
 
 /// The Python that `command` runs, as far as its words tell: itself, a script of Python's, or one that is started by
 /// another program (`mpirun -n 2 python3 x.py`).
