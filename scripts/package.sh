@@ -16,7 +16,7 @@ rm -rf $stage/data/bin $stage/data/share/flashcomm
 .toolkit/maturin/maturin build --release --strip --out dist
 wheel=$(ls dist/flashcomm-*.whl)
 shown=$(PYTHONPATH=.toolkit/auditwheel python3 -m auditwheel show "$wheel")
-tag=$(sed -n 's/.*consistent with the following platform tag: "\(.*\)".*/\1/p' <<<"$(tr '\n' ' ' <<<"$shown")")
+tag=$(sed -n 's/.*consistent with the following platform tag: "\([^"]*\)".*/\1/p' <<<"$(tr '\n' ' ' <<<"$shown")")
 case $wheel in
     *-py3-none-*"$tag"*.whl) echo "made $wheel; auditwheel: $tag" ;;
     *)

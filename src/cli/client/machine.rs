@@ -287,11 +287,12 @@ pub fn find_shim(named: Option<&Path>) -> Result<PathBuf> {
 /// A library beside this command or in ../lib; otherwise where it was looked for.
 fn beside(name: &str) -> Result<PathBuf, String> {
     let exe = env::current_exe().map_err(|error| error.to_string())?;
-    let here = exe.parent().unwrap_or(Path::new("."));
+    let here = exe.parent().unwrap_or(Path::new("/"));
+    let lib = here.parent().unwrap_or(here).join("lib");
     // In the package for Python the simulators stand in a directory of their own.
-    let candidates = [here.join(name), here.join("../lib").join(name), here.join("../lib/flashcomm").join(name)];
+    let candidates = [here.join(name), lib.join(name), lib.join("flashcomm").join(name)];
     let found = candidates.iter().find(|path| path.exists());
-    found.cloned().ok_or_else(|| format!("{} or {}", here.display(), here.join("../lib").display()))
+    found.cloned().ok_or_else(|| format!("{} or {}", here.display(), lib.display()))
 }
 
 /// A directory with the simulators under the names that programs look for.
