@@ -33,9 +33,8 @@ class Issued:
 
 def counted(path):
     """The shim's own counts: (compressed, bytes in, bytes on the wire, all-reduces forwarded)."""
-    stats = json.loads(path.read_text())
-    forwarded = stats["forwarded"]["all_reduce"]
-    return stats["all_reduces_compressed"], stats["bytes_in"], stats["bytes_wire"], forwarded
+    stats = json.loads(path.read_text())["process"]
+    return tuple(stats[name] for name in ["all_reduces_compressed", "bytes_in", "bytes_wire", "all_reduces_forwarded"])
 
 
 def main():

@@ -58,7 +58,7 @@ impl Exchange {
 
 /// From how many bytes on an all-reduce is compressed by default. `kind`: the fused exchange, `None` for the real NCCL.
 ///
-/// Over the real NCCL, as measured (see the README): the bytes decide between hosts; between ranks of one host NCCL's own
+/// Over the real NCCL, as measured (see docs/tuning.md): the bytes decide between hosts; between ranks of one host NCCL's own
 /// all-reduce is faster than three kernels with two of its calls between, so there it takes an explicit
 /// `FLASHCOMM_MIN_BYTES`.
 pub const fn default_min_bytes(kind: Option<fused::Kind>, one_host: bool) -> u64 {
