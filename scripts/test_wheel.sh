@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 wheel=$(ls "$PWD"/dist/flashcomm-*.whl)
-nccl=$PWD/.toolkit/nccl-2.32.3/lib/libnccl.so.2
+nccl=$(realpath .toolkit/nccl-2.32.3/lib/libnccl.so.2)
 version=$(sed -n '/^\[workspace.package\]/,/^$/s/^version = "\(.*\)"/\1/p' Cargo.toml)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
