@@ -39,7 +39,7 @@ def main():
         assert torch.equal(bits, first), f"rank {RANK}'s parameters differ from rank 0's {what}"
 
     same_everywhere("after DDP's broadcast")
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(ddp.parameters(), lr=1e-3)  # plain SGD would be lost in the rounding of bf16
     losses = []
     for step in range(STEPS):
         torch.manual_seed(1000 * step + RANK)
@@ -56,7 +56,7 @@ def main():
         losses.append(loss.item())
     same_everywhere(f"after {STEPS} steps")
     first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
-    assert last < first, (first, last)
+    assert last < 0.7 * first, (first, last)
     torch.cuda.synchronize()
     dist.destroy_process_group()
     issued.write()

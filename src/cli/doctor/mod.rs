@@ -217,7 +217,11 @@ fn try_exchanges(machine: &Machine, report: &mut Report) -> Result<()> {
                 no_host.clone().unwrap_or_default()
             ),
         ),
-        ExchangeChoice::Auto => (Some("nccl"), "neither peer nor host is possible here".into()),
+        ExchangeChoice::Auto => (
+            Some("nccl"),
+            "neither peer nor host is possible here; on one host nothing is compressed then unless FLASHCOMM_MIN_BYTES says so"
+                .into(),
+        ),
     };
     if takes.is_none() && has_kernels {
         report.problems.push(format!("{because}. Leave FLASHCOMM_EXCHANGE out"));
