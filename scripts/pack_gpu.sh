@@ -19,6 +19,15 @@ for line in sys.stdin:
         shutil.copy(message["executable"], ".gpu/" + message["target"]["name"])
 '
 cp target/release/libflashcomm.so target/release/flashcomm target/release/examples/reference .gpu/
+# vLLM's own wrapper of NCCL, and what of its source that needs.
+vllm=.toolkit/vllm-0.33.0
+if [[ -d $vllm ]]; then
+    for file in envs.py utils/nccl.py distributed/device_communicators/pynccl_wrapper.py; do
+        install -D -m 644 $vllm/$file .gpu/vllm/$file
+    done
+else
+    echo "no source of vLLM packed: run setup.sh --test"
+fi
 # A real NCCL for the tests that PyTorch's own is too old for. Whole it would be 300 MB; carry one architecture.
 if [[ ${FLASHCOMM_CUDA_ARCHS:-} =~ ^[0-9]+$ && -f .toolkit/nccl-2.32.3/lib/libnccl.so.2 ]]; then
     python3 scripts/trim_nccl.py .toolkit/nccl-2.32.3/lib/libnccl.so.2 .gpu/libnccl.so.2 "$FLASHCOMM_CUDA_ARCHS"

@@ -1,6 +1,6 @@
 //! The settings: environment variables, parsed once into typed values.
 //!
-//! [`SETTINGS`] is the one place that documents them; the README's table is checked against it. A malformed value
+//! [`SETTINGS`] is the one place that documents them; the table of docs/tuning.md is checked against it. A malformed value
 //! never stops anybody's server: it gives one warning, which names the variable, the value and what is allowed, and
 //! the default holds.
 

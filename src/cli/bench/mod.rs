@@ -7,7 +7,7 @@
 
 pub mod kernels;
 pub mod measure;
-mod report;
+pub mod report;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use flashcomm::config::Config;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use self::measure::{Check, Measured, Task};
 use self::report::{Record, Report};
@@ -121,7 +121,7 @@ impl FromStr for Sizes {
 }
 
 /// A way to do an all-reduce.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Way {
     /// The real NCCL.
