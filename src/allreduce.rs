@@ -93,7 +93,7 @@ impl Operation {
         let count = self.request.count;
         let plan = Plan::new(count, attached.world, attached.legs, buffer_bytes)
             .map_err(|_| Error::BufferTooSmall { world: attached.world })?;
-        stats::compressed((count * self.element.n_bytes()) as u64, plan.wire_bytes() as u64);
+        stats::compressed(self.request.n_bytes(), plan.wire_bytes() as u64, self.comm.handle());
         Ok(plan)
     }
 
@@ -158,7 +158,7 @@ fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
         let mut result = NcclResult::SUCCESS;
         batch.retain(|operation| match reason(operation) {
             Some(reason) if result == NcclResult::SUCCESS => {
-                stats::all_reduce_forwarded(reason);
+                stats::all_reduce_forwarded(reason, operation.request.n_bytes(), operation.comm.handle());
                 result = operation.forward();
                 false
             }

@@ -4,6 +4,8 @@
 //! not. Never from whether it is in place, from alignment, allocator, group nesting or anything else that may differ
 //! between ranks: a rank that decides otherwise hangs the job. In doubt, forward.
 
+use std::ffi::CStr;
+
 use crate::config::Config;
 use crate::kernels::ElementType;
 use crate::nccl::{DataType, RedOp};
@@ -17,6 +19,13 @@ pub struct Request {
     pub datatype: DataType,
     /// The reduction.
     pub op: RedOp,
+}
+
+impl Request {
+    /// Bytes of the input; 0 for a type that this version does not know.
+    pub fn n_bytes(&self) -> u64 {
+        (self.count as u64).saturating_mul(self.datatype.n_bytes())
+    }
 }
 
 /// What the ranks of a communicator have agreed on.
@@ -61,11 +70,15 @@ pub enum Reason {
     CommunicatorOff,
     /// First use inside a graph capture: attaching would break the capture.
     UnattachedCapture,
+    /// An explicit collective configuration, which only the real NCCL can serve.
+    Configuration,
+    /// No communicator was given; the real NCCL answers.
+    NoCommunicator,
 }
 
 impl Reason {
     /// Every reason, in the order of their counters.
-    pub const ALL: [Reason; 7] = [
+    pub const ALL: [Reason; 9] = [
         Reason::Disabled,
         Reason::DataType,
         Reason::Operation,
@@ -73,18 +86,30 @@ impl Reason {
         Reason::Small,
         Reason::CommunicatorOff,
         Reason::UnattachedCapture,
+        Reason::Configuration,
+        Reason::NoCommunicator,
     ];
 
     /// As in the statistics.
     pub const fn name(self) -> &'static str {
+        match self.c_name().to_str() {
+            Ok(name) => name,
+            Err(_) => unreachable!(),
+        }
+    }
+
+    /// The same for C.
+    pub const fn c_name(self) -> &'static CStr {
         match self {
-            Reason::Disabled => "disabled",
-            Reason::DataType => "datatype",
-            Reason::Operation => "operation",
-            Reason::Empty => "empty",
-            Reason::Small => "small",
-            Reason::CommunicatorOff => "communicator_off",
-            Reason::UnattachedCapture => "unattached_capture",
+            Reason::Disabled => c"disabled",
+            Reason::DataType => c"datatype",
+            Reason::Operation => c"operation",
+            Reason::Empty => c"empty",
+            Reason::Small => c"small",
+            Reason::CommunicatorOff => c"communicator_off",
+            Reason::UnattachedCapture => c"unattached_capture",
+            Reason::Configuration => c"configuration",
+            Reason::NoCommunicator => c"no_communicator",
         }
     }
 }
@@ -125,8 +150,11 @@ pub fn route(
         Verdict::Open => Route::Attach(element),
         Verdict::On { .. } if !config.compresses(element) => Route::Forward(Reason::DataType),
         Verdict::On { min_bytes } => {
-            let n_bytes = (request.count as u64).saturating_mul(element.n_bytes() as u64);
-            if n_bytes < min_bytes { Route::Forward(Reason::Small) } else { Route::Compress(element) }
+            if request.n_bytes() < min_bytes {
+                Route::Forward(Reason::Small)
+            } else {
+                Route::Compress(element)
+            }
         }
     }
 }

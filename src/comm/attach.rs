@@ -37,6 +37,7 @@ use crate::exchange::nccl::Staging;
 use crate::exchange::{self, Exchange, Transfer};
 use crate::kernels::Kernels;
 use crate::nccl::{self, NcclResult};
+use crate::stats;
 
 /// Attaches every communicator of `comms` that has no verdict yet; waits until all have one.
 ///
@@ -56,7 +57,12 @@ pub fn attach_all<'a>(comms: impl Iterator<Item = &'a Arc<Comm>>) -> Result<()> 
             Err(RecvTimeoutError::Disconnected) => Err(Error::Aborted), // the thread panicked, and its message is out
         };
         match settled {
-            Ok(attached) => comm.settle(attached),
+            Ok(attached) => {
+                if let Some(on) = &attached {
+                    stats::describe(comm.handle(), on.rank, on.world, Some((on.legs.to_string(), on.exchange.name())));
+                }
+                comm.settle(attached);
+            }
             Err(error) => {
                 log::error!("attach failed: {error}");
                 error::remember(&error);
