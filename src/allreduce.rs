@@ -240,7 +240,7 @@ impl<'a> Step<'a> {
     fn of(operation: &'a Operation, wave: usize) -> Option<Self> {
         let Planned { plan, capture, first_wave } = operation.planned.as_ref()?;
         let slice = wave.checked_sub(*first_wave).filter(|slice| *slice < plan.n_slices())?;
-        let attached = operation.comm.attached()?;
+        let attached = operation.comm.attached_with(plan.legs())?;
         let Exchange::Nccl(staging) = &*attached.exchange else { return None };
         Some(Self { operation, attached, staging, plan, capture: *capture, slice })
     }

@@ -40,6 +40,8 @@ pub enum Verdict {
     },
     /// Every rank forwards.
     Off,
+    /// Every rank forwards until an engine switches it on again.
+    SwitchedOff,
 }
 
 /// Where an all-reduce goes.
@@ -74,11 +76,13 @@ pub enum Reason {
     Configuration,
     /// No communicator was given; the real NCCL answers.
     NoCommunicator,
+    /// The engine has switched the communicator off.
+    SwitchedOff,
 }
 
 impl Reason {
     /// Every reason, in the order of their counters.
-    pub const ALL: [Reason; 9] = [
+    pub const ALL: [Reason; 10] = [
         Reason::Disabled,
         Reason::DataType,
         Reason::Operation,
@@ -88,6 +92,7 @@ impl Reason {
         Reason::UnattachedCapture,
         Reason::Configuration,
         Reason::NoCommunicator,
+        Reason::SwitchedOff,
     ];
 
     /// As in the statistics.
@@ -110,6 +115,7 @@ impl Reason {
             Reason::UnattachedCapture => c"unattached_capture",
             Reason::Configuration => c"configuration",
             Reason::NoCommunicator => c"no_communicator",
+            Reason::SwitchedOff => c"switched_off",
         }
     }
 }
@@ -146,6 +152,7 @@ pub fn route(
 ) -> Route {
     match verdict {
         Verdict::Off => Route::Forward(Reason::CommunicatorOff),
+        Verdict::SwitchedOff => Route::Forward(Reason::SwitchedOff),
         Verdict::Open if is_capturing() => Route::Forward(Reason::UnattachedCapture),
         Verdict::Open => Route::Attach(element),
         Verdict::On { .. } if !config.compresses(element) => Route::Forward(Reason::DataType),
@@ -197,6 +204,7 @@ mod tests {
             (1, bf16, sum, Verdict::Open, false, &on, Attach(Bf16)),
             (500, fp16, sum, Verdict::Open, true, &on, Forward(Reason::UnattachedCapture)),
             (500, fp16, sum, Verdict::Off, true, &on, Forward(Reason::CommunicatorOff)),
+            (500, fp16, sum, Verdict::SwitchedOff, true, &on, Forward(Reason::SwitchedOff)),
             (0, fp16, sum, ON, false, &on, Forward(Reason::Empty)),
             (500, DataType::FLOAT32, sum, ON, false, &on, Forward(Reason::DataType)),
             (500, DataType::INT8, sum, ON, false, &on, Forward(Reason::DataType)),
@@ -215,7 +223,7 @@ mod tests {
     #[test]
     fn capture_is_asked_only_where_it_matters() {
         let request = Request { count: 500, datatype: DataType::FLOAT16, op: RedOp::SUM };
-        for verdict in [ON, Verdict::Off] {
+        for verdict in [ON, Verdict::Off, Verdict::SwitchedOff] {
             route(ElementType::Fp16, &request, verdict, &Config::default(), || panic!("asked"));
         }
     }

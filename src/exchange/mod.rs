@@ -47,6 +47,15 @@ impl Exchange {
         }
     }
 
+    /// The same for C.
+    pub const fn c_name(&self) -> &'static std::ffi::CStr {
+        match self {
+            Exchange::Fused(fused::Fused { kind: fused::Kind::Peer, .. }) => c"peer",
+            Exchange::Fused(fused::Fused { kind: fused::Kind::Host, .. }) => c"host",
+            Exchange::Nccl(_) => c"nccl",
+        }
+    }
+
     /// From how many bytes on an all-reduce is compressed by default.
     ///
     /// Over the real NCCL, as measured (see the README): the bytes decide between hosts; between ranks of one host NCCL's own

@@ -64,6 +64,38 @@ impl Config {
 
 type Ptr = usize;
 
+/// `flashcommCommInfo_t`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Info {
+    pub size: usize,
+    pub state: c_int,
+    pub enabled: c_int,
+    pub reduce_bits: c_int,
+    pub gather_bits: c_int,
+    pub rank: c_int,
+    pub n_ranks: c_int,
+    pub min_bytes: u64,
+    exchange: *const std::ffi::c_char,
+}
+
+impl Info {
+    /// Of a communicator.
+    pub fn of(comm: Ptr) -> Self {
+        // SAFETY: numbers and a pointer, for which zeros will do.
+        let mut info: Info = unsafe { std::mem::zeroed() };
+        info.size = size_of::<Info>();
+        // SAFETY: `size` is set.
+        assert_eq!(unsafe { (api().flashcommGetCommInfo)(comm, &mut info) }, 0);
+        info
+    }
+
+    pub fn exchange(&self) -> &str {
+        // SAFETY: a string of the shim's, which stays.
+        unsafe { CStr::from_ptr(self.exchange) }.to_str().unwrap()
+    }
+}
+
 /// `flashcommStats_t`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -199,6 +231,9 @@ libraries! {
         ncclRedOpDestroy(c_int, Ptr);
         flashcommGetStats(*mut [u64; 6]);
         flashcommGetCommStats(Ptr, *mut Stats);
+        flashcommGetCommInfo(Ptr, *mut Info);
+        flashcommSetCommBits(Ptr, c_int, c_int);
+        flashcommSetCommEnabled(Ptr, c_int);
     }
 }
 
