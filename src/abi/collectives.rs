@@ -2,7 +2,7 @@
 
 use std::ffi::{c_int, c_void};
 
-use super::{group, guarded, in_real_nccl, is_reentered};
+use super::{group, guarded, in_real_nccl, in_real_nccl_after, is_reentered};
 use crate::allreduce::Operation;
 use crate::comm;
 use crate::config::Config;
@@ -149,11 +149,9 @@ macro_rules! counted {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) -> NcclResult {
             // Nothing here can panic, so this needs no guard; it must cost next to nothing.
-            if !is_reentered() {
-                stats::forwarded(Call::$call, $comm);
-            }
+            let count = |thread: &_| stats::forwarded(thread, Call::$call, $comm);
             // SAFETY: the caller's own arguments.
-            in_real_nccl(|| unsafe { real!($name, fn($($type),*))($($arg),*) })
+            in_real_nccl_after(count, || unsafe { real!($name, fn($($type),*))($($arg),*) })
         }
     };
 }

@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 use crate::config::Config;
 use crate::nccl::{self, CommPtr, NcclResult};
 use crate::route::Reason;
+use crate::thread::{THREAD, Thread};
 use report::{Counts, Ended};
 
 /// The collective and point-to-point calls that are counted.
@@ -75,7 +76,7 @@ const FREE: usize = usize::MAX;
 
 /// The counters of one communicator, on cache lines of their own.
 #[repr(align(128))]
-struct Counters {
+pub struct Counters {
     /// The communicator's handle, or [`FREE`].
     owner: AtomicUsize,
     calls: [AtomicU64; N_CALLS],
@@ -109,8 +110,8 @@ fn add(counter: &AtomicU64, n: u64) {
 
 /// Counts a call of a communicator, no all-reduce, that goes to the real NCCL.
 #[inline]
-pub fn forwarded(call: Call, comm: CommPtr) {
-    add(&counters(comm).calls[call as usize], 1);
+pub fn forwarded(thread: &Thread, call: Call, comm: CommPtr) {
+    add(&thread.known.counters(comm).calls[call as usize], 1);
 }
 
 /// Counts an all-reduce that goes to the real NCCL, and why.
@@ -131,37 +132,43 @@ pub fn compressed(n_bytes: u64, n_bytes_wire: u64, comm: CommPtr) {
 /// log2 of the places in a thread's table.
 const KNOWN_SHIFT: u32 = 6;
 
-type Known = [Cell<Option<&'static Counters>>; 1 << KNOWN_SHIFT];
+/// The counters that a thread has used lately; each handle has two places.
+pub struct Known([Cell<Option<&'static Counters>>; 1 << KNOWN_SHIFT]);
 
-thread_local! {
-    /// What this thread has counted for lately; each handle has two places.
-    static KNOWN: Known = const { [const { Cell::new(None) }; 1 << KNOWN_SHIFT] };
+fn counters(comm: CommPtr) -> &'static Counters {
+    THREAD.with(|thread| thread.known.counters(comm))
 }
 
-#[inline]
-fn counters(comm: CommPtr) -> &'static Counters {
-    let handle = comm as usize;
-    KNOWN.with(|known| {
-        let place = (handle as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - KNOWN_SHIFT);
+impl Known {
+    /// None yet.
+    #[allow(clippy::new_without_default, reason = "made by a constant expression only")]
+    pub const fn new() -> Self {
+        Known([const { Cell::new(None) }; 1 << KNOWN_SHIFT])
+    }
+
+    #[inline]
+    fn counters(&self, comm: CommPtr) -> &'static Counters {
+        let handle = comm as usize;
+        let place = ((handle as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - KNOWN_SHIFT)) as usize;
         for place in [place, place ^ 1] {
-            if let Some(counters) = known[place as usize].get()
+            if let Some(counters) = self.0[place].get()
                 && counters.owner.load(Relaxed) == handle
             {
                 return counters;
             }
         }
-        look_up(comm, known, place as usize)
-    })
-}
+        self.look_up(comm, place)
+    }
 
-#[cold]
-fn look_up(comm: CommPtr, known: &Known, place: usize) -> &'static Counters {
-    // Who asks for a file per rank wants the rank also where nothing ever attaches.
-    let identity = if Config::global().stats_file.is_some() { ask(comm) } else { None };
-    report::become_reporter();
-    let counters = REGISTRY.lock().entry(comm, identity).counters;
-    known[place ^ 1].set(known[place].replace(Some(counters)));
-    counters
+    #[cold]
+    fn look_up(&self, comm: CommPtr, place: usize) -> &'static Counters {
+        // Who asks for a file per rank wants the rank also where nothing ever attaches.
+        let identity = if Config::global().stats_file.is_some() { ask(comm) } else { None };
+        report::become_reporter();
+        let counters = REGISTRY.lock().entry(comm, identity).counters;
+        self.0[place ^ 1].set(self.0[place].replace(Some(counters)));
+        counters
+    }
 }
 
 /// Rank and world size, by the real NCCL.
@@ -245,6 +252,10 @@ pub fn end(comm: CommPtr) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn forwarded(call: Call, comm: CommPtr) {
+        THREAD.with(|thread| super::forwarded(thread, call, comm));
+    }
 
     /// A handle that no other test uses.
     fn handle() -> CommPtr {
