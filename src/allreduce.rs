@@ -30,6 +30,7 @@ use crate::exchange::nccl::Staging;
 use crate::exchange::{self, Exchange, Transfer};
 use crate::kernels::{ElementType, Piece};
 use crate::nccl::{self, NcclResult, StreamPtr};
+use crate::nvtx::Ranges;
 use crate::route::{self, Reason, Request, Route};
 use crate::stats;
 
@@ -97,8 +98,18 @@ impl Operation {
         Ok(plan)
     }
 
+    /// Opens a profiler's range about it.
+    fn mark(&self, attached: &Attached, ranges: &mut Ranges) {
+        let Attached { legs, exchange, .. } = attached;
+        ranges.push(self.request.n_bytes(), || {
+            format!("all-reduce {}, {legs} bits, {}", self.element.name(), exchange.name())
+        });
+    }
+
     /// Issues all of it, as one kernel.
     fn launch(&self, attached: &Attached, fused: &Fused) -> Result<()> {
+        let mut ranges = Ranges::default();
+        self.mark(attached, &mut ranges);
         let (buffers, stream) = ((self.input, self.output), self.stream());
         let plan = self.plan(attached, usize::MAX)?;
         let _entered = enter(attached)?;
@@ -189,6 +200,7 @@ impl Planned {
 
 fn compress(batch: &mut [Operation]) -> Result<()> {
     let mut n_waves = 0;
+    let mut ranges = Ranges::default(); // of those that run in waves: all of them are under way until the last wave
     for i in 0..batch.len() {
         let (before, operation) = (&batch[..i], &batch[i]);
         let attached = operation.attached()?;
@@ -198,6 +210,7 @@ fn compress(batch: &mut [Operation]) -> Result<()> {
                 // One operation of a communicator ends before its next one begins.
                 let previous = before.iter().rev().find(|other| Arc::ptr_eq(&other.comm, &operation.comm));
                 let first_wave = previous.and_then(|other| other.planned.as_ref()).map_or(0, Planned::end_wave);
+                operation.mark(attached, &mut ranges);
                 let planned = operation.schedule(attached, staging, first_wave)?;
                 n_waves = n_waves.max(planned.end_wave());
                 batch[i].planned = Some(planned);

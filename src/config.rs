@@ -32,7 +32,7 @@ pub struct Setting {
 }
 
 /// Every setting.
-pub const SETTINGS: [Setting; 14] = [
+pub const SETTINGS: [Setting; 15] = [
     setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
     setting("FLASHCOMM_BITS", "8", "2 to 8, or reduce:gather as in 4:8", "bits per element on the wire", true),
     setting("FLASHCOMM_GROUP", "128", "32, 64 or 128", "elements that share a scale and a zero point", true),
@@ -59,6 +59,7 @@ pub const SETTINGS: [Setting; 14] = [
         "counts as JSON, written at exit",
         false,
     ),
+    setting("FLASHCOMM_NVTX", "0", "0 or 1", "1: NVTX ranges around compressed calls, for profilers", false),
 ];
 
 const fn setting(
@@ -113,6 +114,8 @@ pub struct Config {
     pub log_file: Option<PathBuf>,
     /// `FLASHCOMM_STATS_FILE`; `%p` and `%r` are replaced when it is written.
     pub stats_file: Option<PathBuf>,
+    /// `FLASHCOMM_NVTX`.
+    pub nvtx: bool,
 }
 
 impl Default for Config {
@@ -187,6 +190,7 @@ impl Config {
             log_level: reader.read("FLASHCOMM_LOG", |text| text.parse().ok()),
             log_file: reader.path("FLASHCOMM_LOG_FILE").map(with_process_id),
             stats_file: reader.path("FLASHCOMM_STATS_FILE"),
+            nvtx: reader.read("FLASHCOMM_NVTX", parse_switch),
         };
         (config, reader.malformed)
     }
@@ -298,11 +302,13 @@ mod tests {
         assert_eq!((config.max_ctas, config.timeout), (0, None));
         assert_eq!(config.attach_timeout, Duration::from_secs(60));
         assert_eq!((config.log_level, config.log_file, config.stats_file), (LevelFilter::Warn, None, None));
+        assert!(!config.nvtx);
     }
 
     #[test]
     fn every_setting_takes_its_values() {
         assert!(!parse_one("FLASHCOMM_ENABLE", "0").0.enable);
+        assert!(parse_one("FLASHCOMM_NVTX", "1").0.nvtx);
         assert_eq!(parse_one("FLASHCOMM_BITS", "4:8").0.legs.to_string(), "4:8");
         assert_eq!(parse_one("FLASHCOMM_BITS", " 5 ").0.legs.to_string(), "5");
         assert_eq!(parse_one("FLASHCOMM_GROUP", "32").0.legs.gather.group.n_elems(), 32);
@@ -345,6 +351,7 @@ mod tests {
             ("FLASHCOMM_TIMEOUT_S", "1.5"),
             ("FLASHCOMM_ATTACH_TIMEOUT_S", "0"),
             ("FLASHCOMM_LOG", "loud"),
+            ("FLASHCOMM_NVTX", "yes"),
         ] {
             let (config, malformed) = parse_one(name, value);
             assert_eq!(config, Config::default(), "{name}={value}");

@@ -195,3 +195,45 @@ fn communicators_without_end_do_not_make_the_file_grow_and_are_all_in_the_total(
         assert_eq!((&earlier["communicators"], &earlier["all_reduces_forwarded"]), (&json!(136), &json!(136)));
     }
 }
+
+/// What the tool in tests/c heard from a job of one all-reduce that is compressed and one that is not, by each of two ranks.
+fn heard(nvtx: &str, exchange: &str) -> Option<String> {
+    let dir = tempfile::tempdir().unwrap();
+    let (tool, file) = (dir.path().join("tool.so"), dir.path().join("heard"));
+    let settings = [
+        ("FLASHCOMM_BITS", "4:8"),
+        ("FLASHCOMM_NVTX", nvtx),
+        ("FLASHCOMM_EXCHANGE", exchange),
+        ("NVTX_INJECTION64_PATH", tool.to_str().unwrap()),
+        ("NVTX_TOOL_FILE", file.to_str().unwrap()),
+    ];
+    if std::env::var_os("WORLD_INNER").is_none() {
+        let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c/nvtx_tool.c");
+        let mut cc = std::process::Command::new("cc");
+        let built = cc.args(["-Wall", "-Werror", "-shared", "-fPIC"]).arg(source).arg("-o").arg(&tool).status();
+        assert!(built.expect("cc").success());
+    }
+    in_process(&settings, || {
+        let id = unique_id();
+        threads(WORLD, |rank| {
+            let (comm, stream, memory) = (init(WORLD, id, rank), Stream::new(), Memory::new(4000));
+            reduce(comm, &stream, &memory, 2000, dtype::FP16);
+            reduce(comm, &stream, &memory, 1000, dtype::FP32);
+            ok!(ncclCommDestroy(comm));
+        });
+    });
+    std::env::var_os("WORLD_INNER").is_none().then(|| std::fs::read_to_string(file).unwrap_or_default())
+}
+
+#[test]
+fn a_profiler_hears_of_compressed_calls_where_it_is_asked_for() {
+    for exchange in ["peer", "nccl"] {
+        let Some(heard) = heard("1", exchange) else { return };
+        let mut lines: Vec<&str> = heard.lines().collect();
+        assert_eq!(lines[0], "domain flashcomm", "{heard}");
+        lines.sort_unstable();
+        let push = format!("push all-reduce fp16, 4:8 bits, {exchange}: 4000");
+        assert_eq!(lines, ["domain flashcomm", "pop", "pop", &push, &push], "{heard}");
+    }
+    assert_eq!(heard("0", "peer").unwrap_or_default(), "", "off: the tool is not even loaded");
+}
