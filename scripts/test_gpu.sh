@@ -3,13 +3,13 @@
 # PyTorch jobs through the shim, and speed beside plain NCCL of the same run. What it runs comes from
 # scripts/pack_gpu.sh. Results go to the folder named by OUT (default: .gpu/results).
 #
-#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [jobs] [bench] [speed]     default: all
+#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [jobs] [example] [bench] [speed]     default: all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-.gpu/results}
 mkdir -p "$out"
 [[ -f .gpu/libflashcomm.so ]] || { echo "run ./scripts/pack_gpu.sh first, where cargo is, and bring .gpu/ along" >&2; exit 1; }
-parts=${*:-kernels sanitize torch settings lifecycle jobs bench speed}
+parts=${*:-kernels sanitize torch settings lifecycle jobs example bench speed}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 failed=()
 # check NAME COMMAND...: runs, reports, remembers a failure, goes on.
@@ -23,7 +23,7 @@ check() {
     fi
 }
 
-chmod +x .gpu/gpu_* .gpu/sim_* .gpu/flashcomm .gpu/reference
+chmod +x .gpu/gpu_* .gpu/sim_* .gpu/flashcomm .gpu/reference .gpu/control
 export FLASHCOMM_REQUIRE_GPU=1
 FLASHCOMM_LIB=$PWD/.gpu/libflashcomm.so
 export FLASHCOMM_LIB FLASHCOMM_REFERENCE=$PWD/.gpu/reference
@@ -90,6 +90,13 @@ lifecycle() {
     return $status
 }
 
+# The C++ example with two ranks that share the GPU, over an exchange.
+example() {
+    unpack_nccl || return
+    NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=8 CUDA_DEVICE_MAX_CONNECTIONS=32 FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 \
+        LD_LIBRARY_PATH=$PWD/.gpu FLASHCOMM_EXCHANGE=$1 FLASHCOMM_MIN_BYTES=0 timeout 60 .gpu/control 2
+}
+
 # Two ranks over sockets, plain and at 4 and 8 bits, three times in turn; medians of each and their ratios.
 sockets_speed() {
     local to=$1 round bits
@@ -143,8 +150,14 @@ if wants jobs; then
     check "children, revocation, addresses used again" timeout 60 .gpu/sim_lifecycle --test-threads 1 \
         children revoked address another_thread_captures
     check "sizes at every border" timeout 60 .gpu/sim_allreduce --test-threads 1 two_to_five replays
+    check "statistics" timeout 60 .gpu/sim_stats --test-threads 1 counts_are_its_calls
+    check "widths that change" timeout 100 .gpu/sim_control --test-threads 1 \
+        threads_change graphs_keep one_thread captures_may_follow
     check "a soak" timeout 60 .gpu/sim_soak --test-threads 1
     unset FLASHCOMM_TEST_REAL FLASHCOMM_TEST_NCCL FLASHCOMM_TEST_SOAK_OPS
+fi
+if wants example; then
+    for exchange in peer host nccl; do check "the C++ example, $exchange" example "$exchange"; done
 fi
 if wants bench; then
     check "all-reduces beside NCCL" bench
