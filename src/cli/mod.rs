@@ -3,6 +3,7 @@
 mod bench;
 mod client;
 mod demo;
+mod plot;
 
 use std::fmt;
 use std::process::ExitCode;
@@ -25,6 +26,7 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one of it")]
 enum Command {
     /// Shows a sum all-reduce at each width: bytes on the wire, error, and whether all ranks agree
     Demo(demo::Args),
