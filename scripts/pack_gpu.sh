@@ -18,6 +18,13 @@ for line in sys.stdin:
     if message.get("executable") and message["target"]["name"].startswith(("gpu_", "sim_")):
         shutil.copy(message["executable"], ".gpu/" + message["target"]["name"])
 '
+# The C++ example. The simulated driver stands for the real one while it is linked.
+cargo build --release -p flashcomm-sim-cuda
+mkdir .gpu/link
+ln -s "$PWD/target/release/libflashcomm_sim_cuda.so" .gpu/link/libcuda.so.1
+make -C examples/cpp OUT="$PWD/.gpu" FLASHCOMM_LIB="$PWD/target/release" CUDA_INCLUDE="${CUDA_HOME:-$PWD/.toolkit/cuda}/include" \
+    NCCL_INCLUDE="$PWD/.toolkit/nccl-2.32.3/include" LDFLAGS="-L$PWD/.gpu/link -static-libstdc++ -static-libgcc"
+rm -r .gpu/link
 cp target/release/libflashcomm.so target/release/flashcomm target/release/examples/reference .gpu/
 # vLLM's own wrapper of NCCL, and what of its source that needs.
 vllm=.toolkit/vllm-0.33.0
@@ -35,5 +42,5 @@ if [[ ${FLASHCOMM_CUDA_ARCHS:-} =~ ^[0-9]+$ && -f .toolkit/nccl-2.32.3/lib/libnc
 else
     echo "no trimmed NCCL packed: set FLASHCOMM_CUDA_ARCHS to the one architecture of the GPU and run setup.sh --test"
 fi
-strip .gpu/gpu_* .gpu/sim_* .gpu/flashcomm .gpu/reference
+strip .gpu/gpu_* .gpu/sim_* .gpu/flashcomm .gpu/reference .gpu/control
 du -sh .gpu

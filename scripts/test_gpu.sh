@@ -3,14 +3,14 @@
 # PyTorch jobs and other clients through the shim, and speed beside plain NCCL of the same run. What it runs comes from
 # scripts/pack_gpu.sh. Results go to the folder named by OUT (default: .gpu/results).
 #
-#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [jobs] [clients] [bench] [speed] [ttft]
-#                                                                                              default: all
+#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [jobs] [example] [clients] [bench] [speed]
+#                         [ttft]                                                             default: all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-.gpu/results}
 mkdir -p "$out"
 [[ -f .gpu/libflashcomm.so ]] || { echo "run ./scripts/pack_gpu.sh first, where cargo is, and bring .gpu/ along" >&2; exit 1; }
-parts=${*:-kernels sanitize torch settings lifecycle jobs clients bench speed ttft}
+parts=${*:-kernels sanitize torch settings lifecycle jobs example clients bench speed ttft}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 failed=()
 # check NAME COMMAND...: runs, reports, remembers a failure, goes on.
@@ -24,7 +24,7 @@ check() {
     fi
 }
 
-chmod +x .gpu/gpu_* .gpu/sim_* .gpu/flashcomm .gpu/reference
+chmod +x .gpu/gpu_* .gpu/sim_* .gpu/flashcomm .gpu/reference .gpu/control
 export FLASHCOMM_REQUIRE_GPU=1
 FLASHCOMM_LIB=$PWD/.gpu/libflashcomm.so
 export FLASHCOMM_LIB FLASHCOMM_REFERENCE=$PWD/.gpu/reference
@@ -79,13 +79,19 @@ torch_jobs() {
     done
 }
 
+# sharing_gpu COMMAND...: with what NCCL and the driver need where threads of one process are ranks that share a GPU
+# (docs/troubleshooting.md).
+sharing_gpu() {
+    NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=8 NCCL_SET_STACK_SIZE=1 CUDA_DEVICE_MAX_CONNECTIONS=32 CUDA_MODULE_LOADING=EAGER "$@"
+}
+
 # lifecycle EXCHANGE
 lifecycle() {
     FLASHCOMM_SCRATCH=$(mktemp -d -p /dev/shm) || return
     export FLASHCOMM_SCRATCH
     local status=0
     unpack_nccl || return
-    NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=8 FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 FLASHCOMM_MIN_BYTES=0 \
+    sharing_gpu env FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 FLASHCOMM_MIN_BYTES=0 \
         FLASHCOMM_BITS=4:8 FLASHCOMM_EXCHANGE=$1 timeout 100 python3 scripts/gpu/lifecycle_job.py || status=$?
     rm -rf "$FLASHCOMM_SCRATCH"
     return $status
@@ -127,6 +133,13 @@ clients() {
         check "CuPy, $bits bits" client 2 $bits scripts/gpu/cupy_nccl.py
         check "ranks of mpirun, $bits bits" client 2 $bits mpirun scripts/gpu/mpi_job.py
     done
+}
+
+# The C++ example with two ranks that share the GPU, over an exchange.
+example() {
+    unpack_nccl || return
+    sharing_gpu env FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 \
+        LD_LIBRARY_PATH=$PWD/.gpu FLASHCOMM_EXCHANGE=$1 FLASHCOMM_MIN_BYTES=0 timeout 60 .gpu/control 2
 }
 
 # Two ranks over sockets, plain and at 4 and 8 bits, three times in turn; medians of each and their ratios.
@@ -182,12 +195,18 @@ if wants jobs; then
     check "children, revocation, addresses used again" timeout 60 .gpu/sim_lifecycle --test-threads 1 \
         children revoked address another_thread_captures
     check "sizes at every border" timeout 60 .gpu/sim_allreduce --test-threads 1 two_to_five replays
+    check "statistics" timeout 60 .gpu/sim_stats --test-threads 1 counts_are_its_calls
+    check "widths that change" timeout 100 .gpu/sim_control --test-threads 1 \
+        threads_change graphs_keep one_thread captures_may_follow
     check "a soak" timeout 60 .gpu/sim_soak --test-threads 1
     unset FLASHCOMM_TEST_REAL FLASHCOMM_TEST_NCCL FLASHCOMM_TEST_SOAK_OPS
 fi
 if wants clients; then
     check "doctor" .gpu/flashcomm doctor
     mps clients
+fi
+if wants example; then
+    for exchange in peer host nccl; do check "the C++ example, $exchange" example "$exchange"; done
 fi
 if wants bench; then
     check "all-reduces beside NCCL" bench

@@ -30,6 +30,7 @@ use crate::exchange::nccl::Staging;
 use crate::exchange::{self, Exchange, Transfer};
 use crate::kernels::{ElementType, Piece};
 use crate::nccl::{self, NcclResult, StreamPtr};
+use crate::nvtx::Ranges;
 use crate::route::{self, Reason, Request, Route};
 use crate::stats;
 
@@ -93,12 +94,22 @@ impl Operation {
         let count = self.request.count;
         let plan = Plan::new(count, attached.world, attached.legs, buffer_bytes)
             .map_err(|_| Error::BufferTooSmall { world: attached.world })?;
-        stats::compressed((count * self.element.n_bytes()) as u64, plan.wire_bytes() as u64);
+        stats::compressed(self.request.n_bytes(), plan.wire_bytes() as u64, self.comm.handle());
         Ok(plan)
+    }
+
+    /// Opens a profiler's range about it.
+    fn mark(&self, attached: &Attached, ranges: &mut Ranges) {
+        let Attached { legs, exchange, .. } = attached;
+        ranges.push(self.request.n_bytes(), || {
+            format!("all-reduce {}, {legs} bits, {}", self.element.name(), exchange.name())
+        });
     }
 
     /// Issues all of it, as one kernel.
     fn launch(&self, attached: &Attached, fused: &Fused) -> Result<()> {
+        let mut ranges = Ranges::default();
+        self.mark(attached, &mut ranges);
         let (buffers, stream) = ((self.input, self.output), self.stream());
         let plan = self.plan(attached, usize::MAX)?;
         let _entered = enter(attached)?;
@@ -158,7 +169,7 @@ fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
         let mut result = NcclResult::SUCCESS;
         batch.retain(|operation| match reason(operation) {
             Some(reason) if result == NcclResult::SUCCESS => {
-                stats::all_reduce_forwarded(reason);
+                stats::all_reduce_forwarded(reason, operation.request.n_bytes(), operation.comm.handle());
                 result = operation.forward();
                 false
             }
@@ -189,6 +200,7 @@ impl Planned {
 
 fn compress(batch: &mut [Operation]) -> Result<()> {
     let mut n_waves = 0;
+    let mut ranges = Ranges::default(); // of those that run in waves: all of them are under way until the last wave
     for i in 0..batch.len() {
         let (before, operation) = (&batch[..i], &batch[i]);
         let attached = operation.attached()?;
@@ -198,6 +210,7 @@ fn compress(batch: &mut [Operation]) -> Result<()> {
                 // One operation of a communicator ends before its next one begins.
                 let previous = before.iter().rev().find(|other| Arc::ptr_eq(&other.comm, &operation.comm));
                 let first_wave = previous.and_then(|other| other.planned.as_ref()).map_or(0, Planned::end_wave);
+                operation.mark(attached, &mut ranges);
                 let planned = operation.schedule(attached, staging, first_wave)?;
                 n_waves = n_waves.max(planned.end_wave());
                 batch[i].planned = Some(planned);
@@ -240,7 +253,7 @@ impl<'a> Step<'a> {
     fn of(operation: &'a Operation, wave: usize) -> Option<Self> {
         let Planned { plan, capture, first_wave } = operation.planned.as_ref()?;
         let slice = wave.checked_sub(*first_wave).filter(|slice| *slice < plan.n_slices())?;
-        let attached = operation.comm.attached()?;
+        let attached = operation.comm.attached_with(plan.legs())?;
         let Exchange::Nccl(staging) = &*attached.exchange else { return None };
         Some(Self { operation, attached, staging, plan, capture: *capture, slice })
     }

@@ -32,7 +32,7 @@ pub struct Setting {
 }
 
 /// Every setting.
-pub const SETTINGS: [Setting; 14] = [
+pub const SETTINGS: [Setting; 15] = [
     setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
     setting(
         "FLASHCOMM_BITS",
@@ -58,7 +58,14 @@ pub const SETTINGS: [Setting; 14] = [
     setting("FLASHCOMM_NCCL_LIB", "", "a path", "the real libnccl.so.2, where it is not found by itself", false),
     setting("FLASHCOMM_LOG", "warn", "off, error, warn, info, debug or trace", "what is logged", false),
     setting("FLASHCOMM_LOG_FILE", "", "a path; %p is the process id", "where the log goes; unset: stderr", false),
-    setting("FLASHCOMM_STATS_FILE", "", "a path; %p is the process id", "counts as JSON, written at exit", false),
+    setting(
+        "FLASHCOMM_STATS_FILE",
+        "",
+        "a path; %p is the process id, %r the rank",
+        "counts as JSON, written at exit",
+        false,
+    ),
+    setting("FLASHCOMM_NVTX", "0", "0 or 1", "1: NVTX ranges around compressed calls, for profilers", false),
 ];
 
 const fn setting(
@@ -111,8 +118,10 @@ pub struct Config {
     pub log_level: LevelFilter,
     /// `FLASHCOMM_LOG_FILE`.
     pub log_file: Option<PathBuf>,
-    /// `FLASHCOMM_STATS_FILE`.
+    /// `FLASHCOMM_STATS_FILE`; `%p` and `%r` are replaced when it is written.
     pub stats_file: Option<PathBuf>,
+    /// `FLASHCOMM_NVTX`.
+    pub nvtx: bool,
 }
 
 impl Default for Config {
@@ -185,8 +194,9 @@ impl Config {
                 reader.read("FLASHCOMM_ATTACH_TIMEOUT_S", |text| parse_within(text, 1, 86400)),
             ),
             log_level: reader.read("FLASHCOMM_LOG", |text| text.parse().ok()),
-            log_file: reader.path("FLASHCOMM_LOG_FILE"),
+            log_file: reader.path("FLASHCOMM_LOG_FILE").map(with_process_id),
             stats_file: reader.path("FLASHCOMM_STATS_FILE"),
+            nvtx: reader.read("FLASHCOMM_NVTX", parse_switch),
         };
         (config, reader.malformed)
     }
@@ -217,13 +227,16 @@ impl<L: Fn(&str) -> Option<OsString>> Reader<L> {
         parse(find(name).default).expect("defaults parse")
     }
 
-    /// A path, `%p` replaced by the process id.
     fn path(&self, name: &'static str) -> Option<PathBuf> {
-        let value = (self.lookup)(name).filter(|value| !value.is_empty())?;
-        match value.into_string() {
-            Ok(text) => Some(text.replace("%p", &std::process::id().to_string()).into()),
-            Err(raw) => Some(raw.into()),
-        }
+        (self.lookup)(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+    }
+}
+
+/// The path with `%p` replaced.
+fn with_process_id(path: PathBuf) -> PathBuf {
+    match path.to_str() {
+        Some(text) => text.replace("%p", &std::process::id().to_string()).into(),
+        None => path,
     }
 }
 
@@ -297,11 +310,13 @@ mod tests {
         assert_eq!((config.max_ctas, config.timeout), (0, None));
         assert_eq!(config.attach_timeout, Duration::from_secs(60));
         assert_eq!((config.log_level, config.log_file, config.stats_file), (LevelFilter::Warn, None, None));
+        assert!(!config.nvtx);
     }
 
     #[test]
     fn every_setting_takes_its_values() {
         assert!(!parse_one("FLASHCOMM_ENABLE", "0").0.enable);
+        assert!(parse_one("FLASHCOMM_NVTX", "1").0.nvtx);
         assert_eq!(parse_one("FLASHCOMM_BITS", "4:8").0.legs.to_string(), "4:8");
         assert_eq!(parse_one("FLASHCOMM_BITS", " 5 ").0.legs.to_string(), "5");
         assert_eq!(parse_one("FLASHCOMM_BITS", "16").0.legs.to_string(), "16");
@@ -321,9 +336,9 @@ mod tests {
         assert_eq!(parse_one("FLASHCOMM_TIMEOUT_S", "5").0.timeout, Some(Duration::from_secs(5)));
         assert_eq!(parse_one("FLASHCOMM_ATTACH_TIMEOUT_S", "5").0.attach_timeout, Duration::from_secs(5));
         assert_eq!(parse_one("FLASHCOMM_LOG", "debug").0.log_level, LevelFilter::Debug);
-        let expected = format!("x.{}.json", std::process::id());
-        assert_eq!(parse_one("FLASHCOMM_STATS_FILE", "x.%p.json").0.stats_file, Some(expected.into()));
-        assert_eq!(parse_one("FLASHCOMM_LOG_FILE", "y").0.log_file, Some("y".into()));
+        assert_eq!(parse_one("FLASHCOMM_STATS_FILE", "x.%r.json").0.stats_file, Some("x.%r.json".into()));
+        let expected = format!("y.{}.log", std::process::id());
+        assert_eq!(parse_one("FLASHCOMM_LOG_FILE", "y.%p.log").0.log_file, Some(expected.into()));
     }
 
     #[test]
@@ -346,6 +361,7 @@ mod tests {
             ("FLASHCOMM_TIMEOUT_S", "1.5"),
             ("FLASHCOMM_ATTACH_TIMEOUT_S", "0"),
             ("FLASHCOMM_LOG", "loud"),
+            ("FLASHCOMM_NVTX", "yes"),
         ] {
             let (config, malformed) = parse_one(name, value);
             assert_eq!(config, Config::default(), "{name}={value}");

@@ -49,6 +49,8 @@ pub enum Error {
         /// For what.
         report: Report,
     },
+    /// A control call that cannot be met, on any rank, and why.
+    Refused(String),
     /// The communicator was aborted or destroyed while we used it.
     Aborted,
 }
@@ -87,6 +89,7 @@ impl fmt::Display for Error {
             }
             Error::System { doing, error } => write!(f, "{doing}: {error}"),
             Error::Unmappable(why) => f.write_str(why),
+            Error::Refused(why) => f.write_str(why),
             Error::GaveUp { rank, report } => {
                 let Report { gave_up, peer, channel, iteration, .. } = report;
                 let why = match gave_up {
@@ -126,7 +129,7 @@ impl From<&Error> for NcclResult {
             Error::Nccl { result, .. } => *result,
             Error::System { .. } | Error::Unmappable(_) => NcclResult::SYSTEM_ERROR,
             Error::AttachTimeout(_) | Error::GaveUp { .. } => NcclResult::REMOTE_ERROR,
-            Error::BufferTooSmall { .. } | Error::Aborted => NcclResult::INVALID_USAGE,
+            Error::BufferTooSmall { .. } | Error::Refused(_) | Error::Aborted => NcclResult::INVALID_USAGE,
         }
     }
 }

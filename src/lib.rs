@@ -28,5 +28,7 @@ pub mod exchange;
 pub mod kernels;
 mod logging;
 pub mod nccl;
+pub mod nvtx;
 pub mod route;
 pub mod stats;
+pub mod thread;

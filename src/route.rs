@@ -4,6 +4,8 @@
 //! not. Never from whether it is in place, from alignment, allocator, group nesting or anything else that may differ
 //! between ranks: a rank that decides otherwise hangs the job. In doubt, forward.
 
+use std::ffi::CStr;
+
 use crate::config::Config;
 use crate::kernels::ElementType;
 use crate::nccl::{DataType, RedOp};
@@ -19,6 +21,13 @@ pub struct Request {
     pub op: RedOp,
 }
 
+impl Request {
+    /// Bytes of the input; 0 for a type that this version does not know.
+    pub fn n_bytes(&self) -> u64 {
+        (self.count as u64).saturating_mul(self.datatype.n_bytes())
+    }
+}
+
 /// What the ranks of a communicator have agreed on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
@@ -31,6 +40,8 @@ pub enum Verdict {
     },
     /// Every rank forwards.
     Off,
+    /// Every rank forwards until an engine switches it on again.
+    SwitchedOff,
 }
 
 /// Where an all-reduce goes.
@@ -61,11 +72,17 @@ pub enum Reason {
     CommunicatorOff,
     /// First use inside a graph capture: attaching would break the capture.
     UnattachedCapture,
+    /// An explicit collective configuration, which only the real NCCL can serve.
+    Configuration,
+    /// No communicator was given; the real NCCL answers.
+    NoCommunicator,
+    /// The engine has switched the communicator off.
+    SwitchedOff,
 }
 
 impl Reason {
     /// Every reason, in the order of their counters.
-    pub const ALL: [Reason; 7] = [
+    pub const ALL: [Reason; 10] = [
         Reason::Disabled,
         Reason::DataType,
         Reason::Operation,
@@ -73,18 +90,32 @@ impl Reason {
         Reason::Small,
         Reason::CommunicatorOff,
         Reason::UnattachedCapture,
+        Reason::Configuration,
+        Reason::NoCommunicator,
+        Reason::SwitchedOff,
     ];
 
     /// As in the statistics.
     pub const fn name(self) -> &'static str {
+        match self.c_name().to_str() {
+            Ok(name) => name,
+            Err(_) => unreachable!(),
+        }
+    }
+
+    /// The same for C.
+    pub const fn c_name(self) -> &'static CStr {
         match self {
-            Reason::Disabled => "disabled",
-            Reason::DataType => "datatype",
-            Reason::Operation => "operation",
-            Reason::Empty => "empty",
-            Reason::Small => "small",
-            Reason::CommunicatorOff => "communicator_off",
-            Reason::UnattachedCapture => "unattached_capture",
+            Reason::Disabled => c"disabled",
+            Reason::DataType => c"datatype",
+            Reason::Operation => c"operation",
+            Reason::Empty => c"empty",
+            Reason::Small => c"small",
+            Reason::CommunicatorOff => c"communicator_off",
+            Reason::UnattachedCapture => c"unattached_capture",
+            Reason::Configuration => c"configuration",
+            Reason::NoCommunicator => c"no_communicator",
+            Reason::SwitchedOff => c"switched_off",
         }
     }
 }
@@ -121,12 +152,16 @@ pub fn route(
 ) -> Route {
     match verdict {
         Verdict::Off => Route::Forward(Reason::CommunicatorOff),
+        Verdict::SwitchedOff => Route::Forward(Reason::SwitchedOff),
         Verdict::Open if is_capturing() => Route::Forward(Reason::UnattachedCapture),
         Verdict::Open => Route::Attach(element),
         Verdict::On { .. } if !config.compresses(element) => Route::Forward(Reason::DataType),
         Verdict::On { min_bytes } => {
-            let n_bytes = (request.count as u64).saturating_mul(element.n_bytes() as u64);
-            if n_bytes < min_bytes { Route::Forward(Reason::Small) } else { Route::Compress(element) }
+            if request.n_bytes() < min_bytes {
+                Route::Forward(Reason::Small)
+            } else {
+                Route::Compress(element)
+            }
         }
     }
 }
@@ -169,6 +204,7 @@ mod tests {
             (1, bf16, sum, Verdict::Open, false, &on, Attach(Bf16)),
             (500, fp16, sum, Verdict::Open, true, &on, Forward(Reason::UnattachedCapture)),
             (500, fp16, sum, Verdict::Off, true, &on, Forward(Reason::CommunicatorOff)),
+            (500, fp16, sum, Verdict::SwitchedOff, true, &on, Forward(Reason::SwitchedOff)),
             (0, fp16, sum, ON, false, &on, Forward(Reason::Empty)),
             (500, DataType::FLOAT32, sum, ON, false, &on, Forward(Reason::DataType)),
             (500, DataType::INT8, sum, ON, false, &on, Forward(Reason::DataType)),
@@ -187,7 +223,7 @@ mod tests {
     #[test]
     fn capture_is_asked_only_where_it_matters() {
         let request = Request { count: 500, datatype: DataType::FLOAT16, op: RedOp::SUM };
-        for verdict in [ON, Verdict::Off] {
+        for verdict in [ON, Verdict::Off, Verdict::SwitchedOff] {
             route(ElementType::Fp16, &request, verdict, &Config::default(), || panic!("asked"));
         }
     }

@@ -125,6 +125,55 @@ fn bench_writes_what_it_measured() {
 }
 
 #[test]
+fn bench_draws_what_it_measured_and_draws_it_again_from_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let [json, now, later] = ["bench.json", "now.svg", "later.svg"].map(|name| dir.path().join(name));
+    let (stdout, stderr, code) = run(flashcomm(&["bench", "--simulator", "--worlds", "2,3", "--bits", "8,4"])
+        .args(["--sizes", "4K..16K", "--exchanges", "peer,host", "--json"])
+        .arg(&json)
+        .arg("--plot")
+        .arg(&now));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    let (stdout, stderr, code) = run(flashcomm(&["bench", "--from"]).arg(&json).arg("--plot").arg(&later));
+    assert_eq!((code, stdout.as_str(), stderr.as_str()), (0, "", ""), "without a GPU, and without measuring");
+    let svg = std::fs::read_to_string(now).unwrap();
+    assert!(svg == std::fs::read_to_string(later).unwrap(), "the two pictures differ");
+    for text in [
+        "the times mean nothing",
+        "flashcomm 8 bits peer",
+        "flashcomm 4 bits host",
+        "NCCL, its best",
+        "2 ranks, fp16: time",
+        "3 ranks, fp16: speed-up",
+        "16K",
+    ] {
+        assert!(svg.contains(text), "no {text:?} in the picture");
+    }
+    // 2 worlds: 5 lines of times and 4 of ratios.
+    let lines = svg.matches("<polyline").count();
+    assert!(lines >= 2 * (5 + 4), "{lines} lines");
+
+    let (_, stderr, code) = run(flashcomm(&["bench", "--simulator", "--plot", "a.png"]).current_dir(dir.path()));
+    assert!(code == 1 && stderr.contains("a plot is an SVG; name it so, for example a.svg"), "{stderr}");
+    std::fs::write(&json, "{}").unwrap();
+    let (_, stderr, code) = run(flashcomm(&["bench", "--from"]).arg(&json).args(["--plot", "a.svg"]));
+    assert!(code == 1 && stderr.contains("is not what flashcomm bench --json writes"), "{stderr}");
+}
+
+#[test]
+fn demo_draws_the_error_of_each_width() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("demo.svg");
+    let arguments = ["demo", "--simulator", "--ranks", "2", "--bits", "4,8,2:8", "--size", "64K", "--plot"];
+    let (stdout, stderr, code) = run(flashcomm(&arguments).arg(&path));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    let svg = std::fs::read_to_string(path).unwrap();
+    for text in ["4 (3.76x smaller)", "8 (1.94x smaller)", "2:8 (", "NCCL, 16 bits", "relative L2 error"] {
+        assert!(svg.contains(text), "no {text:?} in the picture");
+    }
+}
+
+#[test]
 fn bench_runs_ranks_that_are_processes() {
     let arguments = ["bench", "--simulator", "--processes", "--worlds", "3", "--sizes", "8K", "--exchanges", "host"];
     let (stdout, stderr, code) = run(&mut flashcomm(&arguments));

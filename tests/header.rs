@@ -26,8 +26,11 @@ fn compile(compiler: &str, flags: &[&str], extension: &str, source: &str) {
 }
 
 const PROGRAM: &str = "#include <flashcomm.h>\n\
-    int main(void) { int version; flashcommStats_t stats = { sizeof(flashcommStats_t), 0, 0, 0, 0, 0 };\n\
-    return flashcommGetVersion(&version) || *flashcommGetLastError(0) || flashcommGetStats(&stats) == FLASHCOMM_INVALID_ARGUMENT; }\n";
+    int main(void) { int version; flashcommStats_t stats; stats.size = sizeof stats;\n\
+    return flashcommGetVersion(&version) || *flashcommGetLastError(0) || flashcommGetStats(&stats) == FLASHCOMM_SUCCESS ||\n\
+    flashcommGetCommStats(0, &stats) == FLASHCOMM_INVALID_ARGUMENT || !flashcommReasonName(0) ||\n\
+    flashcommGetCommInfo(0, 0) == FLASHCOMM_INVALID_USAGE || flashcommSetCommBits(0, 4, 8) == FLASHCOMM_REMOTE_ERROR ||\n\
+    flashcommSetCommEnabled(0, FLASHCOMM_ON); }\n";
 
 #[test]
 fn the_header_is_up_to_date() {

@@ -2,12 +2,12 @@
 
 use std::ffi::{c_int, c_void};
 
-use super::{group, guarded, in_real_nccl, is_reentered};
+use super::{group, guarded, in_real_nccl, in_real_nccl_after, is_reentered};
 use crate::allreduce::Operation;
 use crate::comm;
 use crate::config::Config;
 use crate::nccl::{CollConfig, CommPtr, DataType, NcclResult, RedOp, StreamPtr, Symbol, real};
-use crate::route::{self, Request, Route};
+use crate::route::{self, Reason, Request, Route};
 use crate::stats::{self, Call};
 
 /// What an all-reduce call is to become.
@@ -29,26 +29,23 @@ fn all_reduce(
     if is_reentered() {
         return Decision::Forward;
     }
-    let config = Config::global();
-    let element = match route::candidate(&request, config) {
+    let element = match route::candidate(&request, Config::global()) {
         Ok(element) => element,
-        Err(reason) => {
-            stats::all_reduce_forwarded(reason);
-            return Decision::Forward;
-        }
+        Err(reason) => return forward(reason, request, comm),
     };
     if comm.is_null() {
-        stats::forwarded(Call::AllReduce);
-        return Decision::Forward; // the real NCCL says what is wrong
+        return forward(Reason::NoCommunicator, request, comm); // the real NCCL says what is wrong
     }
     let operation = Operation::new(comm::of(comm), input, output, request, element, stream);
     match operation.route() {
-        Route::Forward(reason) => {
-            stats::all_reduce_forwarded(reason);
-            Decision::Forward
-        }
+        Route::Forward(reason) => forward(reason, request, comm),
         Route::Attach(_) | Route::Compress(_) => Decision::Taken(group::issue(operation)),
     }
+}
+
+fn forward(reason: Reason, request: Request, comm: CommPtr) -> Decision {
+    stats::all_reduce_forwarded(reason, request.n_bytes(), comm);
+    Decision::Forward
 }
 
 /// Exports a function and its `pnccl` twin (NCCL's profiling interface; the same, so that a profiler's layer above us
@@ -111,10 +108,8 @@ macro_rules! all_reduce_config_exports {
                 // the real NCCL can serve. NCCL wants the same configuration on every rank.
                 let decision = match config.is_null() {
                     true => all_reduce(sendbuff, recvbuff, request, comm, stream),
-                    false => {
-                        stats::forwarded(Call::AllReduce);
-                        Decision::Forward
-                    }
+                    false if is_reentered() => Decision::Forward,
+                    false => forward(Reason::Configuration, request, comm),
                 };
                 match decision {
                     Decision::Taken(result) => result,
@@ -136,17 +131,17 @@ all_reduce_config_exports! {
     pncclAllReduceConfig, pncclAllReduceConfig
 }
 
-/// Exports functions that are counted and forwarded.
+/// Exports functions that are counted and forwarded; `for` names the argument that is the communicator.
 macro_rules! counted {
-    ($($call:ident: $($name:ident)+ ($($arg:ident: $type:ty),* $(,)?);)*) => {$(
-        counted!(@each $call, ($($name)+), ($($arg: $type),*));
+    (for $comm:ident; $($call:ident: $($name:ident)+ ($($arg:ident: $type:ty),* $(,)?);)*) => {$(
+        counted!(@each $comm, $call, ($($name)+), ($($arg: $type),*));
     )*};
-    (@each $call:ident, ($name:ident $($more:ident)*), $args:tt) => {
-        counted!(@one $call, $name, $args);
-        counted!(@each $call, ($($more)*), $args);
+    (@each $comm:ident, $call:ident, ($name:ident $($more:ident)*), $args:tt) => {
+        counted!(@one $comm, $call, $name, $args);
+        counted!(@each $comm, $call, ($($more)*), $args);
     };
-    (@each $call:ident, (), $args:tt) => {};
-    (@one $call:ident, $name:ident, ($($arg:ident: $type:ty),*)) => {
+    (@each $comm:ident, $call:ident, (), $args:tt) => {};
+    (@one $comm:ident, $call:ident, $name:ident, ($($arg:ident: $type:ty),*)) => {
         #[doc = concat!("`", stringify!($name), "`, counted and forwarded.")]
         ///
         /// # Safety
@@ -154,16 +149,15 @@ macro_rules! counted {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) -> NcclResult {
             // Nothing here can panic, so this needs no guard; it must cost next to nothing.
-            if !is_reentered() {
-                stats::forwarded(Call::$call);
-            }
+            let count = |thread: &_| stats::forwarded(thread, Call::$call, $comm);
             // SAFETY: the caller's own arguments.
-            in_real_nccl(|| unsafe { real!($name, fn($($type),*))($($arg),*) })
+            in_real_nccl_after(count, || unsafe { real!($name, fn($($type),*))($($arg),*) })
         }
     };
 }
 
 counted! {
+    for comm;
     Broadcast: ncclBcast pncclBcast
         (buff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr, stream: StreamPtr);
     Broadcast: ncclBroadcast pncclBroadcast

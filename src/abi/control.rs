@@ -1,4 +1,8 @@
 //! flashcomm's own calls, for C and C++ engines. `include/flashcomm.h` is generated from this file.
+//!
+//! To change what a communicator does is a collective of all its ranks (invariant I3): they compare what they ask for, all
+//! get ready, and all change or none does. A local switch would do as long as every rank throws it at the same place;
+//! where one does not, or lacks the memory, the job would hang or sum what was coded otherwise.
 
 #![allow(non_camel_case_types, non_snake_case, reason = "C's names")]
 
@@ -6,7 +10,15 @@ use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::stats::Stats;
+use flashcomm_wire::Width;
+
+use super::{group, guarded};
+use crate::comm::attach::Change;
+use crate::config::Config;
+use crate::nccl::CommPtr;
+use crate::route::{Reason, Verdict};
+use crate::stats::SIZE_CLASSES;
+use crate::stats::report::Counts;
 use crate::{comm, error};
 
 /// Result of a flashcomm call, with the values of ncclResult_t.
@@ -16,12 +28,72 @@ pub type flashcommResult_t = c_int;
 pub const FLASHCOMM_SUCCESS: flashcommResult_t = 0;
 /// A bug in flashcomm.
 pub const FLASHCOMM_INTERNAL_ERROR: flashcommResult_t = 3;
-/// A pointer was null, or a structure's size is not one that this version knows.
+/// A pointer was null, a number is out of its range, or a structure's size is not one that this version knows.
 pub const FLASHCOMM_INVALID_ARGUMENT: flashcommResult_t = 4;
+/// The communicator cannot do what is asked; flashcommGetLastError says why. The same on all ranks.
+pub const FLASHCOMM_INVALID_USAGE: flashcommResult_t = 5;
+/// Another rank did not answer.
+pub const FLASHCOMM_REMOTE_ERROR: flashcommResult_t = 6;
 
-/// What the shim has done in this process so far. Set `size` to sizeof(flashcommStats_t) before the call; later
-/// versions add members at the end only.
+/// State of a communicator: its ranks have not met yet. They do at the first fp16 or bf16 sum, or at the first change.
+pub const FLASHCOMM_UNATTACHED: c_int = 0;
+/// State of a communicator: its ranks compress, unless the engine has switched it off.
+pub const FLASHCOMM_ON: c_int = 1;
+/// State of a communicator: its ranks forward everything, for good: one rank, settings that differ, a rank that could not.
+pub const FLASHCOMM_OFF: c_int = 2;
+
+/// What a communicator does. Set `size` to sizeof(flashcommCommInfo_t) before the call.
 #[repr(C)]
+#[derive(Clone, Copy)]
+pub struct flashcommCommInfo_t {
+    /// sizeof(flashcommCommInfo_t), set by the caller.
+    pub size: usize,
+    /// FLASHCOMM_UNATTACHED, FLASHCOMM_ON or FLASHCOMM_OFF.
+    pub state: c_int,
+    /// 0 while the engine has it switched off.
+    pub enabled: c_int,
+    /// Bits per element in hop 1, to the rank that sums; before the ranks have met, those of FLASHCOMM_BITS.
+    pub reduceBits: c_int,
+    /// Bits per element in hop 2, from the rank that sums.
+    pub gatherBits: c_int,
+    /// This rank; -1 where the state is not FLASHCOMM_ON.
+    pub rank: c_int,
+    /// Ranks of the communicator; 0 where the state is not FLASHCOMM_ON.
+    pub nRanks: c_int,
+    /// All-reduces of this many bytes and more are compressed; UINT64_MAX: none is.
+    pub minBytes: u64,
+    /// What carries the payloads: "peer", "host", "nccl"; empty where the state is not FLASHCOMM_ON.
+    pub exchange: *const c_char,
+}
+
+/// Size classes of flashcommStats_t: class 0 has the all-reduces below 1 KiB, class i those from 512 << i bytes on, and
+/// the last everything from 4 GiB on.
+pub const FLASHCOMM_SIZE_CLASSES: usize = 24;
+/// Places for reasons in flashcommStats_t; flashcommReasonName tells which are used.
+pub const FLASHCOMM_REASONS: usize = 16;
+
+/// The all-reduces of one size class.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct flashcommSizeStats_t {
+    /// Compressed.
+    pub compressed: u64,
+    /// Bytes of those, as the application sees them.
+    pub bytesIn: u64,
+    /// Bytes that this process put on the wire for them.
+    pub bytesOnWire: u64,
+    /// Gone to the real NCCL as they were.
+    pub forwarded: u64,
+    /// Bytes of those.
+    pub bytesForwarded: u64,
+}
+
+/// What the shim has done so far. Set `size` to sizeof(flashcommStats_t) before the call; later versions add members at
+/// the end only, and a library takes the sizes of all versions up to its own.
+///
+/// A call that was captured into a graph counts once, when it was captured; replays are not seen.
+#[repr(C)]
+#[derive(Clone, Copy)]
 pub struct flashcommStats_t {
     /// sizeof(flashcommStats_t), set by the caller.
     pub size: usize,
@@ -35,7 +107,16 @@ pub struct flashcommStats_t {
     pub bytesIn: u64,
     /// Bytes that this process put on the wire for them.
     pub bytesOnWire: u64,
+    /// Bytes of the all-reduces that went to the real NCCL.
+    pub bytesForwarded: u64,
+    /// The all-reduces that went to the real NCCL, by reason: see flashcommReasonName.
+    pub forwardedBecause: [u64; FLASHCOMM_REASONS],
+    /// The all-reduces by size.
+    pub sizes: [flashcommSizeStats_t; FLASHCOMM_SIZE_CLASSES],
 }
+
+/// What the first version of the structure had.
+const STATS_1_BYTES: usize = 6 * 8;
 
 /// Writes the version of flashcomm, major * 10000 + minor * 100 + patch, to `*version`.
 ///
@@ -51,29 +132,195 @@ pub unsafe extern "C" fn flashcommGetVersion(version: *mut c_int) -> flashcommRe
     FLASHCOMM_SUCCESS
 }
 
-/// Writes the counts of this process to `*stats`. May be called at any time, from any thread.
+/// Writes the counts of this process to `*stats`: of all communicators, those that have ended included. May be called at
+/// any time, from any thread.
 ///
 /// # Safety
 /// `stats` is null or points to a flashcommStats_t whose `size` is set.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn flashcommGetStats(stats: *mut flashcommStats_t) -> flashcommResult_t {
-    // SAFETY: null or valid, says the caller.
-    let Some(stats) = (unsafe { stats.as_mut() }) else {
-        return FLASHCOMM_INVALID_ARGUMENT;
-    };
-    if stats.size != size_of::<flashcommStats_t>() {
+    // SAFETY: as the caller vouches.
+    unsafe { fill(stats, Counts::of_process) }
+}
+
+/// As flashcommGetStats, for `comm`, an ncclComm_t, alone: since its first call, zeros if there was none.
+///
+/// # Safety
+/// `comm` is a communicator of this process; `stats` is null or points to a flashcommStats_t whose `size` is set.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flashcommGetCommStats(comm: *const c_void, stats: *mut flashcommStats_t) -> flashcommResult_t {
+    if comm.is_null() {
         return FLASHCOMM_INVALID_ARGUMENT;
     }
-    let Ok(counted) = catch_unwind(Stats::collect) else {
+    // SAFETY: as the caller vouches.
+    unsafe { fill(stats, || Counts::of(comm.cast_mut().cast())) }
+}
+
+/// The name of a reason, an index of forwardedBecause, as in the file of FLASHCOMM_STATS_FILE; null for one that there is not.
+#[unsafe(no_mangle)]
+pub extern "C" fn flashcommReasonName(reason: c_int) -> *const c_char {
+    let reason = usize::try_from(reason).ok().and_then(|reason| Reason::ALL.get(reason));
+    reason.map_or(std::ptr::null(), |reason| reason.c_name().as_ptr())
+}
+
+/// # Safety
+/// `stats` is null or points to as many bytes as its first member, the size, says.
+unsafe fn fill(stats: *mut flashcommStats_t, counts: impl FnOnce() -> Box<Counts>) -> flashcommResult_t {
+    if stats.is_null() {
+        return FLASHCOMM_INVALID_ARGUMENT;
+    }
+    // SAFETY: the member is there whatever the version.
+    let size = unsafe { (&raw const (*stats).size).read() };
+    if size != STATS_1_BYTES && size != size_of::<flashcommStats_t>() {
+        return FLASHCOMM_INVALID_ARGUMENT;
+    }
+    let Ok(filled) = catch_unwind(AssertUnwindSafe(|| in_c(&counts(), size))) else {
         return FLASHCOMM_INTERNAL_ERROR;
     };
-    let all_reduces = counted.forwarded["all_reduce"];
-    stats.allReducesCompressed = counted.all_reduces_compressed;
-    stats.allReducesForwarded = all_reduces;
-    stats.othersForwarded = counted.total_forwarded() - all_reduces;
-    stats.bytesIn = counted.bytes_in;
-    stats.bytesOnWire = counted.bytes_wire;
+    // SAFETY: there are `size` bytes, says the caller, and here no fewer.
+    unsafe { std::ptr::copy_nonoverlapping((&raw const filled).cast::<u8>(), stats.cast::<u8>(), size) };
     FLASHCOMM_SUCCESS
+}
+
+fn in_c(counts: &Counts, size: usize) -> flashcommStats_t {
+    let mut forwarded_because = [0; FLASHCOMM_REASONS];
+    forwarded_because.iter_mut().zip(counts.because()).for_each(|(to, [calls, _])| *to = calls);
+    let class = |class: usize| {
+        let [compressed, bytes_in, bytes_wire] = counts.compressed[class];
+        let sum = |i: usize| counts.forwarded[class].iter().map(|counters| counters[i]).sum();
+        flashcommSizeStats_t {
+            compressed,
+            bytesIn: bytes_in,
+            bytesOnWire: bytes_wire,
+            forwarded: sum(0),
+            bytesForwarded: sum(1),
+        }
+    };
+    flashcommStats_t {
+        size,
+        allReducesCompressed: counts.n_compressed(),
+        allReducesForwarded: counts.forwarded(),
+        othersForwarded: counts.others(),
+        bytesIn: counts.bytes_in(),
+        bytesOnWire: counts.bytes_wire(),
+        bytesForwarded: counts.bytes_forwarded(),
+        forwardedBecause: forwarded_because,
+        sizes: std::array::from_fn(class),
+    }
+}
+
+const _: () = assert!(FLASHCOMM_SIZE_CLASSES == SIZE_CLASSES && Reason::ALL.len() <= FLASHCOMM_REASONS);
+
+/// Writes what `comm`, an ncclComm_t, does to `*info`. Asks no other rank; may be called at any time.
+///
+/// # Safety
+/// `comm` is a communicator of this process; `info` is null or points to a flashcommCommInfo_t whose `size` is set.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flashcommGetCommInfo(
+    comm: *const c_void,
+    info: *mut flashcommCommInfo_t,
+) -> flashcommResult_t {
+    // SAFETY: null or valid, says the caller.
+    let Some(info) = (unsafe { info.as_mut() }) else {
+        return FLASHCOMM_INVALID_ARGUMENT;
+    };
+    if comm.is_null() || info.size != size_of::<flashcommCommInfo_t>() {
+        return FLASHCOMM_INVALID_ARGUMENT;
+    }
+    let Ok(filled) = catch_unwind(|| info_of(comm.cast_mut().cast())) else {
+        return FLASHCOMM_INTERNAL_ERROR;
+    };
+    *info = filled;
+    FLASHCOMM_SUCCESS
+}
+
+/// Sets the bits per element of `comm`, an ncclComm_t: 2 to 8 in hop 1, to the rank that sums, and in hop 2, from it.
+///
+/// A collective: every rank of the communicator calls alike, at the same place in the order of its calls on that
+/// communicator. It returns when all ranks have changed, or none has, within FLASHCOMM_ATTACH_TIMEOUT_S; a rank that does not
+/// call makes the others wait that long, and the communicator is of no more use to them.
+///
+/// - All-reduces issued before keep the old width, those issued after have the new one. The host waits until those before have
+///   run on the GPU, loads the kernels of the new width and makes receive areas for it; nothing of that is left for the next
+///   all-reduce, which may be in a graph capture.
+/// - A graph that was captured before keeps the width that it was captured with, whenever it is replayed. Therefore each
+///   pair of widths keeps its memory (FLASHCOMM_BUFFER_MIB at most) until the communicator ends. There may be 8 in its
+///   life; to go back to one costs no memory.
+/// - Between ncclGroupStart and ncclGroupEnd it takes effect at the outermost end, for which a thread that drives several
+///   ranks calls it there; what it answers is answered by ncclGroupEnd. Do not mix it with all-reduces of the communicator in
+///   one group.
+/// - Not while a stream that has all-reduces of the communicator is captured, nor while another thread uses it.
+/// - A communicator whose ranks have not met (FLASHCOMM_UNATTACHED) attaches with these bits.
+///
+/// FLASHCOMM_INVALID_USAGE on all ranks, and nothing changes (but one that was FLASHCOMM_UNATTACHED is FLASHCOMM_OFF): where ranks ask for different bits, the communicator is
+/// FLASHCOMM_OFF, FLASHCOMM_ENABLE is 0, or a rank has no memory for the new width. flashcommGetLastError says which.
+///
+/// # Safety
+/// `comm` is a communicator of this process that has not been destroyed or aborted.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flashcommSetCommBits(
+    comm: *const c_void,
+    reduceBits: c_int,
+    gatherBits: c_int,
+) -> flashcommResult_t {
+    let width = |bits: c_int| u8::try_from(bits).ok().and_then(Width::new);
+    match (width(reduceBits), width(gatherBits)) {
+        (Some(reduce), Some(gather)) if reduce.is_uncompressed() == gather.is_uncompressed() => {
+            change("flashcommSetCommBits", comm, Some((reduce, gather)), None)
+        }
+        _ => FLASHCOMM_INVALID_ARGUMENT,
+    }
+}
+
+/// Switches `comm`, an ncclComm_t, off (0: all-reduces go to the real NCCL, and are exact) or on again (1).
+///
+/// A collective, for which everything holds that flashcommSetCommBits says. A graph that was captured while it was on
+/// stays compressed, and one that was captured while it was off stays plain.
+///
+/// # Safety
+/// As for flashcommSetCommBits.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn flashcommSetCommEnabled(comm: *const c_void, enabled: c_int) -> flashcommResult_t {
+    match enabled {
+        0 | 1 => change("flashcommSetCommEnabled", comm, None, Some(enabled == 0)),
+        _ => FLASHCOMM_INVALID_ARGUMENT,
+    }
+}
+
+fn change(
+    function: &'static str,
+    comm: *const c_void,
+    widths: Option<(Width, Width)>,
+    switched_off: Option<bool>,
+) -> flashcommResult_t {
+    if comm.is_null() {
+        return FLASHCOMM_INVALID_ARGUMENT;
+    }
+    let comm = || comm::of(comm.cast_mut().cast());
+    guarded(function, || group::change(Change { comm: comm(), widths, switched_off })).0
+}
+
+fn info_of(handle: CommPtr) -> flashcommCommInfo_t {
+    let comm = comm::known(handle);
+    let verdict = comm.as_ref().map_or(Verdict::Open, |comm| comm.verdict());
+    let attached = comm.as_ref().and_then(|comm| comm.attached());
+    let legs = attached.map_or(Config::global().legs, |attached| attached.legs);
+    flashcommCommInfo_t {
+        size: size_of::<flashcommCommInfo_t>(),
+        state: match verdict {
+            _ if !Config::global().enable => FLASHCOMM_OFF,
+            Verdict::Open => FLASHCOMM_UNATTACHED,
+            Verdict::On { .. } | Verdict::SwitchedOff => FLASHCOMM_ON,
+            Verdict::Off => FLASHCOMM_OFF,
+        },
+        enabled: c_int::from(verdict != Verdict::SwitchedOff),
+        reduceBits: legs.reduce.width.bits().into(),
+        gatherBits: legs.gather.width.bits().into(),
+        rank: attached.map_or(-1, |attached| attached.rank as c_int),
+        nRanks: attached.map_or(0, |attached| attached.world as c_int),
+        minBytes: attached.map_or(u64::MAX, |attached| attached.min_bytes),
+        exchange: attached.map_or(c"", |attached| attached.exchange.c_name()).as_ptr(),
+    }
 }
 
 /// What went wrong last, in words: for `comm`, an ncclComm_t, if it is not null and something did, else in this process.

@@ -1,5 +1,6 @@
 //! Groups. A compressed all-reduce inside `ncclGroupStart/End` waits in a queue of its thread for the outermost end,
-//! which forwards first and then runs the queue in the order of issue. A simulated or failed end discards it.
+//! which forwards first and then runs the queue in the order of issue. A simulated or failed end discards it. So do
+//! changes of width ([`super::control`]); they come before the all-reduces.
 //!
 //! The depth is counted here because NCCL does not tell it. Calls that NCCL makes to its own group functions are
 //! balanced, so it does not matter that those of functions which are bare jumps are counted, too.
@@ -8,12 +9,42 @@ use std::cell::{Cell, RefCell};
 
 use super::{guarded, in_real_nccl, is_reentered};
 use crate::allreduce::{self, Operation};
+use crate::comm::attach::{self, Change};
+use crate::error;
 use crate::nccl::{NcclResult, SimInfo, Symbol, real};
 
 thread_local! {
     static DEPTH: Cell<u32> = const { Cell::new(0) };
     /// Keeps its memory from group to group.
     static QUEUE: RefCell<Vec<Operation>> = const { RefCell::new(Vec::new()) };
+    static CHANGES: RefCell<Vec<Change>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Makes a change, now or, inside a group, at its outermost end: together with those of other communicators, since one
+/// thread may drive several ranks.
+pub(super) fn change(change: Change) -> NcclResult {
+    CHANGES.with_borrow_mut(|changes| {
+        match changes.iter_mut().find(|other| std::sync::Arc::ptr_eq(&other.comm, &change.comm)) {
+            Some(other) => {
+                other.widths = change.widths.or(other.widths);
+                other.switched_off = change.switched_off.or(other.switched_off);
+            }
+            None => changes.push(change),
+        }
+        if DEPTH.get() > 0 { NcclResult::SUCCESS } else { make(changes) }
+    })
+}
+
+fn make(changes: &mut Vec<Change>) -> NcclResult {
+    let result = in_real_nccl(|| match attach::change_all(changes) {
+        Ok(()) => NcclResult::SUCCESS,
+        Err(error) => {
+            error::remember(&error);
+            NcclResult::from(&error)
+        }
+    });
+    changes.clear();
+    result
 }
 
 /// Runs an operation, now or, inside a group, at its outermost end.
@@ -44,13 +75,18 @@ fn end(run_queue: bool, end: impl FnOnce() -> NcclResult) -> NcclResult {
         return result;
     }
     QUEUE.with_borrow_mut(|queue| {
-        if queue.is_empty() {
-            return result;
-        }
-        let is_good = result == NcclResult::SUCCESS || result == NcclResult::IN_PROGRESS;
-        if !run_queue || !is_good {
+        let is_good = run_queue && (result == NcclResult::SUCCESS || result == NcclResult::IN_PROGRESS);
+        let changed = CHANGES.with_borrow_mut(|changes| match changes.is_empty() {
+            true => NcclResult::SUCCESS,
+            false if is_good => make(changes),
+            false => {
+                changes.clear();
+                NcclResult::SUCCESS
+            }
+        });
+        if queue.is_empty() || !is_good || changed != NcclResult::SUCCESS {
             queue.clear();
-            return result;
+            return if changed == NcclResult::SUCCESS { result } else { changed };
         }
         match in_real_nccl(|| allreduce::run(queue)) {
             NcclResult::SUCCESS => result,

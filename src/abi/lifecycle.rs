@@ -9,7 +9,7 @@ use std::ffi::c_int;
 
 use super::{guarded, in_real_nccl, is_reentered};
 use crate::nccl::{CommConfig, CommPtr, NcclResult, Symbol, real};
-use crate::{comm, error};
+use crate::{comm, error, stats};
 
 macro_rules! end_exports {
     ($($name:ident: $ours:ident)*) => {$(
@@ -21,6 +21,7 @@ macro_rules! end_exports {
         pub unsafe extern "C" fn $name(comm: CommPtr) -> NcclResult {
             guarded(stringify!($name), || {
                 comm::$ours(comm);
+                stats::end(comm);
                 // SAFETY: the caller's own argument.
                 let result = in_real_nccl(|| unsafe { real!($name, fn(CommPtr))(comm) });
                 comm::reap();

@@ -15,10 +15,10 @@ pub mod forward;
 pub mod group;
 pub mod lifecycle;
 
-use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::nccl::NcclResult;
+use crate::thread::{THREAD, Thread};
 
 /// Runs the body of an export. A panic is a bug of ours; it is logged and answered with `ncclInternalError`.
 fn guarded(function: &'static str, body: impl FnOnce() -> NcclResult) -> NcclResult {
@@ -31,19 +31,27 @@ fn guarded(function: &'static str, body: impl FnOnce() -> NcclResult) -> NcclRes
     }
 }
 
-thread_local! {
-    static REAL_DEPTH: Cell<u32> = const { Cell::new(0) };
-}
-
 /// Whether this thread is inside the real library, called by one of our exports.
 fn is_reentered() -> bool {
-    REAL_DEPTH.get() > 0
+    THREAD.with(|thread| thread.real_depth.get() > 0)
 }
 
 /// Calls the real library such that calls it makes back to us are recognized.
 fn in_real_nccl(call: impl FnOnce() -> NcclResult) -> NcclResult {
-    REAL_DEPTH.set(REAL_DEPTH.get() + 1);
-    let result = call();
-    REAL_DEPTH.set(REAL_DEPTH.get() - 1);
-    result
+    in_real_nccl_after(|_| {}, call)
+}
+
+/// As [`in_real_nccl`], after `first` where this is no re-entered call.
+#[inline]
+fn in_real_nccl_after(first: impl FnOnce(&Thread), call: impl FnOnce() -> NcclResult) -> NcclResult {
+    THREAD.with(|thread| {
+        let depth = thread.real_depth.get();
+        if depth == 0 {
+            first(thread);
+        }
+        thread.real_depth.set(depth + 1);
+        let result = call();
+        thread.real_depth.set(depth);
+        result
+    })
 }

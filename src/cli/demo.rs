@@ -4,6 +4,7 @@
 //! count) and how far the result is from the sum taken in fp64; it proves that all ranks hold the same bits and that they
 //! are those of the specification (`wire/`), and that an fp32 all-reduce went to the real NCCL as it was.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -14,6 +15,7 @@ use super::client::machine::{Machine, Places, Wanted};
 use super::client::party::{Assignment, Party, Role};
 use super::client::rank::{Dtype, Rank};
 use super::client::values::{self, Distance};
+use super::plot::{Axis, BLACK, COLORS, Line, Look, Mark, Panel, Picture, check_name, decades};
 use super::{Bytes, progress, table};
 
 /// Arguments.
@@ -34,6 +36,9 @@ pub struct Args {
     /// Seed of the inputs
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Draw the error against the bits sent to this file, an SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// Run on the simulator even if there is a GPU
     #[arg(long)]
     simulator: bool,
@@ -85,6 +90,7 @@ pub fn run(args: &Args) -> Result<bool> {
     for bits in &args.bits {
         values::legs(bits)?;
     }
+    args.plot.as_deref().map(check_name).transpose()?;
     let machine = Machine::find(&args.places, if args.simulator { Wanted::Simulator } else { Wanted::Any })?;
     if let Some(why) = &machine.no_gpu {
         println!("No GPU here ({why}).");
@@ -101,12 +107,13 @@ pub fn run(args: &Args) -> Result<bool> {
 
     let mut table = table(&HEADER);
     let progress = progress(args.bits.len() + 1);
-    let mut problems = Vec::new();
+    let (mut problems, mut points) = (Vec::new(), Vec::new());
     for bits in [None].into_iter().chain(args.bits.iter().map(Some)) {
         progress.set_message(bits.map_or("plain NCCL".into(), |bits| format!("{bits} bits")));
         let (answers, stderr) = one(&machine, args, bits)?;
         let row = Row::of(&answers, args, bits);
         table.add_row(row.cells);
+        points.push(row.point);
         problems.extend(row.problems);
         problems.extend(stderr);
         progress.inc(1);
@@ -123,7 +130,54 @@ pub fn run(args: &Args) -> Result<bool> {
         );
     }
     problems.iter().for_each(|problem| println!("! {problem}"));
+    if let Some(path) = &args.plot {
+        draw(path, args, points, &machine.describe())?;
+    }
     Ok(problems.is_empty())
+}
+
+/// The error of each width against what it sends.
+fn draw(path: &Path, args: &Args, points: Vec<Point>, place: &str) -> Result<()> {
+    let (plain, mut widths): (Vec<Point>, Vec<Point>) =
+        points.into_iter().partition(|point| point.name.starts_with("16"));
+    widths.sort_by(|a, b| a.bits.total_cmp(&b.bits));
+    let line = |name: &str, look: Look, points: &[Point], labels: Vec<String>| Line {
+        name: name.into(),
+        look,
+        points: points.iter().map(|point| (point.bits, point.relative_l2)).collect(),
+        labels,
+    };
+    let labels = widths.iter().map(|point| format!("{} ({:.2}x smaller)", point.name, 16.0 / point.bits)).collect();
+    let lines = vec![
+        line("NCCL, 16 bits", Look { color: BLACK, mark: Mark::Cross }, &plain, vec!["rounding".into()]),
+        line("flashcomm, by FLASHCOMM_BITS", Look { color: COLORS[0], mark: Mark::Circle }, &widths, labels),
+    ];
+    // Every line but one has points; a width of which nothing was sent has no place.
+    let errors = lines.iter().flat_map(|line| &line.points).map(|(_, error)| *error).filter(|error| *error > 0.0);
+    let y = Axis {
+        label: "relative L2 error of the sum".into(),
+        ticks: decades(errors, false),
+        text: |error| error.to_string(),
+        log: true,
+    };
+    let ticks = (1..=9).map(|i| 2.0 * f64::from(i)).collect();
+    let x = Axis {
+        label: "bits sent for each element, scales included".into(),
+        ticks,
+        text: |bits| bits.to_string(),
+        log: false,
+    };
+    let picture = Picture {
+        title: "One all-reduce: error against bits".into(),
+        subtitle: format!(
+            "{} ranks, {}, {} of normally distributed elements; {place}",
+            args.ranks, args.dtype, args.size
+        ),
+        panels: vec![Panel { title: String::new(), x, y, level: None, lines }],
+        columns: 1,
+        panel_px: (820, 420),
+    };
+    picture.write(path)
 }
 
 /// One width, in processes of its own.
@@ -185,8 +239,17 @@ fn forwards_fp32(rank: &Rank) -> Result<bool> {
     Ok(rank.read(at, n_bytes)?.into_iter().eq(expected))
 }
 
+/// A width in the picture.
+struct Point {
+    name: String,
+    /// Sent for each element.
+    bits: f64,
+    relative_l2: f64,
+}
+
 struct Row {
     cells: Vec<String>,
+    point: Point,
     problems: Vec<String>,
 }
 
@@ -229,6 +292,7 @@ impl Row {
             first.compressed.to_string(),
             first.forwarded.to_string(),
         ];
-        Row { cells, problems }
+        let point = Point { name, bits: 16.0 * sent / whole, relative_l2: check.distance.relative_l2 };
+        Row { cells, point, problems }
     }
 }

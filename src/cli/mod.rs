@@ -5,6 +5,7 @@ mod client;
 mod demo;
 mod doctor;
 mod pages;
+mod plot;
 mod run;
 
 use std::fmt;
@@ -30,6 +31,7 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one of it")]
 enum Command {
     /// Starts a command with the shim in front of its NCCL, or prints the environment for that
     Run(Box<run::Args>),

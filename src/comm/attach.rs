@@ -11,6 +11,9 @@
 //! waits for another, calls of the other that allocate or map memory there may wait for that very work. So they meet on the
 //! host before each round but the first (where the real NCCL, which connects the ranks, meets for them).
 //!
+//! A change of width that an engine asks for ([`change_all`]) is another attach, after a round in which the ranks compare what
+//! they ask for. Where all are ready the new setup takes the old one's place on every rank, otherwise on none.
+//!
 //! All of it runs on a thread of its own for each communicator. So the wait can be bounded, although NCCL's own calls
 //! cannot: a rank without the shim never answers. And one thread may attach all communicators of a group together,
 //! in whatever order other ranks get to theirs.
@@ -24,11 +27,11 @@ use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
 use flashcomm_wire::rings::MAX_WORLD;
-use flashcomm_wire::{Legs, Rings};
+use flashcomm_wire::{Legs, Rings, Width};
 use parking_lot::Mutex;
 
 use super::blob::{Agreement, BLOB_BYTES, Blob, Disagreement, Place, agree};
-use super::{Attached, Comm, Order};
+use super::{Attached, Comm, MAX_SETUPS, Order};
 use crate::config::{Config, ExchangeChoice};
 use crate::cuda::{self, Context, DeviceMemory, Event, RelaxedCapture, Stream};
 use crate::error::{self, Error, Result};
@@ -37,6 +40,8 @@ use crate::exchange::nccl::Staging;
 use crate::exchange::{self, Exchange, Transfer};
 use crate::kernels::Kernels;
 use crate::nccl::{self, NcclResult};
+use crate::route::Verdict;
+use crate::stats;
 
 /// Attaches every communicator of `comms` that has no verdict yet; waits until all have one.
 ///
@@ -44,86 +49,220 @@ use crate::nccl::{self, NcclResult};
 /// [`Error::AttachTimeout`] when a rank does not answer, or what the driver or the real NCCL answered to a call that
 /// peers rely on. The communicator is off then, but operations of other ranks may be stuck, as after any NCCL error.
 pub fn attach_all<'a>(comms: impl Iterator<Item = &'a Arc<Comm>>) -> Result<()> {
+    let wish = Wish { legs: Config::global().legs, switched_off: false };
+    let open = comms.filter(|comm| comm.verdict() == Verdict::Open);
+    let waits: Vec<Wait> = open.map(|comm| Wait::start(comm, wish)).collect();
+    all(waits, |comm, outcome| {
+        match outcome {
+            Outcome::New(attached) => put_on(comm, attached, wish),
+            Outcome::Known | Outcome::Refused(_) => comm.settle_off(), // attach has told why
+        }
+        Ok(())
+    })
+}
+
+/// A change that an engine asks for. What is `None` stays.
+#[derive(Clone)]
+pub struct Change {
+    /// The communicator.
+    pub comm: Arc<Comm>,
+    /// Widths of the reduce leg and of the gather leg.
+    pub widths: Option<(Width, Width)>,
+    /// Off or on.
+    pub switched_off: Option<bool>,
+}
+
+/// Makes changes that all ranks ask for alike; attaches communicators that have no verdict yet on the way.
+///
+/// # Errors
+/// [`Error::Refused`] on every rank, where the ranks ask for different things, or one of them cannot; all keep what
+/// they had. Otherwise as for [`attach_all`].
+pub fn change_all(changes: &[Change]) -> Result<()> {
+    if !Config::global().enable {
+        return Err(Error::Refused("FLASHCOMM_ENABLE=0: nothing is compressed in this process".into()));
+    }
+    if changes.iter().any(|change| change.comm.verdict() == Verdict::Off) {
+        return Err(Error::Refused("all ranks of the communicator forward to the real NCCL; the log says why".into()));
+    }
+    let waits: Vec<Wait> = changes.iter().map(|change| Wait::start(&change.comm, change.wish())).collect();
+    all(waits, |comm, outcome| {
+        let change = changes.iter().find(|change| Arc::ptr_eq(&change.comm, comm)).expect("it was started for one");
+        let wish = change.wish();
+        match outcome {
+            Outcome::New(attached) => put_on(comm, attached, wish),
+            Outcome::Known => {
+                comm.use_setup(wish.legs, wish.switched_off);
+                describe(comm);
+            }
+            Outcome::Refused(disagreement) => {
+                comm.settle_off(); // unless it was on
+                return Err(Error::Refused(format!("the communicator stays as it is: {disagreement}")));
+            }
+        }
+        Ok(())
+    })
+}
+
+impl Change {
+    fn wish(&self) -> Wish {
+        let mut legs = self.comm.attached().map_or(Config::global().legs, |attached| attached.legs);
+        if let Some((reduce, gather)) = self.widths {
+            (legs.reduce.width, legs.gather.width) = (reduce, gather);
+        }
+        let is_off = self.comm.verdict() == Verdict::SwitchedOff;
+        Wish { legs, switched_off: self.switched_off.unwrap_or(is_off) }
+    }
+}
+
+/// What a communicator is to become.
+#[derive(Clone, Copy)]
+struct Wish {
+    legs: Legs,
+    switched_off: bool,
+}
+
+/// What the ranks came to.
+enum Outcome {
+    /// All have this.
+    New(Box<Attached>),
+    /// All have had it before.
+    Known,
+    /// All stay as they were; a communicator without a verdict is off.
+    Refused(Disagreement),
+}
+
+fn put_on(comm: &Comm, attached: Box<Attached>, wish: Wish) {
+    comm.settle(attached, wish.switched_off);
+    describe(comm);
+}
+
+fn describe(comm: &Comm) {
+    if let Some(on) = comm.attached() {
+        stats::describe(comm.handle(), on.rank, on.world, Some((on.legs.to_string(), on.exchange.name())));
+    }
+}
+
+/// One communicator's rounds, on a thread of their own.
+struct Wait {
+    comm: Arc<Comm>,
+    answer: Receiver<Result<Outcome>>,
+}
+
+impl Wait {
+    fn start(comm: &Arc<Comm>, wish: Wish) -> Self {
+        let (sender, answer) = channel();
+        let there = comm.clone();
+        thread::spawn(move || {
+            // Nobody waits any more after a timeout; then the result is dropped.
+            let _ = sender.send(attach(&there, wish));
+        });
+        Wait { comm: comm.clone(), answer }
+    }
+}
+
+/// Waits for all, within the attach timeout, and does `then` with what each came to; the last error.
+fn all(waits: Vec<Wait>, mut then: impl FnMut(&Arc<Comm>, Outcome) -> Result<()>) -> Result<()> {
     let timeout = Config::global().attach_timeout;
     let deadline = Instant::now() + timeout;
-    let waits: Vec<(Arc<Comm>, Receiver<Result<Option<Attached>>>)> =
-        comms.filter(|comm| comm.state.get().is_none()).map(|comm| (comm.clone(), start(comm.clone()))).collect();
-    let mut outcome = Ok(());
-    for (comm, answer) in waits {
-        let settled = match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(settled) => settled,
+    let mut result = Ok(());
+    for Wait { comm, answer } in waits {
+        let outcome = match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(outcome) => outcome,
             Err(RecvTimeoutError::Timeout) => Err(Error::AttachTimeout(timeout)),
             Err(RecvTimeoutError::Disconnected) => Err(Error::Aborted), // the thread panicked, and its message is out
         };
-        match settled {
-            Ok(attached) => comm.settle(attached),
-            Err(error) => {
-                log::error!("attach failed: {error}");
-                error::remember(&error);
-                // What the real NCCL refused (a communicator still in the making) may go well the next time; then
-                // this rank must not be off alone.
-                if !matches!(error, Error::Nccl { .. }) {
-                    comm.settle(None);
-                }
-                outcome = Err(error);
+        if let Err(error) = outcome.and_then(|outcome| then(&comm, outcome)) {
+            if !matches!(error, Error::Refused(_)) {
+                log::error!("attach failed: {error}"); // of a refusal the log has told
             }
+            error::remember(&error);
+            // What the real NCCL refused (a communicator still in the making) may go well the next time; then
+            // this rank must not be off alone.
+            if !matches!(error, Error::Nccl { .. }) {
+                comm.settle_off();
+            }
+            result = Err(error);
         }
     }
-    outcome
+    result
 }
 
-/// Starts the attach of one communicator on a thread of its own.
-fn start(comm: Arc<Comm>) -> Receiver<Result<Option<Attached>>> {
-    let (sender, receiver) = channel();
-    thread::spawn(move || {
-        // Nobody waits any more after a timeout; then the result is dropped.
-        let _ = sender.send(attach(&comm));
-    });
-    receiver
-}
-
-/// The attach of one communicator: attached, or off by agreement.
-fn attach(comm: &Comm) -> Result<Option<Attached>> {
+/// The attach of one communicator, or its change to other widths.
+fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
     let rank = query(comm, "ncclCommUserRank", nccl::comm_user_rank)?;
     let world = query(comm, "ncclCommCount", nccl::comm_count)?;
     if world == 1 {
-        return Ok(None);
+        return Ok(Outcome::Refused(Disagreement::Alone));
     }
-    let agreement = Agreement::from(Config::global());
+    let Wish { legs, switched_off } = wish;
+    let agreement = Agreement { legs, switched_off, ..Agreement::from(Config::global()) };
     let (device, context) = device_of(comm)?;
     let _entered = context.enter().map_err(Error::cuda("entering the context"))?;
     let _relaxed = RelaxedCapture::enter().map_err(Error::cuda("leaving the capture mode"))?;
-    let loaded = load(device, &context, agreement.legs);
+    let nothing = [0; fused::OFFER_BYTES];
+    let order = comm.setups().next().map(|first| first.order.clone());
+    let mut rounds = match &order {
+        // What is loaded or allocated may wait for work on the GPU; so first all ranks come, and have issued what they
+        // were to issue before, then that work ends.
+        Some(_) => {
+            let place = place(device, &context, 0)?;
+            let blob =
+                Blob { rank: rank as u32, agreement, place, attach: number_of_attach(), ready: true, offer: nothing };
+            let wire = Wire::new(comm, device, rank, world)?;
+            let mut rounds = Rounds { blob, wire, number: 0, neighbors: None };
+            match rounds.next(true, nothing)? {
+                Ok(peers) => rounds.neighbors = Some(Neighbors::of(&blob, &peers)),
+                Err(disagreement) => return Ok(refused(comm, rank, disagreement)),
+            }
+            poll(comm, || Ok(comm.is_idle()))?;
+            if comm.attached_with(legs).is_some() {
+                rounds.end()?;
+                return Ok(Outcome::Known);
+            }
+            if comm.setups().count() == MAX_SETUPS {
+                return Ok(refused(comm, rank, Disagreement::TooManyWidths));
+            }
+            Some(rounds)
+        }
+        None => None,
+    };
+    let loaded = load(device, &context, legs);
     if let Err(error) = &loaded {
         log::warn!("rank {rank} cannot compress: {error}");
     }
+    let ready = loaded.is_ok();
     let place = place(device, &context, loaded.as_ref().map_or(0, |loaded| loaded.block_channels))?;
-    let (ready, offer) = (loaded.is_ok(), [0; fused::OFFER_BYTES]);
-    let blob = Blob { rank: rank as u32, agreement, place, attach: number_of_attach(), ready, offer };
-    let mut rounds = Rounds { blob, wire: Wire::new(comm, device, rank, world)?, number: 0, neighbors: None };
-
-    let peers = match rounds.next(ready, offer)? {
-        Ok(peers) => peers,
-        Err(disagreement) => return Ok(off(rank, &disagreement)),
+    let mut rounds = match rounds.take() {
+        Some(rounds) => Rounds { blob: Blob { place, ready, ..rounds.blob }, ..rounds },
+        None => {
+            let blob = Blob { rank: rank as u32, agreement, place, attach: number_of_attach(), ready, offer: nothing };
+            Rounds { blob, wire: Wire::new(comm, device, rank, world)?, number: 0, neighbors: None }
+        }
     };
-    rounds.neighbors = Some(Neighbors::of(&blob, &peers));
+
+    let peers = match rounds.next(ready, nothing)? {
+        Ok(peers) => peers,
+        Err(disagreement) => return Ok(refused(comm, rank, disagreement)),
+    };
+    rounds.neighbors.get_or_insert_with(|| Neighbors::of(&rounds.blob, &peers));
     let Loaded { kernels, last, .. } = loaded?;
     let exchange = match agree_on_exchange(&mut rounds, &context, &kernels, &peers)? {
         Ok(exchange) => exchange,
-        Err(disagreement) => return Ok(off(rank, &disagreement)),
+        Err(disagreement) => return Ok(refused(comm, rank, disagreement)),
     };
 
     rounds.end()?;
     let one_host = is_one_host(&peers);
     let min_bytes = agreement.min_bytes.unwrap_or(exchange.default_min_bytes(one_host));
-    log::info!(
-        "rank {rank} of {world}: on, {} bits, exchange {}, from {min_bytes} bytes up",
-        agreement.legs,
-        exchange.name()
-    );
-    let order = Mutex::new(Order { last, captured: None });
+    let from = match min_bytes {
+        u64::MAX => "nothing unless FLASHCOMM_MIN_BYTES says so".into(),
+        min_bytes => format!("from {min_bytes} bytes up"),
+    };
+    log::info!("rank {rank} of {world}: on, {legs} bits, exchange {}, {from}", exchange.name());
+    let order = order.unwrap_or_else(|| Arc::new(Mutex::new(Order { last, captured: None })));
     let exchange = ManuallyDrop::new(exchange);
-    Ok(Some(Attached { rank, world, legs: agreement.legs, min_bytes, context, kernels, exchange, order }))
+    let attached = Attached { rank, world, legs, min_bytes, context, kernels, exchange, order };
+    Ok(Outcome::New(Box::new(attached)))
 }
 
 /// What every exchange needs.
@@ -347,11 +486,15 @@ pub fn device_of(comm: &Comm) -> Result<(i32, Context)> {
     Ok((device, context))
 }
 
-/// The communicator stays off, by agreement. Every rank knows; one tells.
-fn off(rank: usize, disagreement: &Disagreement) -> Option<Attached> {
+/// The communicator stays as it is, by agreement. Every rank knows; one tells.
+fn refused(comm: &Comm, rank: usize, disagreement: Disagreement) -> Outcome {
     let level = if rank == 0 { log::Level::Warn } else { log::Level::Info };
-    log::log!(level, "all ranks forward to the real NCCL: {disagreement}");
-    None
+    let what = match comm.verdict() {
+        Verdict::Open => "all ranks forward to the real NCCL",
+        _ => "all ranks keep the width that they had",
+    };
+    log::log!(level, "{what}: {disagreement}");
+    Outcome::Refused(disagreement)
 }
 
 /// Asks the real NCCL for one number of a communicator.

@@ -7,6 +7,7 @@ use std::fmt;
 
 use flashcomm_wire::{Codec, GroupSize, Legs, WIRE_VERSION, Width};
 
+use super::MAX_SETUPS;
 use crate::config::{Config, ExchangeChoice};
 use crate::exchange::fused::{OFFER_BYTES, Offer};
 
@@ -34,6 +35,8 @@ pub struct Agreement {
     pub buffer_bytes: usize,
     /// `FLASHCOMM_MAX_CTAS`.
     pub max_ctas: u32,
+    /// Whether the engine wants it off.
+    pub switched_off: bool,
 }
 
 impl From<&Config> for Agreement {
@@ -45,6 +48,7 @@ impl From<&Config> for Agreement {
             exchange: config.exchange,
             buffer_bytes: config.buffer_bytes,
             max_ctas: config.max_ctas,
+            switched_off: false,
         }
     }
 }
@@ -111,6 +115,10 @@ pub enum Disagreement {
     },
     /// The ranks have no memory that all could share.
     NoSharedMemory,
+    /// It has one rank.
+    Alone,
+    /// It has had [`MAX_SETUPS`] other pairs of widths.
+    TooManyWidths,
 }
 
 impl fmt::Display for Disagreement {
@@ -131,6 +139,11 @@ impl fmt::Display for Disagreement {
                 "FLASHCOMM_EXCHANGE=peer and host take ranks of one host, 16 at most, and FLASHCOMM_BUFFER_MIB must have \
                  room for them; FLASHCOMM_EXCHANGE=auto or nccl takes any",
             ),
+            Disagreement::Alone => f.write_str("the communicator has one rank, and nothing to compress"),
+            Disagreement::TooManyWidths => write!(
+                f,
+                "the communicator has had {MAX_SETUPS} pairs of widths, each of which keeps its memory; use one of those"
+            ),
             Disagreement::NotReady { rank } => write!(f, "rank {rank} could not; see that rank's log"),
         }
     }
@@ -139,7 +152,7 @@ impl fmt::Display for Disagreement {
 impl Blob {
     /// The bytes that travel.
     pub fn encode(&self) -> [u8; BLOB_BYTES] {
-        let Agreement { legs, min_bytes, dtypes, exchange, buffer_bytes, max_ctas } = self.agreement;
+        let Agreement { legs, min_bytes, dtypes, exchange, buffer_bytes, max_ctas, switched_off } = self.agreement;
         let place = &self.place;
         let (uuid, _) = place.device_uuid.as_chunks::<8>();
         let fields = [
@@ -152,7 +165,7 @@ impl Blob {
             u64::from(legs.gather.width.bits()),
             legs.reduce.group.n_elems() as u64,
             min_bytes.unwrap_or(u64::MAX),
-            u64::from(dtypes.0) | u64::from(dtypes.1) << 1,
+            u64::from(dtypes.0) | u64::from(dtypes.1) << 1 | u64::from(switched_off) << 2,
             exchange as u64,
             buffer_bytes as u64,
             u64::from(max_ctas),
@@ -190,7 +203,7 @@ impl Blob {
         let group = GroupSize::new(u16::try_from(field(7)).ok()?)?;
         // What no settings and no device give is not ours; and settings that look alike when told are alike.
         let within = |i, min: u64, max: u64| Some(field(i)).filter(|value| (min..=max).contains(value));
-        let dtypes = within(9, 1, 3)?;
+        let flags = within(9, 0, 7).filter(|flags| flags & 3 != 0)?;
         Some(Self {
             rank: u32::try_from(field(2)).ok()?,
             ready: within(3, 0, 1)? == 1,
@@ -207,7 +220,8 @@ impl Blob {
             agreement: Agreement {
                 legs: Legs::new(Codec { width: width(5)?, group }, Codec { width: width(6)?, group })?,
                 min_bytes: Some(field(8)).filter(|n_bytes| *n_bytes != u64::MAX),
-                dtypes: (dtypes & 1 != 0, dtypes & 2 != 0),
+                dtypes: (flags & 1 != 0, flags & 2 != 0),
+                switched_off: flags & 4 != 0,
                 exchange: match field(10) {
                     0 => ExchangeChoice::Auto,
                     1 => ExchangeChoice::Peer,
@@ -246,7 +260,7 @@ pub fn agree(gathered: &[u8]) -> Result<Vec<Blob>, Disagreement> {
 
 /// The first setting that differs, with both values.
 fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, String, String)> {
-    let rows: [(&str, fn(&Agreement) -> String); 7] = [
+    let rows: [(&str, fn(&Agreement) -> String); 8] = [
         ("FLASHCOMM_BITS", |a| a.legs.to_string()),
         ("FLASHCOMM_GROUP", |a| a.legs.reduce.group.n_elems().to_string()),
         ("FLASHCOMM_MIN_BYTES", |a| a.min_bytes.map_or("auto".into(), |n_bytes| n_bytes.to_string())),
@@ -258,6 +272,7 @@ fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, Stri
         ("FLASHCOMM_EXCHANGE", |a| format!("{:?}", a.exchange).to_lowercase()),
         ("FLASHCOMM_BUFFER_MIB", |a| (a.buffer_bytes >> 20).to_string()),
         ("FLASHCOMM_MAX_CTAS", |a| a.max_ctas.to_string()),
+        ("flashcommSetCommEnabled", |a| u8::from(!a.switched_off).to_string()),
     ];
     rows.into_iter()
         .map(|(setting, value)| (setting, value(&theirs), value(&first)))
@@ -310,6 +325,17 @@ mod tests {
         }
         let shared = crate::config::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
         assert_eq!(shared, 8, "seven are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
+    }
+
+    #[test]
+    fn a_rank_that_asks_for_on_while_another_asks_for_off_is_named() {
+        let mut off = blob(1);
+        off.agreement.switched_off = true;
+        let error = agree(&gather(&[blob(0), off])).unwrap_err().to_string();
+        assert!(error.contains("rank 1 has flashcommSetCommEnabled=0, rank 0 has 1"), "{error}");
+        off.rank = 0;
+        let (first, second) = (off, Blob { rank: 1, ..off });
+        assert_eq!(agree(&gather(&[first, second])), Ok(vec![first, second]));
     }
 
     #[test]

@@ -4,6 +4,10 @@
 //! An entry appears at the first candidate all-reduce and is dropped before a destroy or an abort is forwarded, since
 //! NCCL uses addresses again. Its verdict is settled once, by [`attach`]; what it then holds is freed with it,
 //! as soon as the last operation that uses it has run.
+//!
+//! An engine may change the widths later, at points that all ranks agree on. Each pair of widths has a *setup* of its own,
+//! as if it were another communicator's: kernels, receive areas, counters. The setups of earlier widths stay as long as the
+//! communicator, since graphs that were captured with them may be replayed whenever the application likes.
 
 pub mod attach;
 pub mod blob;
@@ -11,7 +15,7 @@ pub mod blob;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::mem::ManuallyDrop;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
 
 use flashcomm_wire::Legs;
@@ -28,16 +32,22 @@ use crate::route::Verdict;
 pub struct Comm {
     handle: CommHandle,
     aborted: AtomicBool,
-    state: OnceLock<State>,
+    /// [`OPEN`], [`OFF`], or the number of the setup in use.
+    state: AtomicUsize,
+    /// An engine has switched it off, on all ranks.
+    switched_off: AtomicBool,
+    setups: [OnceLock<Box<Attached>>; MAX_SETUPS],
 }
 
-/// The settled state.
-enum State {
-    Off,
-    On(Box<Attached>),
-}
+/// The ranks have not met yet.
+const OPEN: usize = usize::MAX;
+/// All ranks forward, for good.
+const OFF: usize = usize::MAX - 1;
 
-/// What an attached communicator holds.
+/// Pairs of widths that a communicator may have in its life: each keeps its memory.
+pub const MAX_SETUPS: usize = 8;
+
+/// What an attached communicator holds for a pair of widths.
 pub struct Attached {
     /// This rank.
     pub rank: usize,
@@ -53,10 +63,10 @@ pub struct Attached {
     pub kernels: Kernels,
     /// What carries the payloads.
     pub exchange: ManuallyDrop<Exchange>,
-    order: Mutex<Order>,
+    order: Arc<Mutex<Order>>,
 }
 
-/// The events that chain the communicator's operations whatever streams they are issued on.
+/// The events that chain the communicator's operations, of whatever setup and on whatever stream.
 struct Order {
     /// The end of the last operation, eager or replayed.
     last: Event,
@@ -94,19 +104,27 @@ impl Comm {
 
     /// What the ranks agreed on.
     pub fn verdict(&self) -> Verdict {
-        match self.state.get() {
-            None => Verdict::Open,
-            Some(State::Off) => Verdict::Off,
-            Some(State::On(attached)) => Verdict::On { min_bytes: attached.min_bytes },
+        match self.state.load(Ordering::Acquire) {
+            OPEN => Verdict::Open,
+            OFF => Verdict::Off,
+            _ if self.switched_off.load(Ordering::Relaxed) => Verdict::SwitchedOff,
+            setup => self.setups[setup].get().map_or(Verdict::Off, |on| Verdict::On { min_bytes: on.min_bytes }),
         }
     }
 
-    /// The attached state, when the verdict is on.
+    /// The setup in use, when the verdict is on (or was, before it was switched off).
     pub fn attached(&self) -> Option<&Attached> {
-        match self.state.get() {
-            Some(State::On(attached)) => Some(attached),
-            _ => None,
-        }
+        self.setups.get(self.state.load(Ordering::Acquire))?.get().map(|attached| &**attached)
+    }
+
+    /// The setup of a pair of widths, if it has ever been in use.
+    pub fn attached_with(&self, legs: Legs) -> Option<&Attached> {
+        self.setups().find(|attached| attached.legs == legs)
+    }
+
+    /// Every setup, the oldest first.
+    fn setups(&self) -> impl Iterator<Item = &Attached> {
+        self.setups.iter().map_while(|setup| setup.get().map(|attached| &**attached))
     }
 
     /// Whether the application has aborted or destroyed the communicator. Its handle must not be used any more.
@@ -117,15 +135,52 @@ impl Comm {
     /// Frees the kernels that wait for other ranks (invariant I5).
     fn abort(&self) {
         self.aborted.store(true, Ordering::Release);
-        if let Some(Exchange::Fused(fused)) = self.attached().map(|attached| &*attached.exchange) {
-            fused.abort();
+        for attached in self.setups() {
+            if let Exchange::Fused(fused) = &*attached.exchange {
+                fused.abort();
+            }
         }
     }
 
-    fn settle(&self, attached: Option<Attached>) {
-        let state = attached.map_or(State::Off, |attached| State::On(Box::new(attached)));
-        // A second settlement would be one of a thread that came late; the first holds.
-        let _ = self.state.set(state);
+    /// What went wrong on the GPU, if anything.
+    fn failure(&self) -> Option<Error> {
+        self.setups().find_map(Attached::failure)
+    }
+
+    /// Whether all of its operations have run.
+    fn is_idle(&self) -> bool {
+        self.setups().next().is_none_or(Attached::is_idle)
+    }
+
+    /// All ranks forward from now on. Does nothing once the verdict is settled: a settlement that comes late is that of a
+    /// thread that nobody waited for.
+    fn settle_off(&self) {
+        let _ = self.state.compare_exchange(OPEN, OFF, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Takes a setup into use, at a point that all ranks agree on.
+    fn settle(&self, attached: Box<Attached>, switched_off: bool) {
+        if self.state.load(Ordering::Acquire) == OFF {
+            return; // too late, as above
+        }
+        let legs = attached.legs;
+        let mut place = Some(attached);
+        for setup in &self.setups {
+            if let Some(attached) = place.take()
+                && let Err(attached) = setup.set(attached)
+            {
+                place = Some(attached);
+            }
+        }
+        self.use_setup(legs, switched_off);
+    }
+
+    /// As [`Comm::settle`], for widths that have been in use before.
+    fn use_setup(&self, legs: Legs, switched_off: bool) {
+        if let Some(setup) = self.setups().position(|attached| attached.legs == legs) {
+            self.switched_off.store(switched_off, Ordering::Relaxed);
+            self.state.store(setup, Ordering::Release);
+        }
     }
 }
 
@@ -242,8 +297,19 @@ pub fn of(handle: CommPtr) -> Arc<Comm> {
     if let Some(comm) = TABLE.read().get(&handle) {
         return comm.clone();
     }
-    let new = || Arc::new(Comm { handle, aborted: AtomicBool::new(false), state: OnceLock::new() });
-    TABLE.write().entry(handle).or_insert_with(new).clone()
+    let new = || Comm {
+        handle,
+        aborted: AtomicBool::new(false),
+        state: AtomicUsize::new(OPEN),
+        switched_off: AtomicBool::new(false),
+        setups: Default::default(),
+    };
+    TABLE.write().entry(handle).or_insert_with(|| Arc::new(new())).clone()
+}
+
+/// The entry of a communicator, if it has one.
+pub fn known(handle: CommPtr) -> Option<Arc<Comm>> {
+    TABLE.read().get(&CommHandle(handle)).cloned()
 }
 
 /// Drops the entry of a communicator that is about to be destroyed. What it holds stays until [`reap`] finds that its
@@ -252,7 +318,7 @@ pub fn retire(handle: CommPtr) {
     let removed = TABLE.write().remove(&CommHandle(handle));
     if let Some(comm) = removed {
         comm.aborted.store(true, Ordering::Release);
-        if comm.attached().is_some() {
+        if comm.setups().next().is_some() {
             RETIRED.lock().push(comm);
         }
     }
@@ -269,12 +335,12 @@ pub fn abort(handle: CommPtr) {
 /// As [`abort`], for a handle that stays: from now on the real NCCL answers what is done with it.
 pub fn turn_off(handle: CommPtr) {
     abort(handle);
-    of(handle).settle(None);
+    of(handle).settle_off();
 }
 
 /// What went wrong in a communicator on the GPU, if anything.
 pub fn failure(handle: CommPtr) -> Option<Error> {
-    TABLE.read().get(&CommHandle(handle))?.attached()?.failure()
+    TABLE.read().get(&CommHandle(handle))?.failure()
 }
 
 /// Frees the staging of retired communicators that are idle. Waits for nothing of a communicator, but frees memory,
@@ -288,11 +354,11 @@ pub fn reap() {
     let idle: Vec<Arc<Comm>> = {
         let mut retired = RETIRED.lock();
         let all = std::mem::take(&mut *retired);
-        let (idle, busy) = all.into_iter().partition(|comm| comm.attached().is_none_or(Attached::is_idle));
+        let (idle, busy) = all.into_iter().partition(|comm| comm.is_idle());
         *retired = busy;
         idle
     };
-    for error in idle.iter().filter_map(|comm| comm.attached()?.failure()) {
+    for error in idle.iter().filter_map(|comm| comm.failure()) {
         error::remember(&error);
     }
     drop(idle);

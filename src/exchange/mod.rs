@@ -47,6 +47,15 @@ impl Exchange {
         }
     }
 
+    /// The same for C.
+    pub const fn c_name(&self) -> &'static std::ffi::CStr {
+        match self {
+            Exchange::Fused(fused::Fused { kind: fused::Kind::Peer, .. }) => c"peer",
+            Exchange::Fused(fused::Fused { kind: fused::Kind::Host, .. }) => c"host",
+            Exchange::Nccl(_) => c"nccl",
+        }
+    }
+
     /// As [`default_min_bytes`].
     pub const fn default_min_bytes(&self, one_host: bool) -> u64 {
         match self {

@@ -152,7 +152,7 @@ extern "C" fn resolve(slot: u32) -> *const () {
     // The first call of NCCL in this process comes through here, whichever it is.
     let address = catch_unwind(|| {
         crate::logging::init();
-        crate::stats::init();
+        crate::stats::report::init();
         let (_, _, since) = SYMBOLS[slot as usize];
         match load::real_library() {
             None => absent(name, kind),

@@ -60,6 +60,17 @@ impl DataType {
     pub const FLOAT16: Self = Self(6);
     pub const FLOAT32: Self = Self(7);
     pub const BFLOAT16: Self = Self(9);
+
+    /// Bytes of an element; 0 for a type that is not known.
+    pub const fn n_bytes(self) -> u64 {
+        match self.0 {
+            0 | 1 | 10 | 11 => 1, // int8, uint8, float8e4m3, float8e5m2
+            6 | 9 => 2,
+            2 | 3 | 7 => 4,
+            4 | 5 | 8 => 8,
+            _ => 0,
+        }
+    }
 }
 
 /// `ncclRedOp_t`; user-defined operations are handles beyond the built-in ones.

@@ -13,7 +13,7 @@ int main(void) {
   char buffer[64];
   int results = ncclBcast(buffer, 8, 6, 0, &comm, NULL);
   results |= ncclAllReduce(buffer, buffer, 8, 7, 0, &comm, NULL);
-  flashcommStats_t stats = {sizeof(flashcommStats_t), 0, 0, 0, 0, 0};
+  flashcommStats_t stats = {.size = sizeof(flashcommStats_t)};
   int (*get_stats)(flashcommStats_t*) = (int (*)(flashcommStats_t*))dlsym(RTLD_DEFAULT, "flashcommGetStats");
   results |= !get_stats || get_stats(&stats);
   printf("results %d, all-reduces forwarded %d, others %d\n", results, (int)stats.allReducesForwarded,

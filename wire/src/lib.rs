@@ -21,4 +21,4 @@ pub use plan::Plan;
 pub use rings::Rings;
 
 /// Version of everything that ranks must agree on byte for byte: tile layout, chunking, attach blob.
-pub const WIRE_VERSION: u32 = 2;
+pub const WIRE_VERSION: u32 = 3;

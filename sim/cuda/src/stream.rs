@@ -65,6 +65,12 @@ struct Capturing {
     is_origin: bool,
 }
 
+impl Capturing {
+    fn add(&mut self, work: NodeWork) {
+        self.last = vec![self.session.add(work, self.last.clone())];
+    }
+}
+
 /// A capture in progress.
 pub struct Session {
     /// Unique in the process.
@@ -81,8 +87,17 @@ pub struct Session {
 /// A node of a graph.
 #[derive(Clone)]
 pub struct Node {
-    task: Task,
+    work: NodeWork,
     needs: Vec<usize>,
+}
+
+/// What a node does at a replay. Which record an event node is about is settled when the graph is launched, not when the
+/// node's turn comes: by then the host may have recorded what is queued behind the graph.
+#[derive(Clone)]
+enum NodeWork {
+    Task(Task),
+    Record(Arc<Event>),
+    Wait(Arc<Event>),
 }
 
 /// Modes of capture: forbids potentially unsafe calls to all threads, to this one, to none.
@@ -143,9 +158,9 @@ impl Session {
         code
     }
 
-    fn add(&self, task: Task, needs: Vec<usize>) -> usize {
+    fn add(&self, work: NodeWork, needs: Vec<usize>) -> usize {
         let mut nodes = self.nodes.lock();
-        nodes.push(Node { task, needs });
+        nodes.push(Node { work, needs });
         nodes.len() - 1
     }
 }
@@ -213,8 +228,7 @@ impl Stream {
         };
         let mut state = self.state.lock();
         if let Some(capturing) = state.capture_mut()? {
-            let node = capturing.session.add(task, capturing.last.clone());
-            capturing.last = vec![node];
+            capturing.add(NodeWork::Task(task));
             return Ok(());
         }
         state.tasks.push_back(task);
@@ -443,7 +457,7 @@ impl State {
 
 /// What a record completes.
 #[derive(Default)]
-struct Mark {
+pub struct Mark {
     at: Mutex<Option<Instant>>,
     done: Condvar,
 }
@@ -500,30 +514,41 @@ impl Event {
 
     /// Records the work of a stream so far; `external`: at each replay of the graph being captured.
     pub fn record(self: &Arc<Self>, stream: &Arc<Stream>, external: bool) -> Result<()> {
-        let capture = stream.state.lock().capture_mut()?.cloned();
-        match (capture, external) {
+        let mut state = stream.state.lock();
+        match (state.capture_mut()?, external) {
             (Some(capturing), false) => {
-                *self.state.lock() = EventState::Captured(capturing.session, capturing.last);
+                *self.state.lock() = EventState::Captured(capturing.session.clone(), capturing.last.clone());
                 Ok(())
             }
-            (Some(_), true) => {
-                let event = self.clone();
-                stream.issue(Arc::new(move || {
-                    let mark = Arc::new(Mark::default());
-                    mark.complete();
-                    *event.state.lock() = EventState::Recorded(mark);
-                    Ok(())
-                }))
+            (Some(capturing), true) => {
+                self.device.check()?;
+                capturing.add(NodeWork::Record(self.clone()));
+                Ok(())
             }
             (None, true) => Err(Code::INVALID_VALUE),
             (None, false) => {
-                let mark = Arc::new(Mark::default());
-                *self.state.lock() = EventState::Recorded(mark.clone());
+                drop(state);
+                let mark = self.next_mark();
                 stream.issue(Arc::new(move || {
                     mark.complete();
                     Ok(())
                 }))
             }
+        }
+    }
+
+    /// The mark of a record that is issued now.
+    fn next_mark(&self) -> Arc<Mark> {
+        let mark = Arc::new(Mark::default());
+        *self.state.lock() = EventState::Recorded(mark.clone());
+        mark
+    }
+
+    /// The mark of the last record, if there is one.
+    fn last_mark(&self) -> Option<Arc<Mark>> {
+        match &*self.state.lock() {
+            EventState::Recorded(mark) => Some(mark.clone()),
+            _ => None,
         }
     }
 
@@ -560,15 +585,9 @@ impl Event {
         };
         match recorded {
             _ if external => {
-                drop(state);
-                let event = self.clone();
-                stream.issue(Arc::new(move || {
-                    let recorded = event.state.lock().clone();
-                    if let EventState::Recorded(mark) = recorded {
-                        mark.wait(event.device);
-                    }
-                    Ok(())
-                }))
+                self.device.check()?;
+                capturing.add(NodeWork::Wait(self.clone()));
+                Ok(())
             }
             EventState::Captured(session, last) if session.id == capturing.session.id => {
                 capturing.last.extend(last);
@@ -615,6 +634,9 @@ impl Event {
     }
 }
 
+/// The records that the event nodes of one launch are about, by node.
+pub struct Launched(Vec<Option<Arc<Mark>>>);
+
 /// An instantiated graph. Launches of the same one run one after the other.
 pub struct Executable {
     nodes: Vec<Node>,
@@ -632,13 +654,24 @@ impl Executable {
         Executable { nodes, successors, running: Mutex::new(()) }
     }
 
+    /// Settles which records its event nodes are about, in the order in which they were captured. To be called when it is
+    /// launched; the answer is for [`Executable::run`].
+    pub fn launch(&self) -> Launched {
+        let mark = |node: &Node| match &node.work {
+            NodeWork::Task(_) => None,
+            NodeWork::Record(event) => Some(event.next_mark()),
+            NodeWork::Wait(event) => event.last_mark(),
+        };
+        Launched(self.nodes.iter().map(mark).collect())
+    }
+
     /// Runs every node after those that it needs; branches run side by side.
-    pub fn run(&self) -> Result<()> {
+    pub fn run(&self, Launched(marks): &Launched) -> Result<()> {
         let _running = self.running.lock();
         let left: Vec<_> = self.nodes.iter().map(|node| AtomicUsize::new(node.needs.len())).collect();
         let outcome = Mutex::new(Ok(()));
         let ready = (0..self.nodes.len()).filter(|i| self.nodes[*i].needs.is_empty()).collect();
-        thread::scope(|scope| self.follow(scope, ready, &left, &outcome));
+        thread::scope(|scope| self.follow(scope, ready, marks, &left, &outcome));
         outcome.into_inner()
     }
 
@@ -647,18 +680,26 @@ impl Executable {
         &'env self,
         scope: &'scope thread::Scope<'scope, 'env>,
         mut ready: Vec<usize>,
+        marks: &'env [Option<Arc<Mark>>],
         left: &'env [AtomicUsize],
         outcome: &'env Mutex<Result<()>>,
     ) {
         while let Some(node) = ready.pop() {
             for other in ready.drain(..) {
-                scope.spawn(move || self.follow(scope, vec![other], left, outcome));
+                scope.spawn(move || self.follow(scope, vec![other], marks, left, outcome));
             }
             schedule::point();
             if outcome.lock().is_ok() {
                 schedule::step();
-                if let Err(code) = (self.nodes[node].task)() {
-                    *outcome.lock() = Err(code);
+                match (&self.nodes[node].work, &marks[node]) {
+                    (NodeWork::Task(task), _) => {
+                        if let Err(code) = task() {
+                            *outcome.lock() = Err(code);
+                        }
+                    }
+                    (NodeWork::Record(_), Some(mark)) => mark.complete(),
+                    (NodeWork::Wait(event), Some(mark)) => mark.wait(event.device),
+                    (_, None) => {}
                 }
             }
             let becomes_ready = |next: &&usize| left[**next].fetch_sub(1, Ordering::AcqRel) == 1;

@@ -7,6 +7,7 @@
 
 pub mod kernels;
 pub mod measure;
+mod plot;
 pub mod report;
 
 use std::collections::BTreeSet;
@@ -19,12 +20,14 @@ use flashcomm::config::Config;
 use serde::{Deserialize, Serialize};
 
 use self::measure::{Check, Measured, Task};
+use self::plot::Plotted;
 use self::report::{Record, Report};
 use super::client::job::{Job, Start};
 use super::client::machine::{Machine, Places, Wanted};
 use super::client::party::Role;
 use super::client::rank::Dtype;
 use super::client::values;
+use super::plot::check_name;
 use super::{Bytes, progress};
 
 /// Arguments.
@@ -81,6 +84,12 @@ pub struct Args {
     /// Write every median, and what it was measured on, to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw time and speed-up over size to this file, an SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    /// Measure nothing, and plot what --json wrote to this file
+    #[arg(long, value_name = "FILE", requires = "plot")]
+    from: Option<PathBuf>,
     /// Ranks are processes; otherwise threads of one, where NCCL takes that
     #[arg(long)]
     processes: bool,
@@ -251,6 +260,11 @@ impl<'a> Plan<'a> {
 
 /// Runs it; whether everything was as it must be.
 pub fn run(args: &Args) -> Result<bool> {
+    args.plot.as_deref().map(check_name).transpose()?; // before it takes minutes
+    if let (Some(from), Some(to)) = (&args.from, &args.plot) {
+        Plotted::read(from)?.write(to)?;
+        return Ok(true);
+    }
     let machine = Machine::find(&args.places, if args.simulator { Wanted::Simulator } else { Wanted::Gpu })?;
     let plan = Plan::new(args)?;
     println!("Measuring on {}.", machine.describe());
@@ -280,6 +294,9 @@ pub fn run(args: &Args) -> Result<bool> {
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&report.summarized())?;
         std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if let Some(path) = &args.plot {
+        Plotted::from(report.summarized()).write(path)?;
     }
     report.problems.iter().for_each(|problem| println!("! {problem}"));
     Ok(report.problems.is_empty())

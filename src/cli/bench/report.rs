@@ -35,31 +35,31 @@ pub struct Record {
 
 /// What a table is about.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
-struct Case {
+pub(super) struct Case {
     world: usize,
     dtype: Dtype,
     graph: bool,
 }
 
 /// A size of a case, over all rounds.
-#[derive(Clone, Debug, Serialize)]
-struct Comparison {
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Comparison {
     #[serde(flatten)]
-    case: Case,
-    n_bytes: usize,
+    pub case: Case,
+    pub n_bytes: usize,
     /// Median of the rounds at the best cap.
-    nccl_us: Option<f64>,
+    pub nccl_us: Option<f64>,
     nccl_max_ctas: Option<u32>,
     /// By the shim's ways.
-    flashcomm: Vec<Compared>,
+    pub flashcomm: Vec<Compared>,
 }
 
-#[derive(Clone, Debug, Serialize)]
-struct Compared {
-    way: Way,
-    us: f64,
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Compared {
+    pub way: Way,
+    pub us: f64,
     /// NCCL's time over ours: above 1 the shim is faster.
-    ratio: Option<f64>,
+    pub ratio: Option<f64>,
     compressed: bool,
 }
 
@@ -79,13 +79,13 @@ pub struct Report {
     command: Vec<String>,
     flashcomm: &'static str,
     /// Whether the times mean nothing.
-    simulated: bool,
-    gpus: Vec<String>,
+    pub(super) simulated: bool,
+    pub(super) gpus: Vec<String>,
     cuda_driver: u32,
-    nccl: u32,
+    pub(super) nccl: u32,
     /// Whether ranks were processes; otherwise threads.
-    processes: bool,
-    rounds: usize,
+    pub(super) processes: bool,
+    pub(super) rounds: usize,
     started_unix_s: u64,
     /// Set at the end.
     pub finished_unix_s: u64,
@@ -102,8 +102,8 @@ pub struct Report {
 #[derive(Serialize)]
 pub struct Summarized<'a> {
     #[serde(flatten)]
-    report: &'a Report,
-    comparisons: Vec<Comparison>,
+    pub(super) report: &'a Report,
+    pub(super) comparisons: Vec<Comparison>,
     crossovers: Vec<Crossover>,
 }
 
@@ -296,7 +296,8 @@ impl Report {
     }
 }
 
-fn name(Case { world, dtype, graph }: Case) -> String {
+/// A case in words.
+pub(super) fn name(Case { world, dtype, graph }: Case) -> String {
     format!("{world} ranks, {dtype}{}", if graph { ", in a graph" } else { "" })
 }
 

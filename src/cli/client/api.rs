@@ -176,14 +176,9 @@ impl Nccl {
         type GetStats = unsafe extern "C" fn(*mut flashcommStats_t) -> c_int;
         // SAFETY: the shim's function has this signature; nobody else's has this name.
         let get_stats = unsafe { self.library.get::<GetStats>("flashcommGetStats") }.ok()?;
-        let mut stats = flashcommStats_t {
-            size: size_of::<flashcommStats_t>(),
-            allReducesCompressed: 0,
-            allReducesForwarded: 0,
-            othersForwarded: 0,
-            bytesIn: 0,
-            bytesOnWire: 0,
-        };
+        // SAFETY: numbers, for which zeros will do.
+        let mut stats: flashcommStats_t = unsafe { std::mem::zeroed() };
+        stats.size = size_of::<flashcommStats_t>();
         // SAFETY: `size` is set.
         (unsafe { get_stats(&mut stats) } == 0).then_some(stats)
     }

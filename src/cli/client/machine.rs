@@ -163,10 +163,9 @@ impl Machine {
         if self.is_simulated() {
             return "the simulator: it proves results, and nothing about speed".into();
         }
-        let (major, minor, patch) = (self.nccl_version / 10000, self.nccl_version / 100 % 100, self.nccl_version % 100);
         let driver = (self.driver / 1000, self.driver / 10 % 100);
         let count = if self.gpus.len() == 1 { String::new() } else { format!("{} x ", self.gpus.len()) };
-        format!("{count}{}, CUDA driver {}.{}, NCCL {major}.{minor}.{patch}", self.gpus[0], driver.0, driver.1)
+        format!("{count}{}, CUDA driver {}.{}, NCCL {}", self.gpus[0], driver.0, driver.1, version(self.nccl_version))
     }
 
     /// Whether ranks that share a GPU may be threads of one process.
@@ -210,6 +209,11 @@ impl Machine {
         }
         Ok(command)
     }
+}
+
+/// NCCL's version as people write it.
+pub fn version(code: u32) -> String {
+    format!("{}.{}.{}", code / 10000, code / 100 % 100, code % 100)
 }
 
 /// A value of `LD_PRELOAD` without the shim.

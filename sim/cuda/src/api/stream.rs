@@ -142,7 +142,9 @@ driver! {
     fn cuGraphLaunch(executable: usize, handle: usize) {
         schedule::step();
         let executable = EXECUTABLES.read().get(&executable).cloned().ok_or(Code::INVALID_VALUE)?;
-        stream(handle)?.issue(Arc::new(move || executable.run()))
+        let stream = stream(handle)?;
+        let launched = executable.launch();
+        stream.issue(Arc::new(move || executable.run(&launched)))
     }
     fn cuGraphGetNodes(graph: usize, _nodes: *mut usize, n_nodes: *mut usize) {
         put(n_nodes, GRAPHS.read().get(&graph).ok_or(Code::INVALID_VALUE)?.len())
