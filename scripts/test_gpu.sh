@@ -3,14 +3,14 @@
 # PyTorch jobs and other clients through the shim, and speed beside plain NCCL of the same run. What it runs comes from
 # scripts/pack_gpu.sh. Results go to the folder named by OUT (default: .gpu/results).
 #
-#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [jobs] [example] [clients] [bench] [speed]
+#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [kill] [jobs] [example] [clients] [bench] [speed]
 #                         [ttft]                                                             default: all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-.gpu/results}
 mkdir -p "$out"
 [[ -f .gpu/libflashcomm.so ]] || { echo "run ./scripts/pack_gpu.sh first, where cargo is, and bring .gpu/ along" >&2; exit 1; }
-parts=${*:-kernels sanitize torch settings lifecycle jobs example clients bench speed ttft}
+parts=${*:-kernels sanitize torch settings lifecycle kill jobs example clients bench speed ttft}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 failed=()
 # check NAME COMMAND...: runs, reports, remembers a failure, goes on.
@@ -135,6 +135,18 @@ clients() {
     done
 }
 
+# kill EXCHANGE: a rank is killed amid all-reduces.
+kill_job() {
+    unpack_nccl || return
+    FLASHCOMM_SCRATCH=$(mktemp -d -p /dev/shm) || return
+    export FLASHCOMM_SCRATCH
+    local status=0
+    sharing_gpu env FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 FLASHCOMM_MIN_BYTES=0 FLASHCOMM_BITS=4 FLASHCOMM_EXCHANGE=$1 \
+        timeout 100 python3 scripts/gpu/kill_job.py || status=$?
+    rm -rf "$FLASHCOMM_SCRATCH"
+    return $status
+}
+
 # The C++ example with two ranks that share the GPU, over an exchange.
 example() {
     unpack_nccl || return
@@ -186,6 +198,10 @@ fi
 if wants lifecycle; then
     # Threads as ranks of one GPU need a newer NCCL than PyTorch brings along.
     for exchange in nccl peer; do check "communicators of every making, $exchange" lifecycle "$exchange"; done
+fi
+if wants kill; then
+    # Without MPS, whose server a killed client may take along.
+    for exchange in peer host; do check "a killed rank, $exchange" kill_job "$exchange"; done
 fi
 if wants jobs; then
     # The simulators' jobs, threads as ranks of this GPU, on the real driver and the packed NCCL.
