@@ -5,7 +5,6 @@ share GPU 0 and run with different NCCL_HOSTIDs. Needs FLASHCOMM_LIB (for the co
 program of wire/examples) and FLASHCOMM_BITS. Exits with an assertion where something is off.
 """
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -14,25 +13,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-BITS = os.environ["FLASHCOMM_BITS"]
-SCRATCH = os.environ["FLASHCOMM_SCRATCH"]
-
-
-class Stats(ctypes.Structure):
-    names = ["compressed", "forwarded", "others", "bytes_in", "bytes_wire"]
-    _fields_ = [("size", ctypes.c_size_t)] + [(name, ctypes.c_uint64) for name in names]
-
-
-def stats():
-    shim = ctypes.CDLL(os.environ["FLASHCOMM_LIB"])
-    s = Stats(size=ctypes.sizeof(Stats))
-    assert shim.flashcommGetStats(ctypes.byref(s)) == 0
-    return s
-
-
-def raw(x):
-    return x.view(torch.int16)
+from torch_job_tools import BITS, RANK, SCRATCH, WORLD, raw, say, stats
 
 
 def same_bits(x, y):
@@ -42,11 +23,6 @@ def same_bits(x, y):
 def random(count, dtype, seed):
     generator = torch.Generator(device="cuda").manual_seed(1000 * seed + RANK)
     return (torch.randn(count, device="cuda", generator=generator) * 3).to(dtype)
-
-
-def say(*words):
-    if RANK == 0:
-        print(*words, flush=True)
 
 
 def check_against_reference(count, dtype):

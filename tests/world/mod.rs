@@ -187,6 +187,7 @@ libraries! {
         cuEventRecord(Ptr, Ptr);
         cuEventDestroy_v2(Ptr);
         cuGraphInstantiateWithFlags(*mut Ptr, Ptr, u64);
+        cuGraphUpload(Ptr, Ptr);
         cuGraphLaunch(Ptr, Ptr);
         cuGraphExecDestroy(Ptr);
         cuGraphDestroy(Ptr);
@@ -567,6 +568,9 @@ impl Stream {
         body();
         ok!(cuStreamEndCapture(self.0, &mut graph));
         ok!(cuGraphInstantiateWithFlags(&mut executable, graph, 0));
+        // Not at its first launch, when another rank of this device may wait for this one.
+        ok!(cuGraphUpload(executable, self.0));
+        self.wait();
         Graph { graph, executable }
     }
 }

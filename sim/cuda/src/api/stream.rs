@@ -139,6 +139,10 @@ driver! {
     fn cuGraphInstantiate_v2(
         executable: *mut usize, graph: usize, _error_node: *mut usize, _log: *mut c_void, _n_bytes: usize,
     ) { instantiate(executable, graph) }
+    fn cuGraphUpload(executable: usize, handle: usize) {
+        stream(handle)?;
+        EXECUTABLES.read().get(&executable).map(|_| ()).ok_or(Code::INVALID_VALUE)
+    }
     fn cuGraphLaunch(executable: usize, handle: usize) {
         schedule::step();
         let executable = EXECUTABLES.read().get(&executable).cloned().ok_or(Code::INVALID_VALUE)?;

@@ -1,0 +1,109 @@
+"""One rank of a long random PyTorch job: all-reduces of many sizes and both types over two communicators, eager, coalesced and in
+graphs that are replayed between them, each result compared on the GPU with the reference's bits.
+
+usage: soak_job.py N [SEED]      N operations or a few more; every rank draws the same ones
+
+Started by scripts/gpu/launch.py with LD_PRELOAD of the shim. Needs what torch_job.py needs, and FLASHCOMM_MAX_CTAS small enough for the
+kernels of two communicators on all ranks to fit on the GPU together.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from torch_job_tools import RANK, SCRATCH, WORLD, raw, say, stats
+
+N, SEED = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Case:
+    """A sum: this rank's input, and what must come out."""
+
+    def __init__(self, number, count, dtype):
+        generator = torch.Generator(device="cuda").manual_seed(1000 * number + RANK)
+        self.input = (torch.randn(count, device="cuda", generator=generator) * 3).to(dtype)
+        self.buffers = [torch.empty_like(self.input) for _ in range(2)]
+        path = f"{SCRATCH}/case{number}"
+        raw(self.input).cpu().numpy().tofile(f"{path}.{RANK}")
+        dist.barrier()
+        if RANK == 0:
+            inputs = [f"{path}.{rank}" for rank in range(WORLD)]
+            reference = [os.environ["FLASHCOMM_REFERENCE"], NAMES[dtype], os.environ["FLASHCOMM_BITS"], "128"]
+            subprocess.run([*reference, path, *inputs], check=True)
+        dist.barrier()
+        expected = bytearray(open(path, "rb").read())
+        self.expected = torch.frombuffer(expected, dtype=torch.int16).cuda()
+
+
+def main():
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl")
+    groups = [dist.group.WORLD, dist.new_group()]
+    draw = random.Random(SEED)
+    dtypes = list(NAMES)
+    counts = [1, 4095, 4096, 4097, *(int(2 ** draw.uniform(0, 19)) for _ in range(20))]
+    cases = [Case(number, count, dtypes[number % 2]) for number, count in enumerate(counts)]
+    bad = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def eager(case, which):
+        buffer = case.buffers[which]
+        buffer.copy_(case.input)
+        dist.all_reduce(buffer, group=groups[which])
+        bad.add_((raw(buffer) != case.expected).any())
+
+    def coalesced(some, which):
+        buffers = [case.input.clone() for case in some]
+        with dist._coalescing_manager(group=groups[which]):
+            for buffer in buffers:
+                dist.all_reduce(buffer, group=groups[which])
+        for case, buffer in zip(some, buffers):
+            bad.add_((raw(buffer) != case.expected).any())
+
+    for which in range(2):
+        eager(cases[0], which)  # attached before anything is captured
+    torch.cuda.synchronize()
+    graphs = []
+    for _ in range(8):
+        some, which = draw.sample(cases, draw.randint(1, 4)), draw.randrange(2)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for case in some:
+                eager(case, which)
+        graphs.append((graph, len(some)))
+    dist.barrier()
+
+    before, issued, replays, begun = stats().compressed, 0, 0, time.monotonic()
+    n_ops, next_check = 0, 0
+    while n_ops < N:
+        kind = draw.random()
+        if kind < 0.6:
+            eager(draw.choice(cases), draw.randrange(2))
+            n_ops, issued = n_ops + 1, issued + 1
+        elif kind < 0.7:
+            some = draw.sample(cases, draw.randint(2, 4))
+            coalesced(some, draw.randrange(2))
+            n_ops, issued = n_ops + len(some), issued + len(some)
+        else:
+            graph, length = draw.choice(graphs)
+            for _ in range(draw.randint(1, 3)):
+                graph.replay()
+                n_ops, replays = n_ops + length, replays + 1
+        if n_ops >= next_check:
+            assert bad.item() == 0, f"rank {RANK}: {bad.item()} differences within {n_ops} operations of seed {SEED}"
+            next_check = n_ops + 5000
+    torch.cuda.synchronize()
+    assert bad.item() == 0, f"rank {RANK}: {bad.item()} differences, seed {SEED}"
+    assert stats().compressed == before + issued, "not all were compressed"
+    say(f"{n_ops} random operations, {replays} replays among them, {WORLD} ranks, seed {SEED}: no difference, "
+        f"{time.monotonic() - begun:.0f} s")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+main()

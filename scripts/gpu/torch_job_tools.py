@@ -1,0 +1,31 @@
+"""What the PyTorch jobs share: who this rank is, what the shim has counted, and bits."""
+
+import ctypes
+import os
+
+import torch
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+BITS = os.environ["FLASHCOMM_BITS"]
+SCRATCH = os.environ["FLASHCOMM_SCRATCH"]
+
+
+class Stats(ctypes.Structure):
+    names = ["compressed", "forwarded", "others", "bytes_in", "bytes_wire"]
+    _fields_ = [("size", ctypes.c_size_t)] + [(name, ctypes.c_uint64) for name in names]
+
+
+def stats():
+    shim = ctypes.CDLL(os.environ["FLASHCOMM_LIB"])
+    s = Stats(size=ctypes.sizeof(Stats))
+    assert shim.flashcommGetStats(ctypes.byref(s)) == 0
+    return s
+
+
+def raw(x):
+    return x.view(torch.int16)
+
+
+def say(*words):
+    if RANK == 0:
+        print(*words, flush=True)
