@@ -33,7 +33,7 @@ def main():
     ddp.register_comm_hook(None, hook)
 
     def same_everywhere(what):
-        bits = torch.cat([p.detach().view(torch.int16).flatten() for p in model.parameters()])
+        bits = torch.cat([p.detach().view(torch.uint8).flatten() for p in model.parameters()])  # a type that NCCL takes
         first = bits.clone()
         dist.broadcast(first, 0)
         assert torch.equal(bits, first), f"rank {RANK}'s parameters differ from rank 0's {what}"
