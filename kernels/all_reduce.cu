@@ -10,14 +10,19 @@
 // block of a kernel, and blocks of other kernels find others. A channel works in iterations; iteration i
 //
 //     pushes    tile i of every other rank's chunk, quantized, to its owner,
-//     signals   each peer that its stores of this iteration (and the sums of the last) are there,
 //     waits     for the signals that each peer gave in iteration i - 1,
+//     signals   each peer that its stores so far are there: tile i pushed, the sum of tile i - 2,
 //     reduces   tile i - 1 of its own chunk, pushes the sum to everyone, decodes it to the output,
 //     decodes   tile i - 3 of every other chunk to the output.
 //
-// So it waits for what peers did an iteration ago, and while it waits the SM runs other channels. The receive slots are a
-// ring of kSlots rounds. No credits travel: to signal iteration i a peer has decoded tile i - 4 and reduced tile
-// i - 2, and its signal of iteration i - 1 is waited for before slot i - 1 of hop 2 and slot i + 1 of hop 1 are written.
+// So it waits for what peers did an iteration ago, and while it waits the SM runs other channels. Where there are few
+// rounds, nothing else is there to do meanwhile: then it signals after it reduces, which takes a barrier more but a wait
+// less, and decodes tile i - 2.
+//
+// The receive slots are a ring of kSlots rounds. No credits travel. When a channel pushes tile i it has heard a peer's
+// signal of iteration i - 2, and when it pushes the sum of tile i - 1 that of iteration i - 1. To give its signal of
+// iteration i a peer has reduced tile i - 2 and decoded tile i - 4. Hence tile i - 4 of hop 1 and tile i - 5 of hop 2 are
+// read when their slots are written again. (With few rounds: reduced tile i - 1, decoded tile i - 3.)
 //
 // Memory order. A channel's stores, a barrier of the channel, a system fence by each signalling lane, the relaxed store of the signal;
 // on the other side an acquiring load, a barrier of the channel, the loads. A signal is the count of a channel's iterations ever
@@ -33,7 +38,7 @@ namespace flashcomm {
 constexpr unsigned kMaxWorld = 16;
 constexpr unsigned kSignalWords = 32;  // of a channel: 128 bytes, a line of its own
 constexpr unsigned kSlots = 4;         // rounds of a ring
-constexpr unsigned kDrain = 3;         // iterations after the last push
+constexpr unsigned kShortRounds = 2;   // up to here a channel signals after it reduces
 constexpr unsigned kStages = 2;        // input tiles on their way to a channel
 constexpr unsigned kHearingWarp = 0, kTellingWarp = 3;
 
@@ -64,7 +69,7 @@ struct AllReduceArgs {
   uint32_t group_shift;
 };
 
-// Tiles of the input on their way through shared memory: kStages - 1 fetched ahead of the one that is taken. Each thread
+// Tiles of the input on their way through shared memory, each fetched one ahead of the one that is taken. Each thread
 // fetches and reads its own elements, so nothing here synchronizes.
 struct InputStream {
   Vec16 (*stages)[kRows][kTileThreads];
@@ -74,18 +79,19 @@ struct InputStream {
   __device__ void fetch(const void* tile_ptr) {
     if (tile_ptr != nullptr) {
       const Vec16* vecs = static_cast<const Vec16*>(tile_ptr);
+      const uint64_t policy = policy_evict_first();
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        cp_async_16(&stages[stage][row][threadIdx.x], vecs + lane_first(row) / kLaneElems);
+        cp_async_16(&stages[stage][row][threadIdx.x], vecs + lane_first(row) / kLaneElems, policy);
       }
     }
     cp_async_commit();
-    stage = stage + 1 == kStages ? 0 : stage + 1;
+    stage ^= 1;
   }
 
-  // The tile that was fetched kStages - 1 fetches before the last. The next fetch takes its place.
+  // The tile that was fetched before the last. The next fetch takes its place.
   __device__ void take(ThreadVecs& v) const {
-    cp_async_wait<kStages - 1>();
+    cp_async_wait<1>();
 #pragma unroll
     for (int row = 0; row < kRows; ++row) v[row] = stages[stage][row][threadIdx.x];
   }
@@ -100,11 +106,10 @@ struct AllReduce {
   const T* input;
   T* output;
   uint32_t slot_bytes;
-  unsigned channel, n_channels;
+  unsigned channel;
   uint32_t rings_at;  // of this channel, in every area
   unsigned n_rounds;
   InputStream stream;
-  unsigned fetch_iteration = 0, fetch_step = 0;
 
   // Another rank: the step-th after this one, so that not all ranks turn to the same one at once.
   __device__ unsigned other(unsigned step) const {
@@ -112,11 +117,14 @@ struct AllReduce {
     return rank < args.world ? rank : rank - args.world;
   }
 
+  // Recomputed where it is needed, it takes no register elsewhere.
+  __device__ static unsigned n_channels() { return gridDim.x * blockDim.y; }
+
   // ---- where things are -----------------------------------------------------------------------------------------
 
   // The tile of the chunk of rank owner that this channel serves in round.
   __device__ Tile tile(unsigned owner, unsigned round) const {
-    const uint64_t in_chunk = uint64_t(round) * n_channels + channel;
+    const uint64_t in_chunk = uint64_t(round) * n_channels() + channel;
     const uint64_t start = (owner * args.chunk_tiles + in_chunk) * kTileElems;
     if (round >= n_rounds || start >= args.count) return {0, 0};
     const uint64_t rest = args.count - start;
@@ -136,13 +144,9 @@ struct AllReduce {
 
   // ---- the input ------------------------------------------------------------------------------------------------
 
-  // Fetches the next input tile in the order in which the iterations take them: those to push, then the one to reduce.
-  __device__ void fetch_next() {
-    const bool own = fetch_step + 1 == args.world;
-    const Tile t = own ? tile(args.rank, fetch_iteration - 1) : tile(other(fetch_step), fetch_iteration);
+  // Starts to fetch a tile, always the one that is taken after the next: whoever takes a tile names its successor first.
+  __device__ void fetch(const Tile& t) {
     stream.fetch(is_aligned16(args.input) && is_whole(t) ? input + t.start : nullptr);
-    fetch_step = own ? 0 : fetch_step + 1;
-    fetch_iteration += own;
   }
 
   // This thread's elements of tile t, whose turn it is.
@@ -175,10 +179,15 @@ struct AllReduce {
       write_slowly(codes, output + t.start, t.n_elems);
     }
   }
-  __device__ static void decode_to(const typename Gather::Thread& codes, T* tile_ptr, int n_elems, bool aligned) {
+  __device__ static void decode_to(const typename Gather::Thread& codes, T* tile_ptr, int n_elems, bool is_vectors) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      store_lane(tile_ptr, lane_first(row), n_elems, aligned, Gather::decode_row(codes, row));
+      const Vec16 elems = Gather::decode_row(codes, row);
+      if (is_vectors) {
+        store_vec16_streaming(tile_ptr + lane_first(row), elems);
+      } else {
+        store_lane(tile_ptr, lane_first(row), n_elems, false, elems);
+      }
     }
   }
   __device__ __noinline__ static void write_slowly(typename Gather::Thread codes, T* tile_ptr, int n_elems) {
@@ -190,7 +199,7 @@ struct AllReduce {
   __device__ void push(unsigned round) {
 #pragma unroll 1
     for (unsigned step = 0; step + 1 < args.world; ++step) {
-      fetch_next();
+      fetch(step + 2 < args.world ? tile(other(step + 1), round) : tile(args.rank, round - 1));
       const unsigned owner = other(step);
       const Tile t = tile(owner, round);
       if (t.n_elems != 0) {
@@ -214,7 +223,7 @@ struct AllReduce {
   }
 
   __device__ void reduce(unsigned round) {
-    fetch_next();
+    fetch(tile(other(0), round + 2));
     const Tile t = tile(args.rank, round);
     if (t.n_elems != 0) {
       ThreadElems sum;
@@ -301,20 +310,26 @@ struct AllReduce {
   }
 
   __device__ void run() {
-    const unsigned warp = threadIdx.x / 32;
-    const uint32_t before = args.iterations[channel];
-    for (unsigned i = 0; i + 1 < kStages; ++i) fetch_next();
+    uint32_t done = args.iterations[channel];  // iterations
+    fetch(tile(other(0), 0));
+    const bool is_short = n_rounds <= kShortRounds;
+    const unsigned lag = is_short ? 2 : 3, n_iterations = n_rounds + lag;
 #pragma unroll 1
-    for (unsigned i = 0; i < n_rounds + kDrain; ++i) {
+    for (unsigned i = 0; i < n_iterations; ++i, ++done) {
       if (i <= n_rounds) push(i);
-      const bool heard = i == 0 || warp != kHearingWarp || hear(before + i, i);
+      const bool heard = i == 0 || threadIdx.x / 32 != kHearingWarp || hear(done, i);
       if (!barrier_and(1 + threadIdx.y, kTileThreads, heard)) return;
       // Nobody waits for the last signal, and it would come when the area may serve another communicator already.
-      if (warp == kTellingWarp && i + 1 < n_rounds + kDrain) tell(before + i + 1);
-      if (i >= 3) decode(i - 3);
+      const bool tells = threadIdx.x / 32 == kTellingWarp && i + 1 < n_iterations;
+      if (!is_short && tells) tell(done + 1);
       if (i <= n_rounds) reduce(i - 1);
+      if (is_short) {
+        barrier_and(1 + threadIdx.y, kTileThreads, true);
+        if (tells) tell(done + 1);
+      }
+      if (i >= lag) decode(i - lag);
     }
-    if (threadIdx.x == 0) args.iterations[channel] = before + n_rounds + kDrain;
+    if (threadIdx.x == 0) args.iterations[channel] = done;
   }
 };
 
@@ -323,17 +338,17 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
   extern __shared__ Vec16 stages[][kStages][kRows][kTileThreads];
   const uint32_t slot_bytes =
       uint32_t(max(tile_bytes<kReduceBits>(args.group_shift), tile_bytes<kGatherBits>(args.group_shift)));
-  const unsigned channel = blockIdx.x * blockDim.y + threadIdx.y, n_channels = gridDim.x * blockDim.y;
+  using Self = AllReduce<T, kReduceBits, kGatherBits>;
+  const unsigned channel = blockIdx.x * blockDim.y + threadIdx.y;
   if (channel >= args.chunk_tiles) return;
-  AllReduce<T, kReduceBits, kGatherBits> self = {
+  Self self = {
       args,
       static_cast<const T*>(args.input),
       static_cast<T*>(args.output),
       slot_bytes,
       channel,
-      n_channels,
       args.max_channels * kSignalWords * 4 + channel * 2 * args.world * kSlots * slot_bytes,
-      unsigned((args.chunk_tiles + n_channels - 1 - channel) / n_channels),
+      unsigned((args.chunk_tiles + Self::n_channels() - 1 - channel) / Self::n_channels()),
       {stages[threadIdx.y]}};
   self.run();
 }
@@ -350,18 +365,12 @@ constexpr unsigned block_channels([[maybe_unused]] int reduce_bits, [[maybe_unus
 }
 
 // One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
-#define FLASHCOMM_DEFINE_PAIR(suffix, T, in, out)                                                     \
+#define FLASHCOMM_DEFINE(suffix, T, in, out)                                                          \
   extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(in, out), 1)              \
       flashcomm_allreduce_##suffix##_int##in##_int##out(const __grid_constant__ AllReduceArgs args) { \
     all_reduce<T, in, out>(args);                                                                     \
   }
-#define FLASHCOMM_DEFINE(suffix, T, in)                                           \
-  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 2) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 3) \
-  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 4) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 5) \
-  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 6) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 7) \
-  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 8)
-FLASHCOMM_EACH_CODEC(FLASHCOMM_DEFINE)
+FLASHCOMM_EACH_PAIR(FLASHCOMM_DEFINE)
 #undef FLASHCOMM_DEFINE
-#undef FLASHCOMM_DEFINE_PAIR
 
 }  // namespace flashcomm

@@ -261,9 +261,69 @@ struct Codec {
   }
 };
 
+// No code: a payload is the tile's elements as they are stored, NaN as 0x7fff.
+template <class T>
+struct Codec<T, 16> {
+  struct Thread {
+    ThreadVecs vecs;
+  };
+
+  __device__ static size_t bytes(unsigned group_shift) { return tile_bytes<16>(group_shift); }
+
+  __device__ static Thread encode(const ThreadElems& x, unsigned) {
+    Thread out;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int e = 0; e < kLaneElems; e += 2) {
+        out.vecs[row].words[e / 2] =
+            Element<T>::nearest(x[row][e]) | uint32_t(Element<T>::nearest(x[row][e + 1])) << 16;
+      }
+    }
+    return out;
+  }
+  __device__ static Thread encode(const ThreadVecs& x, unsigned) {
+    Thread out;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) out.vecs[row].words[w] = Element<T>::max2(x[row].words[w], x[row].words[w]);
+    }
+    return out;
+  }
+
+  __device__ static void decode_row(const Thread& in, int row, float (&y)[kLaneElems]) { widen<T>(in.vecs[row], y); }
+  __device__ static Vec16 decode_row(const Thread& in, int row) { return in.vecs[row]; }
+
+  __device__ static Thread load(const uint8_t* payload, unsigned) {
+    Thread out;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) out.vecs[row] = load_vec16(payload + lane_first(row) * 2);
+    return out;
+  }
+  __device__ static void store(uint8_t* payload, unsigned, const Thread& in) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) store_vec16(payload + lane_first(row) * 2, in.vecs[row]);
+  }
+};
+
 // Calls X(suffix, type, bits) for each element type and width.
 #define FLASHCOMM_EACH_WIDTH(X, suffix, T) \
   X(suffix, T, 2) X(suffix, T, 3) X(suffix, T, 4) X(suffix, T, 5) X(suffix, T, 6) X(suffix, T, 7) X(suffix, T, 8)
-#define FLASHCOMM_EACH_CODEC(X) FLASHCOMM_EACH_WIDTH(X, fp16, __half) FLASHCOMM_EACH_WIDTH(X, bf16, __nv_bfloat16)
+#define FLASHCOMM_EACH_CODEC(X)                                                        \
+  FLASHCOMM_EACH_WIDTH(X, fp16, __half) FLASHCOMM_EACH_WIDTH(X, bf16, __nv_bfloat16) \
+  X(fp16, __half, 16) X(bf16, __nv_bfloat16, 16)
+
+// Calls PAIR(suffix, type, reduce bits, gather bits) for each pair of widths: all pairs of codes, and 16 with itself.
+#define FLASHCOMM_EACH_GATHER(PAIR, suffix, T, in)                                                       \
+  PAIR(suffix, T, in, 2) PAIR(suffix, T, in, 3) PAIR(suffix, T, in, 4) PAIR(suffix, T, in, 5)            \
+  PAIR(suffix, T, in, 6) PAIR(suffix, T, in, 7) PAIR(suffix, T, in, 8)
+#define FLASHCOMM_EACH_PAIR_OF(PAIR, suffix, T)                                                          \
+  FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 2) FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 3)                    \
+  FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 4) FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 5)                    \
+  FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 6) FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 7)                    \
+  FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 8) PAIR(suffix, T, 16, 16)
+#define FLASHCOMM_EACH_PAIR(PAIR) \
+  FLASHCOMM_EACH_PAIR_OF(PAIR, fp16, __half) FLASHCOMM_EACH_PAIR_OF(PAIR, bf16, __nv_bfloat16)
 
 }  // namespace flashcomm

@@ -44,9 +44,10 @@ __device__ __forceinline__ int lane_first(int row) {
   return warp * kWarpElems + row * kRowElems + lane * kLaneElems;
 }
 
-// Bytes of an encoded tile: codes, then 4 bytes for each group.
+// Bytes of an encoded tile: codes, then 4 bytes for each group; or the elements as they are.
 template <int kBits>
 __device__ __forceinline__ size_t tile_bytes(unsigned group_shift) {
+  if constexpr (kBits == 16) return kTileElems * 2;
   return kTileElems / 8 * kBits + (kTileElems / kLaneElems >> group_shift) * 4;
 }
 

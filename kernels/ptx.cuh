@@ -66,10 +66,18 @@ __device__ __forceinline__ bool barrier_and(unsigned id, unsigned n_threads, boo
 
 // ---- copies to shared memory that go on while the thread does -------------------------------------------------
 
+// For what nobody reads again: the first to leave the L2. (Volatile: made anew where needed, it takes no registers elsewhere.)
+__device__ __forceinline__ uint64_t policy_evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // 16 bytes, past the L1 cache.
-__device__ __forceinline__ void cp_async_16(void* shared_ptr, const void* global_ptr) {
+__device__ __forceinline__ void cp_async_16(void* shared_ptr, const void* global_ptr, uint64_t policy) {
   const unsigned to = __cvta_generic_to_shared(shared_ptr);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global_ptr) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(global_ptr), "l"(policy)
+               : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

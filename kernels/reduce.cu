@@ -60,18 +60,12 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
 }
 
 // One entry for each pair of widths.
-#define FLASHCOMM_DEFINE_PAIR(suffix, T, in, out)                                             \
+#define FLASHCOMM_DEFINE(suffix, T, in, out)                                                  \
   extern "C" __global__ void __launch_bounds__(kTileThreads)                                  \
       flashcomm_reduce_##suffix##_int##in##_int##out(const __grid_constant__ ReduceArgs args) { \
     reduce<T, in, out>(args);                                                                 \
   }
-#define FLASHCOMM_DEFINE(suffix, T, in)                                                     \
-  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 2) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 3)           \
-  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 4) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 5)           \
-  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 6) FLASHCOMM_DEFINE_PAIR(suffix, T, in, 7)           \
-  FLASHCOMM_DEFINE_PAIR(suffix, T, in, 8)
-FLASHCOMM_EACH_CODEC(FLASHCOMM_DEFINE)
+FLASHCOMM_EACH_PAIR(FLASHCOMM_DEFINE)
 #undef FLASHCOMM_DEFINE
-#undef FLASHCOMM_DEFINE_PAIR
 
 }  // namespace flashcomm

@@ -10,7 +10,7 @@ rm -rf .gpu
 mkdir -p .gpu
 cargo build --release --lib --bin flashcomm
 cargo build --release -p flashcomm-wire --example reference
-cargo build --release --tests --message-format=json 2>/dev/null |
+cargo build --release --tests --message-format=json-render-diagnostics |
     python3 -c '
 import json, shutil, sys
 for line in sys.stdin:
@@ -26,6 +26,15 @@ make -C examples/cpp OUT="$PWD/.gpu" FLASHCOMM_LIB="$PWD/target/release" CUDA_IN
     NCCL_INCLUDE="$PWD/.toolkit/nccl-2.32.3/include" LDFLAGS="-L$PWD/.gpu/link -static-libstdc++ -static-libgcc"
 rm -r .gpu/link
 cp target/release/libflashcomm.so target/release/flashcomm target/release/examples/reference .gpu/
+# vLLM's own wrapper of NCCL, and what of its source that needs.
+vllm=.toolkit/vllm-0.33.0
+if [[ -d $vllm ]]; then
+    for file in envs.py utils/nccl.py distributed/device_communicators/pynccl_wrapper.py; do
+        install -D -m 644 $vllm/$file .gpu/vllm/$file
+    done
+else
+    echo "no source of vLLM packed: run setup.sh --test"
+fi
 # A real NCCL for the tests that PyTorch's own is too old for. Whole it would be 300 MB; carry one architecture.
 if [[ ${FLASHCOMM_CUDA_ARCHS:-} =~ ^[0-9]+$ && -f .toolkit/nccl-2.32.3/lib/libnccl.so.2 ]]; then
     python3 scripts/trim_nccl.py .toolkit/nccl-2.32.3/lib/libnccl.so.2 .gpu/libnccl.so.2 "$FLASHCOMM_CUDA_ARCHS"

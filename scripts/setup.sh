@@ -2,7 +2,9 @@
 # Leaves this machine able to build flashcomm and, with --test, to test it. Safe to run again: what is there stays.
 #
 #   ./scripts/setup.sh          what a build needs: checks the compilers, fetches nvcc if there is none
-#   ./scripts/setup.sh --test   also the real NCCL in two versions, cuobjdump and cargo-nextest
+#   ./scripts/setup.sh --test   also the real NCCL in two versions, cuobjdump, cargo-nextest, and the Python source of vLLM
+#                               and SGLang, against which the launcher is tested
+#   ./scripts/setup.sh --package  also maturin and auditwheel
 #   ./scripts/setup.sh --miri   also a Rust nightly with Miri, where there is rustup
 #
 # Everything fetched goes to .toolkit/ (ignored by git; delete it to start over), nothing into the system, except
@@ -30,12 +32,13 @@ die() {
 }
 have() { command -v "$1" >/dev/null; }
 
-want_test=false want_miri=false
+want_test=false want_miri=false want_package=false
 for arg in "$@"; do
     case $arg in
         --test) want_test=true ;;
         --miri) want_miri=true ;;
-        *) die "unknown argument '$arg'; usage: ./scripts/setup.sh [--test] [--miri]" ;;
+        --package) want_package=true ;;
+        *) die "unknown argument '$arg'; usage: ./scripts/setup.sh [--test] [--miri] [--package]" ;;
     esac
 done
 
@@ -44,7 +47,8 @@ have cc || die "a C compiler (cc) is missing. On Debian or Ubuntu: apt-get insta
 have g++ || die "g++ is missing. On Debian or Ubuntu: apt-get install build-essential"
 
 # fetch TARGET PREFIX PACKAGE...: makes TARGET out of what the packages' wheels hold under PREFIX. TARGET appears only when
-# complete, and is made anew when the list of packages has changed.
+# complete, and is made anew when the list of packages has changed. `only` narrows it to names that match.
+only='*'
 fetch() {
     local target=$1 prefix=$2
     shift 2
@@ -61,14 +65,14 @@ fetch() {
         --dest "$partial/wheels" "$@" ||
         die "pip could not download $*. Check the network (and PIP_INDEX_URL if you use a mirror), then run this again"
     # Not `pip install --target`: it would compile and byte-compile nothing of use here, and drops the modes of some tools.
-    python3 - "$prefix" "$partial" <<'PYTHON'
-import pathlib, sys, zipfile
+    python3 - "$prefix" "$partial" "$only" <<'PYTHON'
+import fnmatch, pathlib, sys, zipfile
 
-prefix, partial = sys.argv[1], pathlib.Path(sys.argv[2])
+prefix, partial, only = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3]
 for wheel in sorted((partial / "wheels").glob("*.whl")):
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
-            if member.is_dir() or not member.filename.startswith(prefix):
+            if member.is_dir() or not member.filename.startswith(prefix) or not fnmatch.fnmatch(member.filename, only):
                 continue
             path = partial / "tree" / member.filename.removeprefix(prefix)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,11 +126,19 @@ if $want_test; then
     else
         say "no NCCL 2.18.3 for $(uname -m) on PyPI: the tests against an old NCCL will be skipped"
     fi
+    # Whatever this machine is: of these only the Python is read.
+    any_machine=(--python-version 3.11 --platform manylinux_2_28_x86_64 --platform manylinux_2_34_x86_64)
+    only='*.py' fetch .toolkit/vllm-0.33.0 vllm/ "${any_machine[@]}" vllm==0.33.0
+    only='*.py' fetch .toolkit/sglang-0.5.23 sglang/ "${any_machine[@]}" sglang==0.5.23
     if ! cargo nextest --version >/dev/null 2>&1; then
         say "installing cargo-nextest"
         cargo install --locked cargo-nextest
     fi
     say "NCCL: .toolkit/nccl-2.32.3, .toolkit/nccl-2.18.3"
+fi
+if $want_package; then
+    fetch .toolkit/maturin maturin-1.16.0.data/scripts/ maturin==1.16.0
+    fetch .toolkit/auditwheel "" auditwheel==6.8.2 pyelftools==0.33 packaging==26.3
 fi
 if $want_miri && have rustup && ! cargo "+$nightly" miri --version >/dev/null 2>&1; then
     say "installing Rust $nightly with Miri"

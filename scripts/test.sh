@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole test of a machine without a GPU: sets up, checks the format and the lints, compiles the kernels for every
 # architecture with a report on registers and spills, runs the tests against two real NCCLs and whole jobs on the
-# simulators.
+# simulators, and makes and tries the package for Python.
 #
 #   ./scripts/test.sh          what CI runs
 #   ./scripts/test.sh --long   then also Miri, a rank killed at every single step, and ten more soaks (hours)
@@ -63,3 +63,7 @@ fi
 step "release build, all architectures"
 cargo build --release
 python3 scripts/check_spills.py target/release/libflashcomm.so
+
+step "the package for Python, in a fresh environment"
+./scripts/package.sh
+./scripts/test_wheel.sh

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on one GPU, with nothing but python3 with PyTorch: kernels against the reference,
-# PyTorch jobs through the shim, and speed beside plain NCCL of the same run. What it runs comes from
+# PyTorch jobs and other clients through the shim, and speed beside plain NCCL of the same run. What it runs comes from
 # scripts/pack_gpu.sh. Results go to the folder named by OUT (default: .gpu/results).
 #
-#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [jobs] [example] [bench] [speed]     default: all
+#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [settings] [lifecycle] [kill] [jobs] [example] [clients] [bench] [speed]
+#                         [ttft]                                                             default: all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-.gpu/results}
 mkdir -p "$out"
 [[ -f .gpu/libflashcomm.so ]] || { echo "run ./scripts/pack_gpu.sh first, where cargo is, and bring .gpu/ along" >&2; exit 1; }
-parts=${*:-kernels sanitize torch settings lifecycle jobs example bench speed}
+parts=${*:-kernels sanitize torch settings lifecycle kill jobs example clients bench speed ttft}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 failed=()
 # check NAME COMMAND...: runs, reports, remembers a failure, goes on.
@@ -78,14 +79,70 @@ torch_jobs() {
     done
 }
 
+# sharing_gpu COMMAND...: with what NCCL and the driver need where threads of one process are ranks that share a GPU
+# (docs/troubleshooting.md).
+sharing_gpu() {
+    NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=8 NCCL_SET_STACK_SIZE=1 CUDA_DEVICE_MAX_CONNECTIONS=32 CUDA_MODULE_LOADING=EAGER "$@"
+}
+
 # lifecycle EXCHANGE
 lifecycle() {
     FLASHCOMM_SCRATCH=$(mktemp -d -p /dev/shm) || return
     export FLASHCOMM_SCRATCH
     local status=0
     unpack_nccl || return
-    NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=8 FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 FLASHCOMM_MIN_BYTES=0 \
+    sharing_gpu env FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 FLASHCOMM_MIN_BYTES=0 \
         FLASHCOMM_BITS=4:8 FLASHCOMM_EXCHANGE=$1 timeout 100 python3 scripts/gpu/lifecycle_job.py || status=$?
+    rm -rf "$FLASHCOMM_SCRATCH"
+    return $status
+}
+
+# client RANKS BITS PROGRAM ARGUMENT...: an unmodified client of NCCL under `flashcomm run`, and whether the shim counted what
+# the client issued. With PROGRAM mpirun the ranks are MPI's own.
+client() {
+    local ranks=$1 bits=$2 status=0
+    shift 2
+    FLASHCOMM_SCRATCH=$(mktemp -d -p /dev/shm) || return
+    export FLASHCOMM_SCRATCH FLASHCOMM_BITS=$bits
+    # CuPy wants its libnccl.so.2 from the loader; the one of PyTorch's packages serves it.
+    local nccl
+    nccl=$(python3 -c 'import nvidia.nccl; print(list(nvidia.nccl.__path__)[0] + "/lib")' 2>/dev/null) || nccl=
+    local run=(.gpu/flashcomm run --quiet --bits "$bits" --exchange nccl --min-bytes 0
+        --stats-file "$FLASHCOMM_SCRATCH/stats.%p.json" --)
+    if [[ $1 == mpirun ]]; then
+        mpirun -n "$ranks" --allow-run-as-root --oversubscribe "${run[@]}" python3 "$2" || status=$?
+    else
+        LD_LIBRARY_PATH=$nccl${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "${run[@]}" \
+            python3 scripts/gpu/launch.py "$ranks" 120 "$@" || status=$?
+    fi
+    ((status)) || python3 scripts/gpu/expected.py "$FLASHCOMM_SCRATCH" "$ranks" "$bits" || status=$?
+    rm -rf "$FLASHCOMM_SCRATCH"
+    unset FLASHCOMM_BITS
+    return $status
+}
+
+clients() {
+    local ranks bits
+    for ranks in 2 4; do
+        for bits in 8 4; do
+            check "DDP, $ranks ranks, $bits bits" client $ranks $bits scripts/gpu/ddp_step.py
+        done
+    done
+    for bits in 8 4; do
+        check "vLLM's wrapper of NCCL, $bits bits" client 2 $bits scripts/gpu/vllm_pynccl.py
+        check "CuPy, $bits bits" client 2 $bits scripts/gpu/cupy_nccl.py
+        check "ranks of mpirun, $bits bits" client 2 $bits mpirun scripts/gpu/mpi_job.py
+    done
+}
+
+# kill EXCHANGE: a rank is killed amid all-reduces.
+kill_job() {
+    unpack_nccl || return
+    FLASHCOMM_SCRATCH=$(mktemp -d -p /dev/shm) || return
+    export FLASHCOMM_SCRATCH
+    local status=0
+    sharing_gpu env FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 FLASHCOMM_MIN_BYTES=0 FLASHCOMM_BITS=4 FLASHCOMM_EXCHANGE=$1 \
+        timeout 100 python3 scripts/gpu/kill_job.py || status=$?
     rm -rf "$FLASHCOMM_SCRATCH"
     return $status
 }
@@ -93,7 +150,7 @@ lifecycle() {
 # The C++ example with two ranks that share the GPU, over an exchange.
 example() {
     unpack_nccl || return
-    NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=8 CUDA_DEVICE_MAX_CONNECTIONS=32 FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 \
+    sharing_gpu env FLASHCOMM_NCCL_LIB=$PWD/.gpu/libnccl.so.2 \
         LD_LIBRARY_PATH=$PWD/.gpu FLASHCOMM_EXCHANGE=$1 FLASHCOMM_MIN_BYTES=0 timeout 60 .gpu/control 2
 }
 
@@ -142,6 +199,10 @@ if wants lifecycle; then
     # Threads as ranks of one GPU need a newer NCCL than PyTorch brings along.
     for exchange in nccl peer; do check "communicators of every making, $exchange" lifecycle "$exchange"; done
 fi
+if wants kill; then
+    # Without MPS, whose server a killed client may take along.
+    for exchange in peer host; do check "a killed rank, $exchange" kill_job "$exchange"; done
+fi
 if wants jobs; then
     # The simulators' jobs, threads as ranks of this GPU, on the real driver and the packed NCCL.
     export FLASHCOMM_TEST_REAL=1 FLASHCOMM_TEST_NCCL=$PWD/.gpu/libnccl.so.2 FLASHCOMM_TEST_SOAK_OPS=2000
@@ -156,6 +217,10 @@ if wants jobs; then
     check "a soak" timeout 60 .gpu/sim_soak --test-threads 1
     unset FLASHCOMM_TEST_REAL FLASHCOMM_TEST_NCCL FLASHCOMM_TEST_SOAK_OPS
 fi
+if wants clients; then
+    check "doctor" .gpu/flashcomm doctor
+    mps clients
+fi
 if wants example; then
     for exchange in peer host nccl; do check "the C++ example, $exchange" example "$exchange"; done
 fi
@@ -166,6 +231,10 @@ if wants speed; then
     # On two hosts the ranks run at the same time, as they do here under MPS only.
     sockets_speed "$out"
     mps sockets_speed "$out/mps"
+fi
+if wants ttft; then
+    # Under MPS the ranks run at the same time, as on two hosts.
+    mps check "time to first token" python3 scripts/gpu/ttft.py --json "$out/ttft.json"
 fi
 
 if ((${#failed[@]})); then

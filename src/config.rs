@@ -1,6 +1,6 @@
 //! The settings: environment variables, parsed once into typed values.
 //!
-//! [`SETTINGS`] is the one place that documents them; the README's table is checked against it. A malformed value
+//! [`SETTINGS`] is the one place that documents them; the table of docs/tuning.md is checked against it. A malformed value
 //! never stops anybody's server: it gives one warning, which names the variable, the value and what is allowed, and
 //! the default holds.
 
@@ -34,7 +34,13 @@ pub struct Setting {
 /// Every setting.
 pub const SETTINGS: [Setting; 15] = [
     setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
-    setting("FLASHCOMM_BITS", "8", "2 to 8, or reduce:gather as in 4:8", "bits per element on the wire", true),
+    setting(
+        "FLASHCOMM_BITS",
+        "8",
+        "2 to 8, or reduce:gather as in 4:8, or 16",
+        "bits per element on the wire; 16: as they are",
+        true,
+    ),
     setting("FLASHCOMM_GROUP", "128", "32, 64 or 128", "elements that share a scale and a zero point", true),
     setting(
         "FLASHCOMM_MIN_BYTES",
@@ -245,7 +251,9 @@ fn parse_switch(text: &str) -> Option<bool> {
 fn parse_bits(text: &str) -> Option<(Width, Width)> {
     let width = |text: &str| Width::new(text.parse().ok()?);
     match text.split_once(':') {
-        Some((reduce, gather)) => Some((width(reduce)?, width(gather)?)),
+        Some((reduce, gather)) => {
+            Some((width(reduce)?, width(gather)?)).filter(|(a, b)| a.is_uncompressed() == b.is_uncompressed())
+        }
         None => width(text).map(|width| (width, width)),
     }
 }
@@ -311,6 +319,7 @@ mod tests {
         assert!(parse_one("FLASHCOMM_NVTX", "1").0.nvtx);
         assert_eq!(parse_one("FLASHCOMM_BITS", "4:8").0.legs.to_string(), "4:8");
         assert_eq!(parse_one("FLASHCOMM_BITS", " 5 ").0.legs.to_string(), "5");
+        assert_eq!(parse_one("FLASHCOMM_BITS", "16").0.legs.to_string(), "16");
         assert_eq!(parse_one("FLASHCOMM_GROUP", "32").0.legs.gather.group.n_elems(), 32);
         assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "0").0.min_bytes, Some(0));
         assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "3M").0.min_bytes, Some(3 << 20));
@@ -339,6 +348,7 @@ mod tests {
             ("FLASHCOMM_BITS", "9"),
             ("FLASHCOMM_BITS", "4:"),
             ("FLASHCOMM_BITS", "4:8:8"),
+            ("FLASHCOMM_BITS", "4:16"),
             ("FLASHCOMM_GROUP", "100"),
             ("FLASHCOMM_MIN_BYTES", "-1"),
             ("FLASHCOMM_MIN_BYTES", "1T"),

@@ -226,6 +226,52 @@ pub unsafe fn capture_of(stream: StreamHandle) -> CudaResult<Capture> {
     }
 }
 
+/// A node of a graph that is being captured.
+pub type GraphNode = sys::CUgraphNode;
+
+/// The nodes that what is captured next from `stream` will depend on.
+///
+/// # Safety
+/// `stream` is live, of the current context, and captures.
+pub unsafe fn capture_dependencies(stream: StreamHandle) -> CudaResult<Vec<GraphNode>> {
+    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    let (mut nodes, mut n_nodes) = (ptr::null(), 0);
+    let (id, graph) = (ptr::null_mut(), ptr::null_mut());
+    // SAFETY: the caller vouches for the stream; null asks for no answer.
+    check(unsafe { sys::cuStreamGetCaptureInfo_v2(stream, &mut status, id, graph, &mut nodes, &mut n_nodes) })?;
+    if n_nodes == 0 {
+        return Ok(Vec::new());
+    }
+    // SAFETY: the driver keeps the array until the next call on the stream.
+    Ok(unsafe { std::slice::from_raw_parts(nodes, n_nodes) }.to_vec())
+}
+
+/// How [`update_capture_dependencies`] takes its nodes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Dependencies {
+    /// Beside those that there are.
+    Add,
+    /// Instead of them; they need not be joined.
+    Set,
+}
+
+/// Makes what is captured next from `stream` depend on `nodes`.
+///
+/// # Safety
+/// As for [`capture_dependencies`]; the nodes are of that capture.
+pub unsafe fn update_capture_dependencies(
+    stream: StreamHandle,
+    nodes: &mut [GraphNode],
+    how: Dependencies,
+) -> CudaResult<()> {
+    let flags = match how {
+        Dependencies::Add => sys::CUstreamUpdateCaptureDependencies_flags::CU_STREAM_ADD_CAPTURE_DEPENDENCIES,
+        Dependencies::Set => sys::CUstreamUpdateCaptureDependencies_flags::CU_STREAM_SET_CAPTURE_DEPENDENCIES,
+    };
+    // SAFETY: the caller vouches for the stream and the nodes; the driver copies them.
+    check(unsafe { sys::cuStreamUpdateCaptureDependencies(stream, nodes.as_mut_ptr(), nodes.len(), flags as c_uint) })
+}
+
 /// A stream of ours, for attach. It does not synchronize with the legacy default stream.
 #[derive(Debug)]
 pub struct Stream(StreamHandle);

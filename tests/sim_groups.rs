@@ -288,7 +288,8 @@ fn do_not_block(exchange: &str, n_expected: u64, expected: fn(&[Vec<f16>]) -> Ve
                 settled(comm, first);
                 same_bits(&memory.read(count, &stream), &expected, exchange);
             }
-            call!(ncclCommFinalize(comm));
+            let first = call!(ncclCommFinalize(comm));
+            settled(comm, first);
             ok!(ncclCommDestroy(comm));
         });
         assert_eq!(n_compressed(), n_expected);

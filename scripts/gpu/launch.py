@@ -34,4 +34,5 @@ def main():
         sys.exit("a rank failed")
 
 
-main()
+if __name__ == "__main__":
+    main()

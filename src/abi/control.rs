@@ -265,7 +265,9 @@ pub unsafe extern "C" fn flashcommSetCommBits(
 ) -> flashcommResult_t {
     let width = |bits: c_int| u8::try_from(bits).ok().and_then(Width::new);
     match (width(reduceBits), width(gatherBits)) {
-        (Some(reduce), Some(gather)) => change("flashcommSetCommBits", comm, Some((reduce, gather)), None),
+        (Some(reduce), Some(gather)) if reduce.is_uncompressed() == gather.is_uncompressed() => {
+            change("flashcommSetCommBits", comm, Some((reduce, gather)), None)
+        }
         _ => FLASHCOMM_INVALID_ARGUMENT,
     }
 }

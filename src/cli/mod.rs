@@ -3,7 +3,10 @@
 mod bench;
 mod client;
 mod demo;
+mod doctor;
+mod pages;
 mod plot;
+mod run;
 
 use std::fmt;
 use std::process::ExitCode;
@@ -17,9 +20,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use client::machine::{self, NoGpu};
 use client::party::{Assignment, Role};
 
-/// Sees, proves and measures what libflashcomm.so does.
+/// Turns libflashcomm.so on, and sees, proves and measures what it does.
+///
+/// libflashcomm.so stands in front of NVIDIA's NCCL and sends the fp16 and bf16 sum all-reduces as 2 to 8 bits an element.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "flashcomm", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -28,10 +33,16 @@ struct Cli {
 #[derive(Subcommand)]
 #[allow(clippy::large_enum_variant, reason = "there is one of it")]
 enum Command {
+    /// Starts a command with the shim in front of its NCCL, or prints the environment for that
+    Run(Box<run::Args>),
+    /// Says whether this machine is fit, and what the shim would do here
+    Doctor(doctor::Args),
     /// Shows a sum all-reduce at each width: bytes on the wire, error, and whether all ranks agree
     Demo(demo::Args),
     /// Times sum all-reduces through the shim beside those of the real NCCL, in one run on one machine
     Bench(bench::Args),
+    /// Prints the completions of a shell, or writes the manual pages: for packages
+    Pages(pages::Args),
     /// A child process of the others
     #[command(hide = true)]
     Rank {
@@ -46,8 +57,11 @@ const UNABLE: u8 = 2;
 /// Runs the command.
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Run(args) => return run::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Pages(args) => pages::run(&args).map(|()| true),
         Command::Rank { assignment } => rank(&assignment).map(|()| true),
     };
     match done {
@@ -64,6 +78,8 @@ fn rank(assignment: &str) -> Result<()> {
     let told: Assignment = serde_json::from_str(assignment).context("this is for the command itself")?;
     match told.role {
         Role::Probe => machine::probe(told),
+        Role::Nccl => machine::find_nccl(told),
+        Role::Doctor => doctor::attempt::child(told),
         Role::Demo => demo::child(told),
         Role::Bench => bench::measure::child(told),
         Role::Kernels => bench::kernels::child(told),

@@ -213,14 +213,15 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
             let place = place(device, &context, 0)?;
             let blob =
                 Blob { rank: rank as u32, agreement, place, attach: number_of_attach(), ready: true, offer: nothing };
-            let mut rounds = Rounds { blob, wire: Wire::new(comm, device, rank, world)?, neighbors: None };
+            let wire = Wire::new(comm, device, rank, world)?;
+            let mut rounds = Rounds { blob, wire, number: 0, neighbors: None };
             match rounds.next(true, nothing)? {
                 Ok(peers) => rounds.neighbors = Some(Neighbors::of(&blob, &peers)),
                 Err(disagreement) => return Ok(refused(comm, rank, disagreement)),
             }
-            rounds.wire.poll(|comm| Ok(comm.is_idle()))?;
+            poll(comm, || Ok(comm.is_idle()))?;
             if comm.attached_with(legs).is_some() {
-                rounds.meet()?;
+                rounds.end()?;
                 return Ok(Outcome::Known);
             }
             if comm.setups().count() == MAX_SETUPS {
@@ -240,7 +241,7 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
         Some(rounds) => Rounds { blob: Blob { place, ready, ..rounds.blob }, ..rounds },
         None => {
             let blob = Blob { rank: rank as u32, agreement, place, attach: number_of_attach(), ready, offer: nothing };
-            Rounds { blob, wire: Wire::new(comm, device, rank, world)?, neighbors: None }
+            Rounds { blob, wire: Wire::new(comm, device, rank, world)?, number: 0, neighbors: None }
         }
     };
 
@@ -250,16 +251,19 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
     };
     rounds.neighbors.get_or_insert_with(|| Neighbors::of(&rounds.blob, &peers));
     let Loaded { kernels, last, .. } = loaded?;
-    let exchange = match agree_on_exchange(&mut rounds, &context, &peers)? {
+    let exchange = match agree_on_exchange(&mut rounds, &context, &kernels, &peers)? {
         Ok(exchange) => exchange,
         Err(disagreement) => return Ok(refused(comm, rank, disagreement)),
     };
 
-    // The first operation waits for the others, too.
-    rounds.meet()?;
+    rounds.end()?;
     let one_host = is_one_host(&peers);
     let min_bytes = agreement.min_bytes.unwrap_or(exchange.default_min_bytes(one_host));
-    log::info!("rank {rank} of {world}: on, {legs} bits, exchange {}, from {min_bytes} bytes up", exchange.name());
+    let from = match min_bytes {
+        u64::MAX => "nothing unless FLASHCOMM_MIN_BYTES says so".into(),
+        min_bytes => format!("from {min_bytes} bytes up"),
+    };
+    log::info!("rank {rank} of {world}: on, {legs} bits, exchange {}, {from}", exchange.name());
     let order = order.unwrap_or_else(|| Arc::new(Mutex::new(Order { last, captured: None })));
     let exchange = ManuallyDrop::new(exchange);
     let attached = Attached { rank, world, legs, min_bytes, context, kernels, exchange, order };
@@ -301,6 +305,7 @@ fn is_one_host(peers: &[Blob]) -> bool {
 fn agree_on_exchange(
     rounds: &mut Rounds<'_>,
     context: &Context,
+    kernels: &Kernels,
     peers: &[Blob],
 ) -> Result<std::result::Result<Exchange, Disagreement>> {
     let kinds: &[Kind] = match rounds.blob.agreement.exchange {
@@ -312,7 +317,7 @@ fn agree_on_exchange(
     let mut refusal = None;
     for kind in kinds {
         match fused_rings(peers) {
-            Some(rings) => match fused_exchange(rounds, context, *kind, rings)? {
+            Some(rings) => match fused_exchange(rounds, context, kernels, *kind, rings)? {
                 Ok(fused) => return Ok(Ok(Exchange::Fused(fused))),
                 Err(disagreement) => refusal = Some(disagreement),
             },
@@ -351,6 +356,7 @@ fn block_channels(peers: &[Blob]) -> usize {
 fn fused_exchange(
     rounds: &mut Rounds<'_>,
     context: &Context,
+    kernels: &Kernels,
     kind: Kind,
     rings: Rings,
 ) -> Result<std::result::Result<Fused, Disagreement>> {
@@ -370,8 +376,9 @@ fn fused_exchange(
         .collect();
     let timeout = Config::global().timeout;
     let fused = prepared?.connect(rank, &peers, context, block_channels(&offers), timeout);
+    let fused = fused.and_then(|fused| fused.warm_up(kernels, &rounds.wire.stream).map(|()| fused));
     if let Err(error) = &fused {
-        log::log!(rounds.refusal(), "rank {rank} cannot map others' memory for the exchange {}: {error}", kind.name());
+        log::log!(rounds.refusal(), "rank {rank} cannot use others' memory for the exchange {}: {error}", kind.name());
     }
     Ok(match rounds.next(fused.is_ok(), offer)? {
         Ok(_) => {
@@ -407,6 +414,8 @@ struct Rounds<'a> {
     /// What this rank says in every round.
     blob: Blob,
     wire: Wire<'a>,
+    /// Rounds begun.
+    number: usize,
     /// Known after the first round.
     neighbors: Option<Neighbors>,
 }
@@ -434,6 +443,13 @@ impl Neighbors {
         let count = peers.iter().filter(|peer| peer.place.process == blob.place.process).count();
         Self { count, arrivals, meetings: 0 }
     }
+
+    /// Waits until all ranks of this process have come here as often as this one.
+    fn meet(&mut self, comm: &Comm) -> Result<()> {
+        self.arrivals.fetch_add(1, Ordering::AcqRel);
+        self.meetings += 1;
+        poll(comm, || Ok(self.arrivals.load(Ordering::Acquire) >= self.count * self.meetings))
+    }
 }
 
 impl Rounds<'_> {
@@ -444,17 +460,23 @@ impl Rounds<'_> {
 
     /// One round: whether this rank is ready, and its offer. All ranks' blobs, or what keeps them from going on.
     fn next(&mut self, ready: bool, offer: Offer) -> Result<std::result::Result<Vec<Blob>, Disagreement>> {
+        self.number += 1;
+        log::debug!("rank {}: attach, round {}", self.blob.rank, self.number);
         self.wire.write(&Blob { ready, offer, ..self.blob }.encode())?;
         self.meet()?;
         Ok(agree(&self.wire.all_gather()?))
     }
 
-    /// Waits until all ranks of this process have come here as often as this one.
     fn meet(&mut self) -> Result<()> {
-        let Some(neighbors) = &mut self.neighbors else { return Ok(()) };
-        neighbors.arrivals.fetch_add(1, Ordering::AcqRel);
-        neighbors.meetings += 1;
-        self.wire.poll(|_| Ok(neighbors.arrivals.load(Ordering::Acquire) >= neighbors.count * neighbors.meetings))
+        self.neighbors.as_mut().map_or(Ok(()), |neighbors| neighbors.meet(self.wire.comm))
+    }
+
+    /// The first operation waits for the others, too: until all are done with what attach needs, also with giving it up.
+    fn end(self) -> Result<()> {
+        let Rounds { wire, neighbors, .. } = self;
+        let comm = wire.comm;
+        drop(wire);
+        neighbors.map_or(Ok(()), |mut neighbors| neighbors.meet(comm))
     }
 }
 
@@ -569,10 +591,10 @@ impl<'a> Wire<'a> {
     fn finish(&mut self, function: &'static str, result: NcclResult) -> Result<()> {
         if result == NcclResult::IN_PROGRESS {
             self.is_nonblocking = true;
-            self.poll(|comm| {
+            poll(self.comm, || {
                 let mut state = NcclResult::SUCCESS;
                 // SAFETY: the handle lives while the communicator is not aborted, which `poll` has just seen.
-                let asked = unsafe { nccl::comm_get_async_error(comm.handle(), &mut state) };
+                let asked = unsafe { nccl::comm_get_async_error(self.comm.handle(), &mut state) };
                 match (asked, state) {
                     (NcclResult::SUCCESS, NcclResult::SUCCESS) => Ok(true),
                     (NcclResult::SUCCESS, NcclResult::IN_PROGRESS) => Ok(false),
@@ -584,21 +606,22 @@ impl<'a> Wire<'a> {
         }
         // SAFETY: the stream is ours.
         unsafe { self.done.record(self.stream.handle(), false) }.map_err(Error::cuda("recording an event"))?;
-        self.poll(|_| self.done.is_complete().map_err(Error::cuda("waiting for the other ranks")))
+        poll(self.comm, || self.done.is_complete().map_err(Error::cuda("waiting for the other ranks")))
     }
+}
 
-    fn poll(&self, mut is_done: impl FnMut(&Comm) -> Result<bool>) -> Result<()> {
-        let mut pause = Duration::from_micros(20);
-        loop {
-            if self.comm.is_aborted() {
-                return Err(Error::Aborted);
-            }
-            if is_done(self.comm)? {
-                return Ok(());
-            }
-            thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(2));
+/// Waits until it is done or the communicator is aborted.
+fn poll(comm: &Comm, mut is_done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let mut pause = Duration::from_micros(20);
+    loop {
+        if comm.is_aborted() {
+            return Err(Error::Aborted);
         }
+        if is_done()? {
+            return Ok(());
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(2));
     }
 }
 

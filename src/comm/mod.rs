@@ -21,7 +21,7 @@ use std::sync::{Arc, LazyLock, OnceLock};
 use flashcomm_wire::Legs;
 use parking_lot::{Mutex, RwLock};
 
-use crate::cuda::{Capture, Context, CudaResult, Event, RelaxedCapture, StreamHandle};
+use crate::cuda::{self, Capture, Context, CudaResult, Dependencies, Event, GraphNode, RelaxedCapture, StreamHandle};
 use crate::error::{self, Error};
 use crate::exchange::Exchange;
 use crate::kernels::Kernels;
@@ -70,9 +70,22 @@ pub struct Attached {
 struct Order {
     /// The end of the last operation, eager or replayed.
     last: Event,
-    /// The end of the last operation within the capture of that id.
-    captured: Option<(u64, Event)>,
+    /// The last operation within the capture that was last seen.
+    captured: Option<Captured>,
 }
+
+/// An operation that has been captured.
+struct Captured {
+    /// In the capture of this id.
+    capture: u64,
+    /// Its end.
+    end: Event,
+    /// The nodes that record [`Order::last`] at each replay.
+    records: Vec<GraphNode>,
+}
+
+// SAFETY: the nodes are handles, used while their capture goes on and under the lock of the order.
+unsafe impl Send for Captured {}
 
 /// The application's `ncclComm_t`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -184,7 +197,7 @@ impl Attached {
             Capture::Active(id) => match &order.captured {
                 // Within one graph the edge is drawn in the graph.
                 // SAFETY: as above; the event was recorded in this very capture.
-                Some((captured_id, event)) if *captured_id == id => unsafe { event.make_wait(stream, false) },
+                Some(captured) if captured.capture == id => unsafe { captured.end.make_wait(stream, false) },
                 // A graph's first operation waits, at each replay, for what was last before that replay.
                 // SAFETY: as above.
                 _ => unsafe { order.last.make_wait(stream, true) },
@@ -202,14 +215,33 @@ impl Attached {
             // SAFETY: the caller vouches for the stream.
             return unsafe { order.last.record(stream, false) };
         };
+        // Each replay records the end for whoever comes from outside of the graph. In the graph that stands beside the
+        // operations, one record behind the other: no operation is held up by it.
+        // SAFETY: as above.
+        let mut operation = unsafe { cuda::capture_dependencies(stream)? };
+        let same = order.captured.as_mut().filter(|captured| captured.capture == id);
+        let (end, mut records) = match same {
+            Some(captured) => (None, std::mem::take(&mut captured.records)),
+            None => (Some(Event::new()?), Vec::new()),
+        };
+        // SAFETY: as above; the nodes are of this capture.
+        unsafe { cuda::update_capture_dependencies(stream, &mut records, Dependencies::Add)? };
         // SAFETY: as above.
         unsafe { order.last.record(stream, true)? };
-        if order.captured.as_ref().is_none_or(|(captured_id, _)| *captured_id != id) {
-            order.captured = Some((id, Event::new()?));
-        }
-        let (_, event) = order.captured.as_ref().expect("set above");
         // SAFETY: as above.
-        unsafe { event.record(stream, false) }
+        let records = unsafe { cuda::capture_dependencies(stream)? };
+        // SAFETY: as above.
+        unsafe { cuda::update_capture_dependencies(stream, &mut operation, Dependencies::Set)? };
+        match (&mut order.captured, end) {
+            (Some(captured), None) => captured.records = records,
+            (captured, end) => {
+                let end = end.expect("made for a capture that is new");
+                *captured = Some(Captured { capture: id, end, records });
+            }
+        }
+        let captured = order.captured.as_ref().expect("set above");
+        // SAFETY: as above.
+        unsafe { captured.end.record(stream, false) }
     }
 
     /// The error of a kernel that gave up waiting for another rank.

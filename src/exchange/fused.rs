@@ -311,11 +311,36 @@ impl Fused {
         // Few tiles rather spread over multiprocessors than share one.
         let block_channels = chunk_tiles.div_ceil(self.max_blocks).min(self.block_channels);
         let n_blocks = chunk_tiles.div_ceil(block_channels).min(self.max_blocks);
-        let args = AllReduceArgs {
-            input,
-            output,
-            count: plan.count() as u64,
-            chunk_tiles: chunk_tiles as u64,
+        let args =
+            AllReduceArgs { input, output, count: plan.count() as u64, chunk_tiles: chunk_tiles as u64, ..self.args() };
+        // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `block_limit`.
+        unsafe { kernels.all_reduce(element, (n_blocks, block_channels), &args, stream) }
+            .map_err(Error::cuda("launching the all-reduce"))
+    }
+
+    /// Runs the kernels once over nothing, as large as they ever are. What the driver does at the first launch of a kernel
+    /// (loading it, making room for its local memory) may wait for all work of the device; were that another rank's
+    /// all-reduce, which waits for this one's, both would wait for ever.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn warm_up(&self, kernels: &Kernels, stream: &Stream) -> Result<()> {
+        for element in ElementType::ALL {
+            let shape = (self.max_blocks, self.block_channels);
+            // SAFETY: without tiles the kernel touches no memory.
+            unsafe { kernels.all_reduce(element, shape, &self.args(), stream.handle()) }
+                .map_err(Error::cuda("launching the all-reduce for the first time"))?;
+        }
+        stream.synchronize().map_err(Error::cuda("running the all-reduce for the first time"))
+    }
+
+    /// What all launches have in common; the operation is to be filled in.
+    fn args(&self) -> AllReduceArgs {
+        AllReduceArgs {
+            input: std::ptr::null(),
+            output: std::ptr::null_mut(),
+            count: 0,
+            chunk_tiles: 0,
             areas: self.areas,
             iterations: self.iterations.at(0),
             abort: self.control.address(),
@@ -324,11 +349,8 @@ impl Fused {
             rank: self.rank as u32,
             world: self.rings.world as u32,
             max_channels: self.rings.channels as u32,
-            group_shift: kernels::group_shift(plan.legs().reduce),
-        };
-        // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `block_limit`.
-        unsafe { kernels.all_reduce(element, (n_blocks, block_channels), &args, stream) }
-            .map_err(Error::cuda("launching the all-reduce"))
+            group_shift: kernels::group_shift(self.rings.legs.reduce),
+        }
     }
 
     /// Frees every kernel of this rank that waits (invariant I5).

@@ -56,16 +56,24 @@ impl Exchange {
         }
     }
 
-    /// From how many bytes on an all-reduce is compressed by default.
-    ///
-    /// Over the real NCCL, as measured (see the README): the bytes decide between hosts; between ranks of one host NCCL's own
-    /// all-reduce is faster than three kernels with two of its calls between, so there it takes an explicit
-    /// `FLASHCOMM_MIN_BYTES`.
+    /// As [`default_min_bytes`].
     pub const fn default_min_bytes(&self, one_host: bool) -> u64 {
         match self {
-            Exchange::Nccl(_) if one_host => u64::MAX,
-            Exchange::Nccl(_) => 1 << 20,
-            Exchange::Fused(_) => 4 << 20, // on the safe side: where it begins to be faster has not been measured
+            Exchange::Fused(fused) => default_min_bytes(Some(fused.kind), one_host),
+            Exchange::Nccl(_) => default_min_bytes(None, one_host),
         }
+    }
+}
+
+/// From how many bytes on an all-reduce is compressed by default. `kind`: the fused exchange, `None` for the real NCCL.
+///
+/// Over the real NCCL, as measured (see docs/tuning.md): the bytes decide between hosts; between ranks of one host NCCL's own
+/// all-reduce is faster than three kernels with two of its calls between, so there it takes an explicit
+/// `FLASHCOMM_MIN_BYTES`.
+pub const fn default_min_bytes(kind: Option<fused::Kind>, one_host: bool) -> u64 {
+    match kind {
+        None if one_host => u64::MAX,
+        None => 1 << 20,
+        Some(_) => 4 << 20, // on the safe side: where it begins to be faster has not been measured
     }
 }

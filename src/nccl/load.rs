@@ -32,6 +32,46 @@ unsafe impl Send for RealLibrary {}
 unsafe impl Sync for RealLibrary {}
 
 impl RealLibrary {
+    /// The library of this path, or of this name where the loader finds it.
+    ///
+    /// # Errors
+    /// The reason, where it cannot be opened or is no NCCL.
+    pub fn open(path: &OsStr) -> Result<Self, String> {
+        open(path, 0).and_then(identify).map_err(|refusal| refusal.to_string())
+    }
+
+    /// The library that is found without being named.
+    ///
+    /// # Errors
+    /// What was tried, each with the reason.
+    pub fn search() -> Result<Self, Vec<String>> {
+        let next = || match symbol(libc::RTLD_NEXT, c"ncclGetVersion") {
+            Some(function) => open(holder(function).as_os_str(), libc::RTLD_NOLOAD).and_then(identify),
+            None => Err(Refusal::NotLoaded("no other library in the lookup order has it".into())),
+        };
+        let name = OsStr::from_bytes(SONAME.to_bytes());
+        let ways: [(&str, &dyn Fn() -> Result<RealLibrary, Refusal>); 3] = [
+            ("the next library in symbol lookup", &next),
+            ("libnccl.so.2, already loaded", &|| open(name, libc::RTLD_NOLOAD).and_then(identify)),
+            ("libnccl.so.2", &|| open(name, 0).and_then(identify)),
+        ];
+        let mut tried = Vec::new();
+        for (way, candidate) in ways {
+            match candidate() {
+                Ok(library) => return Ok(library),
+                Err(refusal) => tried.push(format!("{way}: {refusal}")),
+            }
+        }
+        let directories = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        for path in env::split_paths(&directories).map(|directory| directory.join(name)).filter(|path| path.exists()) {
+            match open(path.as_os_str(), 0).and_then(identify) {
+                Ok(library) => return Ok(library),
+                Err(refusal) => tried.push(format!("{}: {refusal}", path.display())),
+            }
+        }
+        Err(tried)
+    }
+
     /// Address of one of its functions.
     pub fn find(&self, name: &str) -> Option<*const ()> {
         symbol(self.handle, &CString::new(name).ok()?).map(|address| address.cast())
@@ -73,19 +113,17 @@ impl fmt::Display for Refusal {
 pub fn real_library() -> Option<&'static RealLibrary> {
     static REAL: OnceLock<Option<RealLibrary>> = OnceLock::new();
     REAL.get_or_init(|| {
-        let library = search();
-        if let Some(library) = &library {
-            log::info!("NCCL {} at {}", library.version, library.path.display());
-        }
-        library
+        let library = find()?;
+        log::info!("NCCL {} at {}", library.version, library.path.display());
+        Some(library)
     })
     .as_ref()
 }
 
-fn search() -> Option<RealLibrary> {
+fn find() -> Option<RealLibrary> {
     let mut tried = Vec::new();
     if let Some(path) = env::var_os("FLASHCOMM_NCCL_LIB").filter(|path| !path.is_empty()) {
-        match open(&path, 0).and_then(identify) {
+        match RealLibrary::open(&path) {
             Ok(library) => return Some(library),
             Err(refusal) => {
                 let path = path.to_string_lossy();
@@ -94,28 +132,9 @@ fn search() -> Option<RealLibrary> {
             }
         }
     }
-    let next = || match symbol(libc::RTLD_NEXT, c"ncclGetVersion") {
-        Some(function) => open(holder(function).as_os_str(), libc::RTLD_NOLOAD).and_then(identify),
-        None => Err(Refusal::NotLoaded("no other library in the lookup order has it".into())),
-    };
-    let name = OsStr::from_bytes(SONAME.to_bytes());
-    let ways: [(&str, &dyn Fn() -> Result<RealLibrary, Refusal>); 3] = [
-        ("the next library in symbol lookup", &next),
-        ("libnccl.so.2, already loaded", &|| open(name, libc::RTLD_NOLOAD).and_then(identify)),
-        ("libnccl.so.2", &|| open(name, 0).and_then(identify)),
-    ];
-    for (way, candidate) in ways {
-        match candidate() {
-            Ok(library) => return Some(library),
-            Err(refusal) => tried.push(format!("{way}: {refusal}")),
-        }
-    }
-    let directories = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    for path in env::split_paths(&directories).map(|directory| directory.join(name)).filter(|path| path.exists()) {
-        match open(path.as_os_str(), 0).and_then(identify) {
-            Ok(library) => return Some(library),
-            Err(refusal) => tried.push(format!("{}: {refusal}", path.display())),
-        }
+    match RealLibrary::search() {
+        Ok(library) => return Some(library),
+        Err(elsewhere) => tried.extend(elsewhere),
     }
     log::error!(
         "no real NCCL found; every NCCL call answers ncclSystemError. Set FLASHCOMM_NCCL_LIB to the path of \

@@ -355,6 +355,8 @@ fn again(dir: &Path, settings: Settings<'_>) -> Command {
     command.args(["--exact", &test, "--nocapture"]).env("NCCL_MULTI_RANK_GPU_ENABLE", "1").env("NCCL_MAX_CTAS", "8");
     // Ranks of one GPU must not wait for each other in a queue of the hardware that their streams happen to share.
     command.env("CUDA_DEVICE_MAX_CONNECTIONS", "32");
+    // Nor for the driver to load one's first kernel, or to give it a stack, while another's waits.
+    command.env("CUDA_MODULE_LOADING", "EAGER").env("NCCL_SET_STACK_SIZE", "1");
     command.env("FLASHCOMM_MIN_BYTES", "0").env("FLASHCOMM_BUFFER_MIB", "1");
     match (is_real(), std::env::var_os("FLASHCOMM_TEST_NCCL")) {
         (false, _) => {
@@ -636,6 +638,7 @@ impl Memory {
         bytes.chunks_exact(2).map(|pair| E::from_bits(u16::from_le_bytes([pair[0], pair[1]]))).collect()
     }
     pub fn read_bytes(&self, n_bytes: usize, stream: &Stream) -> Vec<u8> {
+        stream.wait(); // a copy to pageable memory may keep other ranks of this process out of the driver while it waits
         let mut bytes = vec![0; n_bytes];
         ok!(cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr(), self.at, n_bytes, stream.0));
         stream.wait();

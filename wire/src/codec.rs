@@ -1,5 +1,5 @@
 //! The codec: one tile of up to [`TILE_ELEMS`] elements as integers of 2 to 8 bits, with a scale and a zero point
-//! per quantization group. This scalar code is the specification; `kernels/codec.cuh` equals it bit for bit.
+//! per quantization group; or as they are. This scalar code is the specification; `kernels/codec.cuh` equals it bit for bit.
 //!
 //! # Arithmetic
 //!
@@ -31,6 +31,11 @@
 //! thread). With `n = k / 4`, code `k` stands in word `n * p / 8`, in byte `k % 4`, from bit `n * p % 8` on: so four codes,
 //! one in each byte, move at a time.
 //! Scales and zeros lie in the order (warp, lane / (g / 8), row), `s` first: four groups, 16 bytes, per thread.
+//!
+//! # 16 bits
+//!
+//! The width 16 codes nothing: a payload is the tile's elements as they are stored, in their order, NaN as 0x7fff. The
+//! two hops are the same, so it is what compression is to be compared with.
 
 use std::fmt;
 
@@ -48,14 +53,19 @@ const LANE_ELEMS: usize = 8;
 /// Bytes of one group's scale and zero.
 const META_BYTES: usize = 4;
 
-/// Bits per code, 2 to 8.
+/// Bits per code, 2 to 8; or 16, the elements themselves.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Width(u8);
 
 impl Width {
-    /// `bits` as a width, if it is one of 2 to 8.
+    /// `bits` as a width, if it is one of 2 to 8, or 16.
     pub const fn new(bits: u8) -> Option<Self> {
-        if bits >= 2 && bits <= 8 { Some(Self(bits)) } else { None }
+        if bits >= 2 && bits <= 8 || bits == 16 { Some(Self(bits)) } else { None }
+    }
+
+    /// Whether elements go as they are: 16.
+    pub const fn is_uncompressed(self) -> bool {
+        self.0 == 16
     }
 
     /// Bits per code.
@@ -63,7 +73,7 @@ impl Width {
         self.0
     }
 
-    /// The largest code, 2^b - 1.
+    /// The largest code, 2^b - 1, of a width that has codes.
     pub const fn max_code(self) -> u8 {
         (u8::MAX) >> (8 - self.0)
     }
@@ -117,6 +127,17 @@ pub struct Legs {
     pub gather: Codec,
 }
 
+impl Legs {
+    /// The legs, unless one is compressed and the other is not: there are no kernels for that.
+    pub const fn new(reduce: Codec, gather: Codec) -> Option<Self> {
+        if reduce.width.is_uncompressed() == gather.width.is_uncompressed() {
+            Some(Self { reduce, gather })
+        } else {
+            None
+        }
+    }
+}
+
 impl fmt::Display for Legs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (reduce, gather) = (self.reduce.width.bits(), self.gather.width.bits());
@@ -132,9 +153,10 @@ struct GroupParams {
 }
 
 impl Codec {
-    /// Bytes of one encoded tile: codes, then 4 bytes per group.
+    /// Bytes of one encoded tile: codes, then 4 bytes per group; or the elements.
     pub const fn tile_bytes(self) -> usize {
-        self.codes_bytes() + TILE_ELEMS / self.group.n_elems() * META_BYTES
+        let params_bytes = TILE_ELEMS / self.group.n_elems() * META_BYTES;
+        self.codes_bytes() + if self.width.is_uncompressed() { 0 } else { params_bytes }
     }
 
     /// Bytes of the codes of one tile.
@@ -154,6 +176,12 @@ impl Codec {
         payload.fill(0);
         let last = values[values.len() - 1];
         let value = |i: usize| values.get(i).copied().unwrap_or(last);
+        if self.width.is_uncompressed() {
+            for (i, place) in payload.chunks_exact_mut(2).enumerate() {
+                place.copy_from_slice(&E::from_f32_nearest(value(i)).to_bits().to_le_bytes());
+            }
+            return;
+        }
         for start in (0..TILE_ELEMS).step_by(self.group.n_elems()) {
             let group = start..start + self.group.n_elems();
             let params = self.group_params::<E>(group.clone().map(value));
@@ -171,6 +199,10 @@ impl Codec {
     pub fn decode_tile<E: Element>(self, payload: &[u8], values: &mut [f32]) {
         assert!(values.len() <= TILE_ELEMS, "a tile has at most {TILE_ELEMS} elements");
         assert_eq!(payload.len(), self.tile_bytes(), "payload of one tile");
+        if self.width.is_uncompressed() {
+            values.iter_mut().enumerate().for_each(|(i, value)| *value = stored::<E>(payload, i * 2).to_f32());
+            return;
+        }
         for (g, group) in values.chunks_mut(self.group.n_elems()).enumerate() {
             let start = g * self.group.n_elems();
             let GroupParams { scale, zero } = self.read_params::<E>(start, payload);
@@ -187,6 +219,10 @@ impl Codec {
     pub fn decode_tile_to<E: Element>(self, payload: &[u8], output: &mut [E]) {
         assert!(output.len() <= TILE_ELEMS, "a tile has at most {TILE_ELEMS} elements");
         assert_eq!(payload.len(), self.tile_bytes(), "payload of one tile");
+        if self.width.is_uncompressed() {
+            output.iter_mut().enumerate().for_each(|(i, x)| *x = stored(payload, i * 2));
+            return;
+        }
         for (i, x) in output.iter_mut().enumerate() {
             let GroupParams { scale, zero } = self.read_params::<E>(i - i % self.group.n_elems(), payload);
             *x = E::fused(f32::from(self.read_code(i, payload)), scale, zero);
@@ -231,8 +267,7 @@ impl Codec {
 
     fn read_params<E: Element>(self, start: usize, payload: &[u8]) -> GroupParams {
         let at = self.params_at(start);
-        let read = |at: usize| E::from_bits(u16::from_le_bytes([payload[at], payload[at + 1]])).to_f32();
-        GroupParams { scale: read(at), zero: read(at + 2) }
+        GroupParams { scale: stored::<E>(payload, at).to_f32(), zero: stored::<E>(payload, at + 2).to_f32() }
     }
 
     /// Byte of the payload where scale and zero of the group that starts at element `start` stand.
@@ -270,6 +305,11 @@ impl Codec {
             plane_at += TILE_ELEMS / 8 * plane_bits;
         }
     }
+}
+
+/// The element that stands at byte `at`.
+fn stored<E: Element>(payload: &[u8], at: usize) -> E {
+    E::from_bits(u16::from_le_bytes([payload[at], payload[at + 1]]))
 }
 
 /// The digits of an element's index in a tile, in the bases (4, 4, 32, 8).

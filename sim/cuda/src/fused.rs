@@ -9,15 +9,16 @@ use std::time::{Duration, Instant};
 use flashcomm_sim_schedule as schedule;
 use flashcomm_wire::{Codec, Element, Legs, Rings, TILE_ELEMS, rings};
 
+use crate::access::{args, load, load_elements, store, store_decoded};
 use crate::code::{Code, Result};
-use crate::kernels::{Kernel, Shape, args, load, load_elements, store, store_decoded};
+use crate::kernels::{Kernel, Shape};
 use crate::memory;
 
 /// Channels of a block at most.
 pub const MAX_BLOCK_CHANNELS: u32 = 7;
 
-/// Iterations after the last push.
-const DRAIN: usize = 3;
+/// Operations of so many rounds signal after the reduction of an iteration instead of before it.
+const SHORT_ROUNDS: usize = 2;
 
 /// `AllReduceArgs` of `kernels/all_reduce.cu`.
 #[repr(C)]
@@ -96,7 +97,7 @@ pub fn run<E: Element>(kernel: &Kernel, bytes: &[u8], shape: Shape) -> Result<()
             match channel.step::<E>(&launch)? {
                 Progress::Done => {
                     has_advanced = true;
-                    let n_iterations = channel.before.wrapping_add((channel.n_rounds + DRAIN) as u32);
+                    let n_iterations = channel.before.wrapping_add(channel.n_iterations() as u32);
                     word(args.iterations + channel.number * 4)?.store(n_iterations, Ordering::Relaxed);
                 }
                 Progress::Advanced => {
@@ -162,7 +163,7 @@ impl Channel {
     fn step<E: Element>(&mut self, launch: &Launch) -> Result<Progress> {
         let (args, i) = (&launch.args, self.iteration);
         let rank = args.rank as usize;
-        if i == self.n_rounds + DRAIN {
+        if i == self.n_iterations() {
             return Ok(Progress::Done);
         }
         if !self.has_pushed {
@@ -181,24 +182,49 @@ impl Channel {
             }
         }
         self.waits_since = None;
-        if i + 1 < self.n_rounds + DRAIN {
-            fence(Ordering::SeqCst);
-            for peer in launch.others() {
-                let signal = word(args.areas[peer] + launch.rings.signal(self.number, rank))?;
-                signal.store(self.before.wrapping_add(i as u32 + 1), Ordering::Release);
-            }
-        }
-        if i >= 3 {
-            for owner in launch.others() {
-                self.decode::<E>(launch, owner, i - 3)?;
-            }
+        if !self.is_short() {
+            self.tell(launch)?;
         }
         if (1..=self.n_rounds).contains(&i) {
             self.reduce::<E>(launch, i - 1)?;
         }
+        if self.is_short() {
+            self.tell(launch)?;
+        }
+        if let Some(round) = i.checked_sub(self.lag()) {
+            for owner in launch.others() {
+                self.decode::<E>(launch, owner, round)?;
+            }
+        }
         self.iteration += 1;
         self.has_pushed = false;
         Ok(Progress::Advanced)
+    }
+
+    fn is_short(&self) -> bool {
+        self.n_rounds <= SHORT_ROUNDS
+    }
+
+    /// Iterations from a push to the decoding of its sum.
+    fn lag(&self) -> usize {
+        if self.is_short() { 2 } else { 3 }
+    }
+
+    fn n_iterations(&self) -> usize {
+        self.n_rounds + self.lag()
+    }
+
+    /// Signals each peer, unless nobody waits for it.
+    fn tell(&self, launch: &Launch) -> Result<()> {
+        if self.iteration + 1 == self.n_iterations() {
+            return Ok(());
+        }
+        fence(Ordering::SeqCst);
+        for peer in launch.others() {
+            let signal = word(launch.args.areas[peer] + launch.rings.signal(self.number, launch.args.rank as usize))?;
+            signal.store(self.before.wrapping_add(self.iteration as u32 + 1), Ordering::Release);
+        }
+        Ok(())
     }
 
     fn push<E: Element>(&self, launch: &Launch, owner: usize) -> Result<()> {

@@ -7,8 +7,9 @@
 use flashcomm_wire::{Codec, Element, GroupSize, TILE_ELEMS, Width};
 use half::{bf16, f16};
 
+use crate::access::{args, load, load_elements, store, store_decoded};
 use crate::code::{Code, Result};
-use crate::{fused, memory};
+use crate::fused;
 
 /// The extent of a launch.
 #[derive(Clone, Copy, Debug)]
@@ -157,36 +158,6 @@ struct DequantizeArgs {
     slice: Slice,
 }
 
-/// The argument struct from its bytes.
-pub fn args<A: Copy>(bytes: &[u8]) -> A {
-    assert_eq!(bytes.len(), size_of::<A>(), "a kernel gets as many bytes as it says");
-    // SAFETY: as many bytes as the struct has; every pattern of them is one of its values (integers only).
-    unsafe { bytes.as_ptr().cast::<A>().read_unaligned() }
-}
-
-/// The bytes of a device range, copied.
-pub fn load(address: usize, n_bytes: usize) -> Result<Vec<u8>> {
-    let source = memory::resolve(address, n_bytes)?;
-    let mut bytes = vec![0; n_bytes];
-    // SAFETY: a live range of that many bytes.
-    unsafe { std::ptr::copy_nonoverlapping(source, bytes.as_mut_ptr(), n_bytes) };
-    Ok(bytes)
-}
-
-/// Writes to a device range.
-pub fn store(address: usize, bytes: &[u8]) -> Result<()> {
-    let target = memory::resolve(address, bytes.len())?;
-    // SAFETY: a live range of that many bytes.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
-    Ok(())
-}
-
-/// Elements of a device array, widened.
-pub fn load_elements<E: Element>(address: usize, (start, n_elems): (usize, usize)) -> Result<Vec<f32>> {
-    let bytes = load(address + start * 2, n_elems * 2)?;
-    Ok(bytes.chunks_exact(2).map(|pair| E::from_bits(u16::from_le_bytes([pair[0], pair[1]])).to_f32()).collect())
-}
-
 fn quantize<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()> {
     let args: QuantizeArgs = args(bytes);
     let codec = kernel.codec(0, args.slice.group_shift)?;
@@ -230,17 +201,4 @@ fn dequantize<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result
     let Some((start, n_elems)) = args.slice.tile(owner, tile) else { return Ok(()) };
     let at = args.payload + owner as usize * args.slot_bytes as usize + tile as usize * codec.tile_bytes();
     store_decoded::<E>(codec, &load(at, codec.tile_bytes())?, args.output, (start, n_elems))
-}
-
-/// Decodes a payload to the elements at `start` of `output`.
-pub fn store_decoded<E: Element>(
-    codec: Codec,
-    payload: &[u8],
-    output: usize,
-    (start, n_elems): (usize, usize),
-) -> Result<()> {
-    let mut elements = vec![E::from_bits(0); n_elems];
-    codec.decode_tile_to::<E>(payload, &mut elements);
-    let bytes: Vec<u8> = elements.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect();
-    store(output + start * 2, &bytes)
 }

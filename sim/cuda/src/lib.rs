@@ -14,6 +14,7 @@
 //! Delays and faults: `flashcomm-sim-schedule`; the kinds are alloc, hostalloc, register, ipc, module, stream, event,
 //! launch, copy.
 
+pub mod access;
 pub mod api;
 pub mod code;
 pub mod device;

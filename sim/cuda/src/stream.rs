@@ -76,6 +76,8 @@ pub struct Session {
     /// Unique in the process.
     pub id: u64,
     nodes: Mutex<Vec<Node>>,
+    /// Nodes that nobody needs to join, taken out of a stream's dependencies.
+    loose: Mutex<Vec<usize>>,
     is_invalid: AtomicBool,
     has_ended: AtomicBool,
     mode: i32,
@@ -364,6 +366,28 @@ impl Stream {
         })
     }
 
+    /// The nodes that what is captured next depends on.
+    pub fn dependencies(&self) -> Result<Vec<usize>> {
+        Ok(self.state.lock().capture_mut()?.map(|capturing| capturing.last.clone()).unwrap_or_default())
+    }
+
+    /// Adds to them, or puts others in their place.
+    pub fn update_dependencies(&self, nodes: &[usize], add: bool) -> Result<()> {
+        let mut state = self.state.lock();
+        let capturing = state.capture_mut()?.ok_or(Code::INVALID_VALUE)?;
+        let n_nodes = capturing.session.nodes.lock().len();
+        if nodes.iter().any(|node| *node >= n_nodes) {
+            return Err(Code::INVALID_VALUE);
+        }
+        let before = if add { capturing.last.clone() } else { Vec::new() };
+        let before = std::mem::replace(&mut capturing.last, before);
+        capturing.last.extend(nodes);
+        capturing.last.sort_unstable();
+        capturing.last.dedup();
+        capturing.session.loose.lock().extend(before);
+        Ok(())
+    }
+
     /// Starts a capture.
     pub fn begin_capture(&self, mode: i32) -> Result<()> {
         let mut state = self.state.lock();
@@ -376,6 +400,7 @@ impl Stream {
         let session = Arc::new(Session {
             id: CAPTURES.fetch_add(1, Ordering::Relaxed),
             nodes: Mutex::default(),
+            loose: Mutex::default(),
             is_invalid: AtomicBool::new(false),
             has_ended: AtomicBool::new(false),
             mode,
@@ -408,6 +433,7 @@ impl Stream {
         let nodes = std::mem::take(&mut *session.nodes.lock());
         let mut is_joined = vec![false; nodes.len()];
         let mut open = capturing.last.clone();
+        open.extend(&*session.loose.lock());
         while let Some(node) = open.pop() {
             if !std::mem::replace(&mut is_joined[node], true) {
                 open.extend(&nodes[node].needs);

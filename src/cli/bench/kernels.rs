@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use cudarc::driver::sys;
-use flashcomm::cuda::{self, Context, DeviceMemory, Stream};
+use flashcomm::cuda::{self, Context, DeviceMemory, PinnedMemory, Stream};
 use flashcomm::kernels::{ElementType, Kernels, Piece};
 use flashcomm_wire::{Codec, GroupSize, Legs, Plan, TILE_ELEMS, Width};
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,8 @@ pub struct Speeds {
     pub n_bytes: usize,
     /// The device copy, TB/s.
     pub copy_tb_s: f64,
+    /// Copies from and to pinned host memory at once, both directions together, GB/s.
+    pub host_link_gb_s: f64,
     /// The kernels.
     pub kernels: Vec<Speed>,
 }
@@ -91,6 +93,7 @@ fn speeds(extent: &Extent) -> Result<Speeds> {
         Ok(())
     })?;
     let copy_rate = 2.0 * n_bytes as f64 / copy;
+    let host_link_gb_s = host_link(extent, &stream, a.at(0) as u64, b.at(0) as u64)? / 1e9;
     let mut kernels = Vec::new();
     for bits in 2..=8 {
         let codec = Codec { width: Width::new(bits).expect("a width"), group: GroupSize::new(128).expect("a size") };
@@ -124,7 +127,26 @@ fn speeds(extent: &Extent) -> Result<Speeds> {
             }
         }
     }
-    Ok(Speeds { n_bytes, copy_tb_s: copy_rate / 1e12, kernels })
+    Ok(Speeds { n_bytes, copy_tb_s: copy_rate / 1e12, host_link_gb_s, kernels })
+}
+
+/// Bytes per second between the device and pinned host memory, in both directions at once.
+fn host_link(extent: &Extent, stream: &Stream, from: u64, to: u64) -> Result<f64> {
+    let n_bytes = extent.n_bytes / 4;
+    let (down, up) = (PinnedMemory::new(n_bytes)?, PinnedMemory::new(n_bytes)?);
+    let back = Stream::new()?;
+    let both = median_s(extent, stream, || {
+        // SAFETY: all ranges are allocated, the host's pinned.
+        let results = unsafe {
+            [
+                sys::cuMemcpyDtoHAsync_v2(down.address(), from, n_bytes, stream.handle()),
+                sys::cuMemcpyHtoDAsync_v2(to, up.address(), n_bytes, back.handle()),
+            ]
+        };
+        ensure!(results == [sys::CUresult::CUDA_SUCCESS; 2], "copies to and from the host answer {results:?}");
+        Ok(back.synchronize()?)
+    })?;
+    Ok(2.0 * n_bytes as f64 / both)
 }
 
 /// Median seconds of one launch, after three batches that warm up.

@@ -8,7 +8,7 @@
 pub mod kernels;
 pub mod measure;
 mod plot;
-mod report;
+pub mod report;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -51,6 +51,9 @@ pub struct Args {
     /// FLASHCOMM_MIN_BYTES of the shim: a number, or auto for its own threshold
     #[arg(long, default_value = "0")]
     min_bytes: String,
+    /// FLASHCOMM_MAX_CTAS of the shim: thread blocks of a rank, as many at most as fit beside the other ranks'; 0: its default
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1024))]
+    max_ctas: u32,
     /// Values of NCCL_MAX_CTAS for the real NCCL, whose best counts [default: by number of ranks where they share a GPU]
     #[arg(long, value_delimiter = ',')]
     nccl_ctas: Option<Vec<u32>>,
@@ -241,6 +244,7 @@ impl<'a> Plan<'a> {
                 ("FLASHCOMM_DTYPES", "fp16,bf16".into()),
                 ("FLASHCOMM_EXCHANGE", exchange.clone()),
                 ("FLASHCOMM_MIN_BYTES", self.args.min_bytes.clone()),
+                ("FLASHCOMM_MAX_CTAS", self.args.max_ctas.to_string()),
             ],
         };
         settings.into_iter().map(|(name, value)| (name.into(), value)).collect()

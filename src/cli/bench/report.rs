@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::path::Path;
 
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::kernels::Speeds;
@@ -62,7 +64,7 @@ pub(super) struct Compared {
 }
 
 /// From where on a way is never slower.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Crossover {
     #[serde(flatten)]
     case: Case,
@@ -103,6 +105,29 @@ pub struct Summarized<'a> {
     pub(super) report: &'a Report,
     pub(super) comparisons: Vec<Comparison>,
     crossovers: Vec<Crossover>,
+}
+
+/// What another run found out, as far as it is of use later.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Earlier {
+    simulated: bool,
+    gpus: Vec<String>,
+    crossovers: Vec<Crossover>,
+}
+
+/// Reads a file that a run has written.
+pub fn earlier(path: &Path) -> Result<Earlier> {
+    let json = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&json)
+        .with_context(|| format!("{} is not what flashcomm bench --json writes", path.display()))
+}
+
+impl Earlier {
+    /// From where on each way was never slower.
+    pub fn in_words(&self, file: &Path) -> String {
+        let on = if self.simulated { "the simulator: the times mean nothing".into() } else { self.gpus.join(", ") };
+        format!("measured ({}, on {on}):\n{}", file.display(), in_table(&self.crossovers).trim_fmt())
+    }
 }
 
 /// The middle one, or the mean of the two in the middle.
@@ -241,19 +266,16 @@ impl Report {
             let _ = writeln!(text, "\n{}\n{}", self.title(case), in_rows(&rows).trim_fmt());
         }
         if with_crossovers && !comparisons.is_empty() {
-            let mut table = table(&["", "never slower from"]);
-            for Crossover { case, way, from_bytes } in crossovers(&comparisons) {
-                let from = from_bytes.map_or("-".into(), |n_bytes| Bytes(n_bytes).to_string());
-                table.add_row([format!("{}: {way}", name(case)), from]);
-            }
-            let _ = writeln!(text, "\n{}", table.trim_fmt());
+            let _ = writeln!(text, "\n{}", in_table(&crossovers(&comparisons)).trim_fmt());
         }
         if let Some(speeds) = &self.kernels {
             let _ = writeln!(
                 text,
-                "\nKernels alone, {} of fp16 or bf16, bytes read and written; device copy {:.3} TB/s\n{}",
+                "\nKernels alone, {} of fp16 or bf16, bytes read and written; device copy {:.3} TB/s, copies from and to \
+                 pinned host memory at once {:.1} GB/s together\n{}",
                 Bytes(speeds.n_bytes),
                 speeds.copy_tb_s,
+                speeds.host_link_gb_s,
                 of_kernels(speeds).trim_fmt()
             );
         }
@@ -320,6 +342,15 @@ fn of_kernels(speeds: &Speeds) -> comfy_table::Table {
 }
 
 /// For every case and way: the smallest measured size from which on no ratio is below 1.
+fn in_table(crossovers: &[Crossover]) -> comfy_table::Table {
+    let mut table = table(&["", "never slower from"]);
+    for Crossover { case, way, from_bytes } in crossovers {
+        let from = from_bytes.map_or("-".into(), |n_bytes| Bytes(n_bytes).to_string());
+        table.add_row([format!("{}: {way}", name(*case)), from]);
+    }
+    table
+}
+
 fn crossovers(comparisons: &[Comparison]) -> Vec<Crossover> {
     let mut found: Vec<Crossover> = Vec::new();
     // By case, and by size within it.

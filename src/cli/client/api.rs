@@ -48,6 +48,8 @@ table! {
         cuGetErrorString(c_int, *mut *const c_char);
         cuDeviceGetCount(*mut c_int);
         cuDeviceGetName(*mut c_char, c_int, c_int);
+        cuDeviceTotalMem_v2(*mut usize, c_int);
+        cuDeviceCanAccessPeer(*mut c_int, c_int, c_int);
         cuDevicePrimaryCtxRetain(*mut Ptr, c_int);
         cuCtxSetCurrent(Ptr);
         cuMemAlloc_v2(*mut Ptr, usize);

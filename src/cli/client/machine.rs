@@ -7,12 +7,15 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use flashcomm::nccl::load::RealLibrary;
+use flashcomm::nccl::symbols::SYMBOLS;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use super::api::{Cuda, Nccl, call};
 use super::job::{Job, Start};
 use super::party::{Assignment, Party, Role};
+use crate::cli::run::python;
 
 /// Where the libraries are, if not where they are looked for.
 #[derive(Clone, Debug, clap::Args)]
@@ -20,7 +23,7 @@ pub struct Places {
     /// The shim [default: libflashcomm.so beside this command, or in ../lib]
     #[arg(long, value_name = "FILE")]
     shim: Option<PathBuf>,
-    /// The real NCCL [default: what the loader finds as libnccl.so.2]
+    /// The real NCCL [default: that of python3's packages, or what the loader finds as libnccl.so.2]
     #[arg(long, value_name = "FILE", env = "FLASHCOMM_NCCL_LIB")]
     nccl: Option<PathBuf>,
 }
@@ -36,13 +39,24 @@ pub enum Wanted {
     Simulator,
 }
 
+/// A real NCCL, as the shim finds it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RealNccl {
+    /// Where it is.
+    pub path: PathBuf,
+    /// As people write it.
+    pub version: String,
+    /// Functions of newer ones that it lacks.
+    pub lacks: Vec<String>,
+}
+
 /// There is no GPU, and one was wanted.
 #[derive(Debug)]
-pub struct NoGpu(String);
+pub struct NoGpu(pub String);
 
 impl std::fmt::Display for NoGpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "this needs a GPU, since the simulator proves nothing about speed: {}", self.0)
+        f.write_str(&self.0)
     }
 }
 
@@ -81,12 +95,30 @@ const SHARES_GPUS: u32 = 23003;
 const SHARED_CTAS: u32 = 8;
 
 impl Machine {
+    /// The machine, or the simulators in its place, before it has been looked at.
+    pub fn unseen(places: &Places, simulator: bool) -> Result<Self> {
+        let shim = find_shim(places.shim.as_deref())?;
+        let simulators = simulator.then(simulators).transpose()?;
+        let nccl = match &simulators {
+            Some(simulators) => simulators.path().join("libnccl.so.2"),
+            None => nccl(places),
+        };
+        Ok(Machine { shim, nccl, gpus: vec![], driver: 0, nccl_version: 0, no_gpu: None, simulators })
+    }
+
+    /// Looks for GPUs only; the inner error says why there is none.
+    pub fn find_gpus(&mut self) -> Result<Result<(), String>> {
+        Ok(self.probe()?.gpus.map(|(gpus, driver)| (self.gpus, self.driver) = (gpus, driver)))
+    }
+
+    /// The real NCCL; the inner error says why there is none.
+    pub fn find_nccl(&self) -> Result<Result<RealNccl, String>> {
+        real_nccl(Some(&self.nccl).filter(|path| path.as_os_str() != NCCL).map(PathBuf::as_path))
+    }
+
     /// Looks around. Libraries are opened in a child process, so that this one stays without a driver and its threads.
     pub fn find(places: &Places, wanted: Wanted) -> Result<Self> {
-        let shim = find_shim(places.shim.as_deref())?;
-        let nccl = places.nccl.clone().unwrap_or_else(|| "libnccl.so.2".into());
-        let mut machine =
-            Machine { shim, nccl, gpus: vec![], driver: 0, nccl_version: 0, no_gpu: None, simulators: None };
+        let mut machine = Self::unseen(places, false)?;
         if wanted != Wanted::Simulator {
             let found = machine.probe()?;
             match found.gpus {
@@ -95,7 +127,9 @@ impl Machine {
                     (machine.gpus, machine.driver) = (gpus, driver);
                     return Ok(machine);
                 }
-                Err(why) if wanted == Wanted::Gpu => bail!(NoGpu(why)),
+                Err(why) if wanted == Wanted::Gpu => {
+                    bail!(NoGpu(format!("this needs a GPU, since the simulator proves nothing about speed: {why}")))
+                }
                 Err(why) => machine.no_gpu = Some(why),
             }
         }
@@ -150,6 +184,9 @@ impl Machine {
                 ("NCCL_MAX_CTAS".into(), SHARED_CTAS.to_string()),
                 // Ranks must not wait for each other in a queue of the hardware that their streams happen to share.
                 ("CUDA_DEVICE_MAX_CONNECTIONS".into(), "32".into()),
+                // Nor for the driver to load one's first kernel, or to give it a stack, while another's waits.
+                ("CUDA_MODULE_LOADING".into(), "EAGER".into()),
+                ("NCCL_SET_STACK_SIZE".into(), "1".into()),
             ];
         }
         // An older NCCL refuses two ranks on a GPU, unless it takes them for ranks of two hosts.
@@ -185,6 +222,37 @@ fn without_flashcomm(preloads: &str) -> String {
     preloads.split([':', ' ']).filter(|path| !is_shim(path)).collect::<Vec<_>>().join(":")
 }
 
+/// The real NCCL at `named`, or the one that the shim finds by itself, or why it cannot be used. A child process opens
+/// it, so that nothing of it stays here.
+pub fn real_nccl(named: Option<&Path>) -> Result<Result<RealNccl, String>> {
+    let nccl = named.unwrap_or(Path::new("")).to_owned();
+    let nobody = PathBuf::new();
+    let machine =
+        Machine { shim: nobody, nccl, gpus: vec![], driver: 0, nccl_version: 0, no_gpu: None, simulators: None };
+    let limit = Duration::from_secs(60);
+    let mut job = Job::start(&machine, &Start { role: Role::Nccl, limit, ..Start::default() })?;
+    job.answers(limit)?.pop().context("one answer")
+}
+
+/// In a child: the real NCCL.
+pub fn find_nccl(told: Assignment) -> Result<()> {
+    let party = Party::new(told)?;
+    let named = party.told.nccl.as_os_str();
+    let found = if named.is_empty() {
+        RealLibrary::search().map_err(|tried| tried.join("; "))
+    } else {
+        RealLibrary::open(named)
+    };
+    party.answer_alone(&found.map(|library| {
+        let names = SYMBOLS.iter().map(|(name, ..)| *name).filter(|name| !name.starts_with('p'));
+        RealNccl {
+            path: library.path().into(),
+            version: library.version().to_string(),
+            lacks: names.filter(|name| library.find(name).is_none()).map(String::from).collect(),
+        }
+    }))
+}
+
 /// In a child: what there is.
 pub fn probe(told: Assignment) -> Result<()> {
     let party = Party::new(told)?;
@@ -202,7 +270,18 @@ pub fn probe(told: Assignment) -> Result<()> {
     party.answer_alone(&Found { gpus: gpus().map_err(in_words), nccl: nccl().map_err(in_words) })
 }
 
-fn find_shim(named: Option<&Path>) -> Result<PathBuf> {
+/// The name that NCCL goes by.
+const NCCL: &str = "libnccl.so.2";
+
+/// The NCCL that is named; or that of the Python that a user has at hand; or what the loader finds.
+fn nccl(places: &Places) -> PathBuf {
+    let named = places.nccl.clone().filter(|path| !path.as_os_str().is_empty());
+    let of_python = || python::nccl_of(&python::find("python3".as_ref())?);
+    named.or_else(of_python).unwrap_or_else(|| NCCL.into())
+}
+
+/// The shim that is named, or the one of this command.
+pub fn find_shim(named: Option<&Path>) -> Result<PathBuf> {
     if let Some(path) = named {
         // A name without a slash would be looked up elsewhere by the loader.
         return path.canonicalize().with_context(|| format!("no shim at --shim {}", path.display()));
@@ -215,10 +294,12 @@ fn find_shim(named: Option<&Path>) -> Result<PathBuf> {
 /// A library beside this command or in ../lib; otherwise where it was looked for.
 fn beside(name: &str) -> Result<PathBuf, String> {
     let exe = env::current_exe().map_err(|error| error.to_string())?;
-    let here = exe.parent().unwrap_or(Path::new("."));
-    let candidates = [here.join(name), here.join("../lib").join(name)];
+    let here = exe.parent().unwrap_or(Path::new("/"));
+    let lib = here.parent().unwrap_or(here).join("lib");
+    // In the package for Python the simulators stand in a directory of their own.
+    let candidates = [here.join(name), lib.join(name), lib.join("flashcomm").join(name)];
     let found = candidates.iter().find(|path| path.exists());
-    found.cloned().ok_or_else(|| format!("{} or {}", here.display(), here.join("../lib").display()))
+    found.cloned().ok_or_else(|| format!("{} or {}", here.display(), lib.display()))
 }
 
 /// A directory with the simulators under the names that programs look for.
@@ -257,7 +338,13 @@ mod tests {
         };
         let (new, old, enough) = (with(23203, 1), with(22809, 1), with(22809, 2));
         assert!(new.takes_threads(2) && !old.takes_threads(2) && enough.takes_threads(2));
-        let expected = ["NCCL_MULTI_RANK_GPU_ENABLE=1", "NCCL_MAX_CTAS=8", "CUDA_DEVICE_MAX_CONNECTIONS=32"];
+        let expected = [
+            "NCCL_MULTI_RANK_GPU_ENABLE=1",
+            "NCCL_MAX_CTAS=8",
+            "CUDA_DEVICE_MAX_CONNECTIONS=32",
+            "CUDA_MODULE_LOADING=EAGER",
+            "NCCL_SET_STACK_SIZE=1",
+        ];
         assert_eq!(names(&new, 1), expected);
         assert_eq!(names(&old, 1), ["NCCL_HOSTID=flashcomm-rank-1"]);
         assert_ne!(names(&old, 0), names(&old, 1));

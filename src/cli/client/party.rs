@@ -40,6 +40,10 @@ pub struct Assignment {
 pub enum Role {
     /// Says what the machine has.
     Probe,
+    /// Opens the real NCCL as the shim does.
+    Nccl,
+    /// `flashcomm doctor`.
+    Doctor,
     /// `flashcomm demo`.
     Demo,
     /// `flashcomm bench`.
@@ -165,9 +169,12 @@ impl Party {
         });
     }
 
-    /// Says the one answer of a child without ranks.
+    /// Says the one answer of a child without ranks, and stays until nobody waits for others of its job.
     pub fn answer_alone(&self, answer: &impl Serialize) -> Result<()> {
-        self.link.lock().say(&Word::Done(vec![serde_json::to_value(answer)?]))
+        let mut link = self.link.lock();
+        link.say(&Word::Done(vec![serde_json::to_value(answer)?]))?;
+        while link.hear()?.is_some() {}
+        Ok(())
     }
 
     /// What every rank of the job brings, in rank order. All ranks call this; it is also a barrier.

@@ -120,6 +120,9 @@ impl<'a> Rank<'a> {
 
     /// Copies from the device and waits.
     pub fn read(&self, from: Ptr, n_bytes: usize) -> Result<Vec<u8>> {
+        // First: a copy to memory that is not pinned may keep the other ranks of this process out of the driver while it
+        // waits, and what it waits for may need them.
+        self.wait()?;
         let mut bytes = vec![0; n_bytes];
         call!(self.cuda, cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr(), from, n_bytes, self.stream))?;
         self.wait()?;

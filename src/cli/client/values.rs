@@ -17,14 +17,13 @@ pub const GROUP: u16 = 128;
 
 /// `FLASHCOMM_BITS` and [`GROUP`], typed.
 pub fn legs(bits: &str) -> Result<Legs> {
-    let codec = |text: &str| -> Result<Codec> {
-        let width = text.parse().ok().and_then(Width::new);
-        let width =
-            width.with_context(|| format!("{bits:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8"))?;
-        Ok(Codec { width, group: GroupSize::new(GROUP).expect("a group size") })
+    let codec = |text: &str| {
+        let width = text.parse().ok().and_then(Width::new)?;
+        Some(Codec { width, group: GroupSize::new(GROUP).expect("a group size") })
     };
     let (reduce, gather) = bits.split_once(':').unwrap_or((bits, bits));
-    Ok(Legs { reduce: codec(reduce)?, gather: codec(gather)? })
+    let legs = codec(reduce).zip(codec(gather)).and_then(|(reduce, gather)| Legs::new(reduce, gather));
+    legs.with_context(|| format!("{bits:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8, or 16"))
 }
 
 /// A rank's input: normally distributed, the same whenever it is asked for. A shorter one is the beginning of a longer one.
@@ -140,6 +139,6 @@ mod tests {
     fn widths_are_parsed_as_the_shim_does() {
         assert_eq!(legs("4:8").unwrap().to_string(), "4:8");
         assert_eq!(legs("5").unwrap().to_string(), "5");
-        assert!(legs("9").is_err() && legs("4:").is_err());
+        assert!(legs("9").is_err() && legs("4:").is_err() && legs("16:4").is_err());
     }
 }

@@ -221,6 +221,24 @@ fn a_short_tile_repeats_its_last_element() {
 
 #[test]
 fn widths_and_groups_outside_the_format_are_refused() {
-    assert_eq!((0..=255).filter(|b| Width::new(*b).is_some()).collect::<Vec<_>>(), [2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!((0..=255).filter(|b| Width::new(*b).is_some()).collect::<Vec<_>>(), [2, 3, 4, 5, 6, 7, 8, 16]);
     assert_eq!((0..=1024).filter(|g| GroupSize::new(*g).is_some()).collect::<Vec<_>>(), [32, 64, 128]);
+}
+
+#[test]
+fn sixteen_bits_are_the_elements_themselves() {
+    let codec = codec(16, 128);
+    assert_eq!(codec.tile_bytes(), 2 * TILE_ELEMS);
+    let x: Vec<f32> = (0..TILE_ELEMS as u16 - 5).map(|bits| f16::from_bits(bits.wrapping_mul(31)).to_f32()).collect();
+    let mut payload = vec![0; codec.tile_bytes()];
+    codec.encode_tile::<f16>(&x, &mut payload);
+    let stored = |i: usize| u16::from_le_bytes([payload[i * 2], payload[i * 2 + 1]]);
+    assert!((0..x.len()).all(|i| stored(i) == <f16 as Element>::from_f32_nearest(x[i]).to_bits()));
+    assert_eq!(stored(TILE_ELEMS - 1), stored(x.len() - 1), "the last one repeats");
+    assert!(round_trip::<f16>(codec, &x).iter().zip(&x).all(|(a, b)| same(*a, *b)));
+    let mut output = vec![f16::ZERO; x.len()];
+    codec.decode_tile_to(&payload, &mut output);
+    assert!((0..x.len()).all(|i| output[i].to_bits() == stored(i)));
+    let legs = |reduce, gather| Legs::new(super::tests::codec(reduce, 32), super::tests::codec(gather, 32));
+    assert!(legs(16, 16).is_some() && legs(4, 8).is_some() && legs(4, 16).is_none() && legs(16, 8).is_none());
 }

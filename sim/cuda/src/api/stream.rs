@@ -1,5 +1,6 @@
 //! Streams, events, capture, graphs.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::sync::{Arc, LazyLock};
@@ -17,6 +18,13 @@ use crate::stream::{
 static GRAPHS: LazyLock<RwLock<HashMap<usize, Vec<Node>>>> = LazyLock::new(Default::default);
 static EXECUTABLES: LazyLock<RwLock<HashMap<usize, Arc<Executable>>>> = LazyLock::new(Default::default);
 
+thread_local! {
+    /// The nodes that this thread asked for last.
+    static DEPENDENCIES: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+}
+
+/// `CU_STREAM_SET_CAPTURE_DEPENDENCIES`.
+const SET_DEPENDENCIES: u32 = 1;
 /// `CU_EVENT_RECORD_EXTERNAL` and `CU_EVENT_WAIT_EXTERNAL`.
 const EXTERNAL: u32 = 1;
 /// `CU_STREAM_NON_BLOCKING`.
@@ -83,10 +91,28 @@ driver! {
         handle: usize, status: *mut c_int, id: *mut u64, graph: *mut *mut c_void, nodes: *mut *const c_void,
         n_nodes: *mut usize,
     ) {
-        if !graph.is_null() || !nodes.is_null() || !n_nodes.is_null() {
-            return Err(Code::NOT_SUPPORTED); // only status and id are simulated
+        if !graph.is_null() {
+            return Err(Code::NOT_SUPPORTED); // a graph in the making is not simulated
         }
-        capture_info(handle, status, id)
+        capture_info(handle, status, id)?;
+        if !nodes.is_null() || !n_nodes.is_null() {
+            let dependencies = stream(handle)?.dependencies()?;
+            put(n_nodes, dependencies.len())?;
+            // As in the driver, the array lives until the next call.
+            DEPENDENCIES.with_borrow_mut(|kept| {
+                *kept = dependencies.into_iter().map(|node| node + 1).collect();
+                put(nodes, kept.as_ptr().cast())
+            })?;
+        }
+        Ok(())
+    }
+    fn cuStreamUpdateCaptureDependencies(handle: usize, nodes: *const usize, n_nodes: usize, flags: u32) {
+        let nodes = match n_nodes {
+            0 => Vec::new(),
+            // SAFETY: the caller vouches for so many nodes, which are those that we gave out.
+            _ => unsafe { std::slice::from_raw_parts(nodes, n_nodes) }.iter().map(|node| node.wrapping_sub(1)).collect(),
+        };
+        stream(handle)?.update_dependencies(&nodes, flags & SET_DEPENDENCIES == 0)
     }
     fn cuStreamBeginCapture_v2(handle: usize, mode: c_int) { stream(handle)?.begin_capture(mode) }
     fn cuStreamEndCapture(handle: usize, graph: *mut usize) {

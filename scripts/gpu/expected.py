@@ -1,0 +1,58 @@
+"""What a client issued, and whether the shim's statistics say the same.
+
+A client counts with Issued, and writes to FLASHCOMM_SCRATCH at its end. When it has ended,
+
+usage: expected.py FOLDER RANKS BITS
+
+compares with what the shim wrote there (FLASHCOMM_STATS_FILE=FOLDER/stats.%p.json), for each of the ranks.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+
+class Issued:
+    def __init__(self, rank, world):
+        self.rank, self.world = rank, world
+        self.compressed = self.bytes_in = self.all_reduces_forwarded = 0
+
+    def sum16(self, n_bytes):
+        """A sum all-reduce of fp16 or bf16."""
+        self.compressed += 1
+        self.bytes_in += n_bytes
+
+    def other_all_reduce(self):
+        self.all_reduces_forwarded += 1
+
+    def write(self):
+        path = pathlib.Path(os.environ["FLASHCOMM_SCRATCH"], f"issued.{self.rank}.json")
+        path.write_text(json.dumps(dict(vars(self), pid=os.getpid())))
+
+
+def counted(path):
+    """The shim's own counts: (compressed, bytes in, bytes on the wire, all-reduces forwarded)."""
+    stats = json.loads(path.read_text())["process"]
+    return tuple(stats[name] for name in ["all_reduces_compressed", "bytes_in", "bytes_wire", "all_reduces_forwarded"])
+
+
+def main():
+    folder, ranks, bits = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    files = sorted(folder.glob("issued.*.json"))
+    assert len(files) == ranks, f"{len(files)} of {ranks} ranks came to their end"
+    for file in files:
+        issued = json.loads(file.read_text())
+        compressed, bytes_in, bytes_wire, forwarded = counted(folder / f"stats.{issued['pid']}.json")
+        said = (compressed, bytes_in, forwarded)
+        expected = (issued["compressed"], issued["bytes_in"], issued["all_reduces_forwarded"])
+        assert said == expected, f"rank {issued['rank']}: the shim counted {said}, the client issued {expected}"
+        # Both hops together: every rank sends all chunks but its own, and its own to all others.
+        share = 2 * (ranks - 1) / ranks * (bits + 0.25) / 16
+        assert abs(bytes_wire / bytes_in - share) < 0.05 * share, f"{bytes_wire / bytes_in:.4f} of the bytes, not {share:.4f}"
+    print(f"{ranks} ranks: {compressed} all-reduces compressed each, {bytes_wire / bytes_in:.3f} of their bytes on the wire, "
+          f"{forwarded} forwarded; as issued")
+
+
+if __name__ == "__main__":
+    main()

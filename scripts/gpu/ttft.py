@@ -1,0 +1,200 @@
+"""Time to first token of a tensor-parallel Llama, random weights, fp16: plain NCCL beside `flashcomm run` at each width.
+
+usage: ttft.py [--ranks 2,4] [--bits 8,6,5,4] [--json FILE] ...      starts the jobs, one after the other
+       (started by itself with RANK set: one rank)
+
+The model is transformers' own LlamaForCausalLM. Sharded as Megatron shards: attention heads and the inner width of the MLP over
+the ranks, an all-reduce behind o_proj and down_proj. Ranks share a GPU and believe to be on hosts of their own, so NCCL takes
+its sockets. With the defaults an all-reduce is 2048 x 8 x 4096 x 2 B = 128 MiB, 16 of them for a first token.
+
+A time is that of the prefill and of the choice of the first token, on the slowest rank; communication is what lies between the
+issue and the end of an all-reduce on the rank's stream, waiting for the others included. Plain NCCL runs first and last, and its
+median counts. Errors are those of the logits of the last 16 positions against plain NCCL's.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def parse():
+    parser = argparse.ArgumentParser(description="time to first token, plain and compressed")
+    parser.add_argument("--ranks", default="2,4")
+    parser.add_argument("--bits", default="8,6,5,4")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--inner", type=int, default=14336)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=int, default=150, help="that a job may take")
+    parser.add_argument("--flashcomm", default=".gpu/flashcomm")
+    parser.add_argument("--device", default="cuda", help="cpu: tries the program out over gloo, without flashcomm")
+    parser.add_argument("--json", help="writes everything to this file")
+    return parser.parse_args()
+
+
+def rank_main(args):
+    import torch
+    import torch.distributed as dist
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from expected import Issued
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = args.device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(0)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    issued = Issued(rank, world)
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.inner,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        vocab_size=args.vocabulary,
+        max_position_embeddings=args.prompt,
+    )
+    torch.set_default_dtype(torch.float16)
+    with torch.device(args.device):
+        model = LlamaForCausalLM(config).eval()
+    model.requires_grad_(False)
+    generator = torch.Generator(args.device).manual_seed(0)
+    for weights in model.parameters():
+        if weights.dim() == 2:
+            weights.normal_(0, 0.02, generator=generator)
+
+    spans = []
+
+    def all_reduce(x):
+        if on_gpu:
+            span = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            span[0].record()
+            dist.all_reduce(x)
+            span[1].record()
+        else:
+            span = [time.perf_counter()]
+            dist.all_reduce(x)
+            span.append(time.perf_counter())
+        spans.append(span)
+        issued.sum16(x.numel() * x.element_size())
+        return x
+
+    def shard(linear, dim):
+        linear.weight = torch.nn.Parameter(linear.weight.chunk(world, dim)[rank].clone(), requires_grad=False)
+
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for linear in [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]:
+            shard(linear, 0)
+        for linear in [attention.o_proj, mlp.down_proj]:
+            shard(linear, 1)
+            linear.register_forward_hook(lambda module, inputs, output: all_reduce(output))
+
+    prompts = torch.randint(args.vocabulary, (args.batch, args.prompt), generator=generator, device=args.device)
+
+    def prefill(n_positions):
+        hidden = model.model(prompts, use_cache=True).last_hidden_state
+        return model.lm_head(hidden[:, -n_positions:])
+
+    def synchronize():
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    def barrier():
+        dist.barrier()
+        issued.other_all_reduce()  # which it is, with NCCL
+
+    logits = prefill(16).float().cpu()  # warms up, too
+    prefill(1)
+    times, communication = [], []
+    for _ in range(args.rounds):
+        barrier()
+        synchronize()
+        spans.clear()
+        start = time.perf_counter()
+        prefill(1)[:, -1].argmax(-1).cpu()
+        times.append(1e3 * (time.perf_counter() - start))
+        communication.append(sum(a.elapsed_time(b) if on_gpu else 1e3 * (b - a) for a, b in spans))
+    barrier()
+    dist.destroy_process_group()
+    issued.write()
+    scratch = pathlib.Path(os.environ["FLASHCOMM_SCRATCH"])
+    if rank == 0:
+        torch.save(logits, scratch / "logits")
+    digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+    result = {"ms": times, "communication_ms": communication, "all_reduces": len(spans), "logits": digest}
+    (scratch / f"result.{rank}.json").write_text(json.dumps(result))
+
+
+def job(args, ranks, bits):
+    """Runs it; the times of the slowest rank by round, and rank 0's logits."""
+    import torch
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
+        command = [sys.executable, str(HERE / "launch.py"), str(ranks), str(args.seconds), str(HERE / "ttft.py"), *sys.argv[1:]]
+        if bits != "plain" and args.device == "cuda":
+            run = [args.flashcomm, "run", "--quiet", "--engine", "torch", "--bits", bits, "--exchange", "nccl"]
+            # Ranks of one machine have no default over NCCL: on one host NCCL's own way is faster than its sockets.
+            command = [*run, "--min-bytes", "1M", "--stats-file", f"{scratch}/stats.%p.json", "--", *command]
+        subprocess.run(command, env=dict(os.environ, FLASHCOMM_SCRATCH=scratch), check=True)
+        results = [json.loads(pathlib.Path(scratch, f"result.{r}.json").read_text()) for r in range(ranks)]
+        assert len({result["logits"] for result in results}) == 1, "the ranks have different logits"
+        if bits != "plain" and args.device == "cuda":
+            subprocess.run([sys.executable, str(HERE / "expected.py"), scratch, str(ranks), bits], check=True)
+        slowest = lambda name: [max(round) for round in zip(*(result[name] for result in results))]
+        return {
+            "ranks": ranks,
+            "bits": bits,
+            "ms": slowest("ms"),
+            "communication_ms": slowest("communication_ms"),
+            "all_reduces": results[0]["all_reduces"],
+        }, torch.load(pathlib.Path(scratch, "logits"))
+
+
+def main():
+    args = parse()
+    if "RANK" in os.environ:
+        return rank_main(args)
+    jobs = []
+    for ranks in map(int, args.ranks.split(",")):
+        exact = None
+        for bits in ["plain", *args.bits.split(","), "plain"]:
+            measured, logits = job(args, ranks, bits)
+            exact = logits if exact is None else exact
+            measured["logits_relative_error"] = float((logits - exact).norm() / exact.norm())
+            measured["same_first_token"] = float((logits.argmax(-1) == exact.argmax(-1)).float().mean())
+            jobs.append(measured)
+
+    size = args.prompt * args.batch * args.hidden * 2 >> 20
+    print(f"\nTime to first token: Llama, {args.layers} layers of width {args.hidden}, random weights, fp16, {args.batch} prompts of "
+          f"{args.prompt} tokens; {2 * args.layers} all-reduces of {size} MiB; medians of {args.rounds} (range)")
+    print(f"{'ranks':>5} {'bits':>6} {'ms':>9} {'range':>19} {'faster':>7} {'communication':>15} {'share':>6} "
+          f"{'logits error':>13} {'same token':>11}")
+    for ranks in sorted({job["ranks"] for job in jobs}):
+        mine = [job for job in jobs if job["ranks"] == ranks]
+        plain = statistics.median(ms for job in mine if job["bits"] == "plain" for ms in job["ms"])
+        for job_ in mine:
+            ms, communication = statistics.median(job_["ms"]), statistics.median(job_["communication_ms"])
+            job_["faster"] = plain / ms
+            print(f"{ranks:>5} {job_['bits']:>6} {ms:9.1f} {min(job_['ms']):9.1f}-{max(job_['ms']):<9.1f} {plain / ms:6.2f}x "
+                  f"{communication:12.1f} ms {100 * communication / ms:5.0f}% {job_['logits_relative_error']:13.5f} "
+                  f"{100 * job_['same_first_token']:10.1f}%")
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps({"arguments": vars(args), "jobs": jobs}, indent=1))
+
+
+main()

@@ -1,0 +1,366 @@
+//! `flashcomm doctor`: whether this machine is fit for the shim, and what it would do here.
+//!
+//! Nothing is guessed that can be tried: the real NCCL is opened as the shim opens it, and the exchanges are set up between
+//! processes by the shim's own code. Child processes do all that, so a driver that crashes is an answer, too.
+
+pub mod attempt;
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Result;
+use flashcomm::config::{Config, ExchangeChoice};
+use flashcomm::exchange::default_min_bytes;
+use flashcomm::exchange::fused::Kind;
+use flashcomm_wire::rings::MAX_WORLD;
+use serde::Serialize;
+
+use self::attempt::{Gpu, Tried};
+use super::bench::report::{Earlier, earlier};
+use super::client::job::{Job, Start};
+use super::client::machine::{Machine, NoGpu, Places, RealNccl};
+use super::client::party::Role;
+use super::{Bytes, table};
+
+/// Arguments.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Exit code: 0 where the machine is fit, 1 where it is not, 2 where it has no GPU.")]
+pub struct Args {
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+    /// A file that flashcomm bench --json has written: from which size on it measured the shim to be faster
+    #[arg(long, value_name = "FILE")]
+    bench: Option<PathBuf>,
+    /// Try the command out on the simulator
+    #[arg(long, hide = true)]
+    simulator: bool,
+    #[command(flatten)]
+    places: Places,
+}
+
+/// How long the attempts may take together.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Everything that is found out.
+#[derive(Debug, Serialize)]
+struct Report {
+    flashcomm: &'static str,
+    shim: PathBuf,
+    simulated: bool,
+    fit: bool,
+    /// What keeps it from being fit, each with what helps.
+    problems: Vec<String>,
+    nccl: Option<RealNccl>,
+    /// As people write it.
+    driver: Option<String>,
+    gpus: Vec<Gpu>,
+    numa_nodes: Vec<NumaNode>,
+    shared_memory: Option<SharedMemory>,
+    /// What was tried between processes; absent without a GPU.
+    exchanges: Option<Exchanges>,
+    measured: Option<Earlier>,
+}
+
+#[derive(Debug, Serialize)]
+struct NumaNode {
+    node: u32,
+    cpus: String,
+}
+
+#[derive(Debug, Serialize)]
+struct SharedMemory {
+    total_bytes: u64,
+    free_bytes: u64,
+}
+
+/// What may carry the payloads between ranks on this host.
+#[derive(Debug, Serialize)]
+struct Exchanges {
+    /// Processes that tried.
+    ranks: usize,
+    cuda_ipc: bool,
+    peer: Possible,
+    host: Possible,
+    nccl: Possible,
+    /// What the setting, `auto` by default, comes to here, and why.
+    setting: String,
+    takes: Option<&'static str>,
+    because: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Possible {
+    possible: bool,
+    why_not: Option<String>,
+    /// Bytes from which on all-reduces are compressed by default; absent: never.
+    min_bytes_on_one_host: Option<u64>,
+    min_bytes_between_hosts: Option<u64>,
+}
+
+/// Runs it; whether the machine is fit. Without a GPU it is an error, after everything else has been told.
+pub fn run(args: &Args) -> Result<bool> {
+    let measured = args.bench.as_deref().map(earlier).transpose()?;
+    let mut machine = Machine::unseen(&args.places, args.simulator)?;
+    let mut report = Report {
+        flashcomm: env!("CARGO_PKG_VERSION"),
+        shim: machine.shim.clone(),
+        simulated: machine.is_simulated(),
+        fit: false,
+        problems: vec![],
+        nccl: None,
+        driver: None,
+        gpus: vec![],
+        numa_nodes: numa_nodes(),
+        shared_memory: shared_memory(),
+        exchanges: None,
+        measured,
+    };
+    match machine.find_nccl()? {
+        Ok(nccl) => report.nccl = Some(nccl),
+        Err(why) => report.problems.push(format!(
+            "no real NCCL: {why}. Install one (pip install nvidia-nccl-cu13), or name it by --nccl or FLASHCOMM_NCCL_LIB"
+        )),
+    }
+    let no_gpu = match machine.find_gpus()? {
+        Ok(()) => {
+            report.driver = Some(format!("{}.{}", machine.driver / 1000, machine.driver / 10 % 100));
+            try_exchanges(&machine, &mut report)?;
+            None
+        }
+        Err(why) => {
+            report.problems.push(format!("no GPU: {why}"));
+            Some(why)
+        }
+    };
+    report.fit = report.problems.is_empty();
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", in_words(&report, args.bench.as_deref()));
+    }
+    match no_gpu {
+        Some(why) => Err(NoGpu(format!("no GPU: {why}")).into()),
+        None => Ok(report.fit),
+    }
+}
+
+/// Sets the exchanges up between processes, and tells what the shim would take.
+fn try_exchanges(machine: &Machine, report: &mut Report) -> Result<()> {
+    let world = machine.gpus.len().clamp(2, MAX_WORLD);
+    let start = Start { role: Role::Doctor, world, processes: true, limit: LIMIT, ..Start::default() };
+    let tried = Job::start(machine, &start).and_then(|mut job| job.answers::<Tried>(LIMIT));
+    let tried = match tried {
+        Ok(tried) => tried,
+        Err(error) => {
+            report.problems.push(format!("{world} processes could not try the exchanges: {error:#}"));
+            return Ok(());
+        }
+    };
+    let failed = |of: fn(&Tried) -> &std::result::Result<(), String>| {
+        tried.iter().enumerate().find_map(|(rank, tried)| Some(format!("rank {rank}: {}", of(tried).as_ref().err()?)))
+    };
+    let (no_peer, no_host) = (failed(|tried| &tried.peer), failed(|tried| &tried.host));
+    let area_bytes = tried.iter().map(|tried| tried.area_bytes).max().unwrap_or(0);
+    report.gpus = tried.into_iter().map(|tried| tried.gpu).collect();
+    report.gpus.sort_by_key(|gpu| gpu.ordinal);
+    report.gpus.dedup_by_key(|gpu| gpu.ordinal);
+    for Gpu { ordinal, name, capability, kernels, .. } in &report.gpus {
+        if let Err(why) = kernels {
+            report.problems.push(format!(
+                "GPU {ordinal} ({name}, compute capability {capability}) does not take the kernels: {why}. They want 8.0 \
+                 or newer, and a driver as new as the CUDA that built flashcomm (13.0: driver 580)"
+            ));
+        }
+    }
+    let needed = area_bytes as u64 * world as u64;
+    if let (Some(why), Some(shared)) = (&no_host, &report.shared_memory)
+        && shared.free_bytes < needed
+        && no_peer.is_some()
+    {
+        report.problems.push(format!(
+            "the exchange host wants {needed} bytes of /dev/shm, {} are free ({why}); make it larger (docker run \
+             --shm-size), or FLASHCOMM_BUFFER_MIB smaller",
+            shared.free_bytes
+        ));
+    }
+
+    let choice = Config::global().exchange;
+    let has_kernels = report.gpus.iter().all(|gpu| gpu.kernels.is_ok());
+    let (takes, because) = match choice {
+        _ if !has_kernels => (None, "without kernels every call goes to the real NCCL".into()),
+        ExchangeChoice::Nccl => (Some("nccl"), "FLASHCOMM_EXCHANGE says so".into()),
+        ExchangeChoice::Auto | ExchangeChoice::Peer if no_peer.is_none() => {
+            (Some("peer"), format!("{world} processes could map each other's GPU memory"))
+        }
+        ExchangeChoice::Peer => (
+            None,
+            format!(
+                "peer is impossible here ({}), so every call goes to the real NCCL",
+                no_peer.clone().unwrap_or_default()
+            ),
+        ),
+        ExchangeChoice::Auto | ExchangeChoice::Host if no_host.is_none() => (
+            Some("host"),
+            match &no_peer {
+                Some(why) => {
+                    format!("peer is impossible here ({why}); {world} processes could share pinned host memory")
+                }
+                None => format!("{world} processes could share pinned host memory"),
+            },
+        ),
+        ExchangeChoice::Host => (
+            None,
+            format!(
+                "host is impossible here ({}), so every call goes to the real NCCL",
+                no_host.clone().unwrap_or_default()
+            ),
+        ),
+        ExchangeChoice::Auto => (
+            Some("nccl"),
+            "neither peer nor host is possible here; on one host nothing is compressed then unless FLASHCOMM_MIN_BYTES says so"
+                .into(),
+        ),
+    };
+    if takes.is_none() && has_kernels {
+        report.problems.push(format!("{because}. Leave FLASHCOMM_EXCHANGE out"));
+    }
+    report.exchanges = Some(Exchanges {
+        ranks: world,
+        cuda_ipc: no_peer.is_none(),
+        peer: possible(Some(Kind::Peer), no_peer),
+        host: possible(Some(Kind::Host), no_host),
+        nccl: possible(None, report.nccl.is_none().then(|| "no real NCCL".to_string())),
+        setting: choice_name(choice).into(),
+        takes,
+        because,
+    });
+    Ok(())
+}
+
+fn choice_name(choice: ExchangeChoice) -> &'static str {
+    match choice {
+        ExchangeChoice::Auto => "auto",
+        ExchangeChoice::Peer => "peer",
+        ExchangeChoice::Host => "host",
+        ExchangeChoice::Nccl => "nccl",
+    }
+}
+
+fn possible(kind: Option<Kind>, why_not: Option<String>) -> Possible {
+    let from = |one_host| Some(default_min_bytes(kind, one_host)).filter(|n_bytes| *n_bytes != u64::MAX);
+    Possible {
+        possible: why_not.is_none(),
+        why_not,
+        min_bytes_on_one_host: from(true),
+        // The others reach no other host.
+        min_bytes_between_hosts: from(false).filter(|_| kind.is_none()),
+    }
+}
+
+fn numa_nodes() -> Vec<NumaNode> {
+    let entries = std::fs::read_dir("/sys/devices/system/node").into_iter().flatten().flatten();
+    let mut nodes: Vec<NumaNode> = entries
+        .filter_map(|entry| {
+            let node = entry.file_name().to_str()?.strip_prefix("node")?.parse().ok()?;
+            let cpus = std::fs::read_to_string(entry.path().join("cpulist")).ok()?.trim().to_string();
+            Some(NumaNode { node, cpus })
+        })
+        .collect();
+    nodes.sort_by_key(|node| node.node);
+    nodes
+}
+
+fn shared_memory() -> Option<SharedMemory> {
+    // SAFETY: all zeros is a value of this structure of integers.
+    let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: a NUL-terminated path and a valid place.
+    let failed = unsafe { libc::statvfs(c"/dev/shm".as_ptr(), &mut found) } != 0;
+    let bytes = |blocks: libc::fsblkcnt_t| blocks * found.f_frsize;
+    (!failed).then(|| SharedMemory { total_bytes: bytes(found.f_blocks), free_bytes: bytes(found.f_bavail) })
+}
+
+fn in_words(report: &Report, bench: Option<&Path>) -> String {
+    let mut text = format!("flashcomm {} at {}\n", report.flashcomm, report.shim.display());
+    if report.simulated {
+        text += "on the simulator: what follows is said of no real machine\n";
+    }
+    text += "\n";
+    let mut say = |name: &str, what: &str| {
+        for (i, line) in what.lines().enumerate() {
+            let _ = writeln!(text, "{:<12} {line}", if i == 0 { name } else { "" });
+        }
+    };
+    match &report.nccl {
+        Some(RealNccl { path, version, lacks }) => {
+            let mut what = format!("{version} at {}", path.display());
+            if let Some((first, rest)) = lacks.split_first() {
+                let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+                let _ =
+                    write!(what, "\nlacks {first}{more} (--json lists them); calls of those answer ncclInvalidUsage");
+            }
+            say("NCCL", &what);
+        }
+        None => say("NCCL", "none found"),
+    }
+    say("driver", &report.driver.as_ref().map_or("none".into(), |driver| format!("CUDA {driver}")));
+    for Gpu { ordinal, name, memory_bytes, capability, numa_node, .. } in &report.gpus {
+        let numa = numa_node.map_or(String::new(), |node| format!(", NUMA node {node}"));
+        let gib = *memory_bytes as f64 / f64::from(1 << 30);
+        say(&format!("GPU {ordinal}"), &format!("{name}, {gib:.1} GiB, compute capability {capability}{numa}"));
+    }
+    if report.gpus.len() > 1 {
+        let header = [String::new()].into_iter().chain(report.gpus.iter().map(|gpu| gpu.ordinal.to_string()));
+        let mut matrix = table(&header.collect::<Vec<_>>());
+        for gpu in &report.gpus {
+            let cells = gpu.reaches.iter().enumerate().map(|(other, can)| match can {
+                _ if other == gpu.ordinal => "-",
+                true => "yes",
+                false => "no",
+            });
+            matrix.add_row([gpu.ordinal.to_string()].into_iter().chain(cells.map(String::from)));
+        }
+        say("peer access", &matrix.trim_fmt());
+    }
+    for NumaNode { node, cpus } in &report.numa_nodes {
+        say(&format!("NUMA node {node}"), &format!("CPUs {cpus}"));
+    }
+    if let Some(SharedMemory { total_bytes, free_bytes }) = report.shared_memory {
+        let mib = |n_bytes: u64| n_bytes >> 20;
+        say("/dev/shm", &format!("{} MiB, {} MiB free", mib(total_bytes), mib(free_bytes)));
+    }
+    if let Some(exchanges) = &report.exchanges {
+        let ipc = if exchanges.cuda_ipc { "allowed" } else { "refused" };
+        say("CUDA IPC", &format!("{ipc}, as {} processes tried", exchanges.ranks));
+        text += "\n";
+        let mut rows = table(&["exchange", "possible", "compresses from", "between hosts from"]);
+        for (name, possible) in [("peer", &exchanges.peer), ("host", &exchanges.host), ("nccl", &exchanges.nccl)] {
+            let from = |n_bytes: Option<u64>| n_bytes.map_or("-".into(), |n_bytes| Bytes(n_bytes as usize).to_string());
+            rows.add_row([
+                name.to_string(),
+                if possible.possible { "yes" } else { "no" }.into(),
+                from(possible.min_bytes_on_one_host),
+                from(possible.min_bytes_between_hosts),
+            ]);
+        }
+        let _ = writeln!(text, "{}", rows.trim_fmt());
+        for (name, possible) in [("peer", &exchanges.peer), ("host", &exchanges.host), ("nccl", &exchanges.nccl)] {
+            if let Some(why) = &possible.why_not {
+                let _ = writeln!(text, "no {name}: {why}");
+            }
+        }
+        let takes = exchanges.takes.unwrap_or("none");
+        let _ = writeln!(text, "\nFLASHCOMM_EXCHANGE={} takes {takes}: {}", exchanges.setting, exchanges.because);
+    }
+    if let (Some(measured), Some(file)) = (&report.measured, bench) {
+        let _ = writeln!(text, "\n{}", measured.in_words(file).trim_end());
+    }
+    if report.fit {
+        text += "\nfit\n";
+    } else {
+        text += "\nnot fit:\n";
+        report.problems.iter().for_each(|problem| text += &format!("- {problem}\n"));
+    }
+    text
+}
