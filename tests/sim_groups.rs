@@ -59,6 +59,36 @@ fn init_all_and_a_group_of_all_reduces_from_one_thread() {
 }
 
 #[test]
+fn a_first_use_may_be_several_in_one_group() {
+    for exchange in ["peer", "nccl"] {
+        in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", exchange)], || {
+            let (world, count) = (3, 5000);
+            let cases: Vec<_> = (0..4).map(|seed| Case::<f16>::new(count, seed, world, legs(4, 4))).collect();
+            for _ in 0..10 {
+                let id = unique_id();
+                threads(world, |rank| {
+                    let (comm, stream) = (init(world, id, rank), Stream::new());
+                    let memory: Vec<_> = cases.iter().map(|case| Memory::of(&case.inputs[rank], &stream)).collect();
+                    ok!(ncclGroupStart());
+                    for Memory { at, .. } in &memory {
+                        ok!(ncclAllReduce(*at, *at, count, dtype::FP16, SUM, comm, stream.0));
+                    }
+                    ok!(ncclGroupEnd());
+                    for (memory, case) in memory.iter().zip(&cases) {
+                        same_bits(&memory.read(count, &stream), &case.expected, exchange);
+                    }
+                    ok!(ncclCommDestroy(comm));
+                });
+            }
+            assert_eq!(n_compressed(), 10 * 3 * 4);
+        });
+        if std::env::var_os("WORLD_INNER").is_some() {
+            return;
+        }
+    }
+}
+
+#[test]
 fn nested_groups_mix_communicators_forwarded_calls_and_send_receive() {
     in_process(BITS, || {
         let (world, count) = (3, 9000);

@@ -234,7 +234,8 @@ pub unsafe extern "C" fn flashcommGetCommInfo(
     FLASHCOMM_SUCCESS
 }
 
-/// Sets the bits per element of `comm`, an ncclComm_t: 2 to 8 in hop 1, to the rank that sums, and in hop 2, from it.
+/// Sets the bits per element of `comm`, an ncclComm_t: 2 to 8, or 16 for elements as they are, in hop 1, to the rank that
+/// sums, and in hop 2, from it.
 ///
 /// A collective: every rank of the communicator calls alike, at the same place in the order of its calls on that
 /// communicator. It returns when all ranks have changed, or none has, within FLASHCOMM_ATTACH_TIMEOUT_S; a rank that does not

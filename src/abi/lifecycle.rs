@@ -20,11 +20,11 @@ macro_rules! end_exports {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(comm: CommPtr) -> NcclResult {
             guarded(stringify!($name), || {
-                comm::$ours(comm);
+                let device = comm::$ours(comm);
                 stats::end(comm);
                 // SAFETY: the caller's own argument.
                 let result = in_real_nccl(|| unsafe { real!($name, fn(CommPtr))(comm) });
-                comm::reap();
+                device.map(comm::reap);
                 result
             })
         }

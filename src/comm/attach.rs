@@ -50,8 +50,13 @@ use crate::stats;
 /// peers rely on. The communicator is off then, but operations of other ranks may be stuck, as after any NCCL error.
 pub fn attach_all<'a>(comms: impl Iterator<Item = &'a Arc<Comm>>) -> Result<()> {
     let wish = Wish { legs: Config::global().legs, switched_off: false };
-    let open = comms.filter(|comm| comm.verdict() == Verdict::Open);
-    let waits: Vec<Wait> = open.map(|comm| Wait::start(comm, wish)).collect();
+    let mut waits: Vec<Wait> = Vec::new();
+    for comm in comms.filter(|comm| comm.verdict() == Verdict::Open) {
+        // A group may use it several times; two attaches at once would get into each other's rounds.
+        if !waits.iter().any(|wait| Arc::ptr_eq(&wait.comm, comm)) {
+            waits.push(Wait::start(comm, wish));
+        }
+    }
     all(waits, |comm, outcome| {
         match outcome {
             Outcome::New(attached) => put_on(comm, attached, wish),

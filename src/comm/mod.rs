@@ -142,6 +142,11 @@ impl Comm {
         }
     }
 
+    /// Its device, where it was ever attached.
+    fn device(&self) -> Option<i32> {
+        self.setups().next().map(|attached| attached.context.device())
+    }
+
     /// What went wrong on the GPU, if anything.
     fn failure(&self) -> Option<Error> {
         self.setups().find_map(Attached::failure)
@@ -314,22 +319,22 @@ pub fn known(handle: CommPtr) -> Option<Arc<Comm>> {
 
 /// Drops the entry of a communicator that is about to be destroyed. What it holds stays until [`reap`] finds that its
 /// last operation has run.
-pub fn retire(handle: CommPtr) {
-    let removed = TABLE.write().remove(&CommHandle(handle));
-    if let Some(comm) = removed {
-        comm.aborted.store(true, Ordering::Release);
-        if comm.setups().next().is_some() {
-            RETIRED.lock().push(comm);
-        }
-    }
+/// Its device, where it was attached.
+pub fn retire(handle: CommPtr) -> Option<i32> {
+    let comm = TABLE.write().remove(&CommHandle(handle))?;
+    comm.aborted.store(true, Ordering::Release);
+    let device = comm.device()?;
+    RETIRED.lock().push(comm);
+    Some(device)
 }
 
 /// Drops the entry of a communicator that is about to be aborted, and frees its waiting kernels.
-pub fn abort(handle: CommPtr) {
+/// Its device, where it was attached.
+pub fn abort(handle: CommPtr) -> Option<i32> {
     if let Some(comm) = TABLE.read().get(&CommHandle(handle)) {
         comm.abort();
     }
-    retire(handle);
+    retire(handle)
 }
 
 /// As [`abort`], for a handle that stays: from now on the real NCCL answers what is done with it.
@@ -345,16 +350,16 @@ pub fn failure(handle: CommPtr) -> Option<Error> {
 
 /// Frees the staging of retired communicators that are idle. Waits for nothing of a communicator, but frees memory,
 /// which the driver may synchronize: for the end and the beginning of communicators only.
-pub fn reap() {
-    if RETIRED.lock().is_empty() {
-        return;
-    }
+///
+/// Only those of `device`, that of the communicator that has ended: on another one a rank of another thread may have
+/// work that waits for this very thread, and freeing waits for it.
+pub fn reap(device: i32) {
     // To ask an event and to free memory would break a capture of another thread otherwise.
     let _relaxed = RelaxedCapture::enter();
     let idle: Vec<Arc<Comm>> = {
         let mut retired = RETIRED.lock();
         let all = std::mem::take(&mut *retired);
-        let (idle, busy) = all.into_iter().partition(|comm| comm.is_idle());
+        let (idle, busy) = all.into_iter().partition(|comm| comm.device() == Some(device) && comm.is_idle());
         *retired = busy;
         idle
     };
