@@ -137,6 +137,9 @@ fn children_of_an_attached_communicator_compress_by_themselves() {
             }
             parts.wait();
             ok!(ncclCommDestroy(half));
+            if is_real() {
+                parts.wait(); // as above, for what the other half frees
+            }
             reduce(comm, &stream, rank, &whole, "the parent after its children");
             ok!(ncclCommDestroy(comm));
         });
