@@ -24,10 +24,19 @@ pub struct Speeds {
     pub n_bytes: usize,
     /// The device copy, TB/s.
     pub copy_tb_s: f64,
-    /// Copies from and to pinned host memory at once, both directions together, GB/s.
-    pub host_link_gb_s: f64,
+    /// The link to pinned host memory, both directions at once and added up, GB/s.
+    pub host_link: HostLink,
     /// The kernels.
     pub kernels: Vec<Speed>,
+}
+
+/// Bytes per second between the device and pinned host memory, those read and those written.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct HostLink {
+    /// By copies in both directions at once.
+    pub copies_gb_s: f64,
+    /// By a kernel that reads and writes as those of the exchange `host` do: quantize at 16 bits, which copies.
+    pub kernel_gb_s: f64,
 }
 
 /// One kernel.
@@ -93,7 +102,7 @@ fn speeds(extent: &Extent) -> Result<Speeds> {
         Ok(())
     })?;
     let copy_rate = 2.0 * n_bytes as f64 / copy;
-    let host_link_gb_s = host_link(extent, &stream, a.at(0) as u64, b.at(0) as u64)? / 1e9;
+    let host_link = host_link(extent, &stream, a.at(0) as u64, b.at(0) as u64)?;
     let mut kernels = Vec::new();
     for bits in 2..=8 {
         let codec = Codec { width: Width::new(bits).expect("a width"), group: GroupSize::new(128).expect("a size") };
@@ -127,15 +136,15 @@ fn speeds(extent: &Extent) -> Result<Speeds> {
             }
         }
     }
-    Ok(Speeds { n_bytes, copy_tb_s: copy_rate / 1e12, host_link_gb_s, kernels })
+    Ok(Speeds { n_bytes, copy_tb_s: copy_rate / 1e12, host_link, kernels })
 }
 
-/// Bytes per second between the device and pinned host memory, in both directions at once.
-fn host_link(extent: &Extent, stream: &Stream, from: u64, to: u64) -> Result<f64> {
+/// `from`, `to`: device memory of at least a quarter of the extent.
+fn host_link(extent: &Extent, stream: &Stream, from: u64, to: u64) -> Result<HostLink> {
     let n_bytes = extent.n_bytes / 4;
     let (down, up) = (PinnedMemory::new(n_bytes)?, PinnedMemory::new(n_bytes)?);
     let back = Stream::new()?;
-    let both = median_s(extent, stream, || {
+    let copies = median_s(extent, stream, || {
         // SAFETY: all ranges are allocated, the host's pinned.
         let results = unsafe {
             [
@@ -146,7 +155,16 @@ fn host_link(extent: &Extent, stream: &Stream, from: u64, to: u64) -> Result<f64
         ensure!(results == [sys::CUresult::CUDA_SUCCESS; 2], "copies to and from the host answer {results:?}");
         Ok(back.synchronize()?)
     })?;
-    Ok(2.0 * n_bytes as f64 / both)
+    let codec = Codec { width: Width::new(16).expect("a width"), group: GroupSize::new(128).expect("a size") };
+    let legs = Legs { reduce: codec, gather: codec };
+    let (entries, two) = (Kernels::load(0, legs)?, Plan::new(n_bytes, 2, legs, usize::MAX)?);
+    let kernel = median_s(extent, stream, || {
+        let piece = Piece { plan: &two, slice: 0, element: ElementType::Fp16 };
+        // SAFETY: of two ranks' chunks the other's is sent, of `n_bytes`, which both buffers hold.
+        Ok(unsafe { entries.quantize(piece, 1, up.address(), down.address(), stream.handle()) }?)
+    })?;
+    let rate = |seconds: f64| 2.0 * n_bytes as f64 / seconds / 1e9;
+    Ok(HostLink { copies_gb_s: rate(copies), kernel_gb_s: rate(kernel) })
 }
 
 /// Median seconds of one launch, after three batches that warm up.

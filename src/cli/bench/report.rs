@@ -271,11 +271,12 @@ impl Report {
         if let Some(speeds) = &self.kernels {
             let _ = writeln!(
                 text,
-                "\nKernels alone, {} of fp16 or bf16, bytes read and written; device copy {:.3} TB/s, copies from and to \
-                 pinned host memory at once {:.1} GB/s together\n{}",
+                "\nKernels alone, {} of fp16 or bf16, bytes read and written; device copy {:.3} TB/s. Pinned host \
+                 memory, both directions at once, together: copies {:.1} GB/s, a kernel {:.1} GB/s\n{}",
                 Bytes(speeds.n_bytes),
                 speeds.copy_tb_s,
-                speeds.host_link_gb_s,
+                speeds.host_link.copies_gb_s,
+                speeds.host_link.kernel_gb_s,
                 of_kernels(speeds).trim_fmt()
             );
         }
