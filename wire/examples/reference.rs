@@ -20,7 +20,7 @@ fn main() {
     let (reduce, gather) = bits.split_once(':').unwrap_or((bits, bits));
     let codec = |bits: &str| {
         let width = Width::new(bits.parse().expect("BITS are numbers")).expect("BITS are 2 to 8");
-        Codec { width, group }
+        Codec::plain(width, group)
     };
     let legs = Legs { reduce: codec(reduce), gather: codec(gather) };
     match dtype.as_str() {

@@ -1,7 +1,11 @@
-//! The codec: one tile of up to [`TILE_ELEMS`] elements as integers of 2 to 8 bits, with a scale and a zero point
-//! per quantization group; or as they are. This scalar code is the specification; `kernels/codec.cuh` equals it bit for bit.
+//! The codec: one tile of up to [`TILE_ELEMS`] elements as integers of 2 to 8 bits, with parameters per quantization
+//! group; or as they are. This scalar code is the specification; `kernels/codec.cuh` equals it bit for bit.
 //!
-//! # Arithmetic
+//! How integers are made of a group is its [`Code`]: the plain one, below, or one of the files beside this one.
+//! Some work in another *domain*: [`Codec::enter`] turns elements into what is encoded, summed and encoded again, and
+//! [`Codec::decode_tile_to`] turns it back (it is linear, so the sum does not mind).
+//!
+//! # Arithmetic of the plain code
 //!
 //! A quantization group is g consecutive elements (Flash Communication, arXiv 2412.04964, asymmetric). All arithmetic
 //! is IEEE fp32, rounding to nearest even unless said otherwise, with subnormals kept:
@@ -21,7 +25,7 @@
 //!
 //! A tile is always encoded whole: past the last element, that element repeats. (So a short tile needs no special
 //! case anywhere; a receiver ignores the repeats.) A payload is the *planes* of the codes, widest first, then the
-//! groups' scales and zeros; every part is a multiple of 128 bytes.
+//! groups' parameters; every part is a multiple of 64 bytes, and of 128 in the plain code.
 //!
 //! Codes are split by bits (*FlashCommunication V2*, arXiv 2508.03760): 8; 4+2+1; 4+2; 4+1; 4; 2+1; 2. The widest
 //! plane holds the lowest bits. Within a tile the elements are dealt to 128 threads so that every access of the
@@ -30,7 +34,8 @@
 //! consecutive 32-bit words of a plane of p bits, little-endian (the plane of 8 bits is two half planes of 4 words a
 //! thread). With `n = k / 4`, code `k` stands in word `n * p / 8`, in byte `k % 4`, from bit `n * p % 8` on: so four codes,
 //! one in each byte, move at a time.
-//! Scales and zeros lie in the order (warp, lane / (g / 8), row), `s` first: four groups, 16 bytes, per thread.
+//! Whatever there is per group lies in the order (warp, lane / (g / 8), row), so that a thread's four groups are one
+//! access. Of the plain code that is `s`, `z`: 16 bytes per thread.
 //!
 //! # 16 bits
 //!
@@ -40,6 +45,10 @@
 use std::fmt;
 
 use crate::element::Element;
+
+mod blocks;
+mod rotation;
+mod spikes;
 
 /// Elements of a tile, the unit of coding and of chunking.
 pub const TILE_ELEMS: usize = 4096;
@@ -109,6 +118,38 @@ impl GroupSize {
     }
 }
 
+/// How the integers of a quantization group are made. A width of 16 bits has none of them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Code {
+    /// Scale and zero point from the extremes of the group.
+    #[default]
+    Plain,
+    /// The extremes travel by themselves; scale and zero point come from the rest.
+    Spikes,
+    /// The plain code of each group's Hadamard transform.
+    Rotated,
+    /// Spikes of each group's Hadamard transform.
+    RotatedSpikes,
+    /// Blocks of 8 elements, each transformed, with a scale of 4 bits below the group's: the least error per bit.
+    Blocks,
+}
+
+impl Code {
+    /// All of them.
+    pub const ALL: [Code; 5] = [Code::Plain, Code::Spikes, Code::Rotated, Code::RotatedSpikes, Code::Blocks];
+
+    /// The name, as settings have it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Code::Plain => "plain",
+            Code::Spikes => "spikes",
+            Code::Rotated => "rotated",
+            Code::RotatedSpikes => "rotated-spikes",
+            Code::Blocks => "blocks",
+        }
+    }
+}
+
 /// How a tile is coded.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Codec {
@@ -116,6 +157,16 @@ pub struct Codec {
     pub width: Width,
     /// Elements per quantization group.
     pub group: GroupSize,
+    /// What the integers are made of.
+    pub code: Code,
+}
+
+/// What is encoded and summed: the elements, or a transform of them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Domain {
+    Elements,
+    RotatedGroups(GroupSize),
+    RotatedBlocks,
 }
 
 /// The codecs of the two legs of an all-reduce. `4:8` sends 4 bits to the owner of a chunk and 8 bits back.
@@ -128,13 +179,11 @@ pub struct Legs {
 }
 
 impl Legs {
-    /// The legs, unless one is compressed and the other is not: there are no kernels for that.
-    pub const fn new(reduce: Codec, gather: Codec) -> Option<Self> {
-        if reduce.width.is_uncompressed() == gather.width.is_uncompressed() {
-            Some(Self { reduce, gather })
-        } else {
-            None
-        }
+    /// The legs, unless one is compressed and the other is not (there are no kernels for that), or their codes see
+    /// the elements transformed in different ways: the sum is encoded as it stands.
+    pub fn new(reduce: Codec, gather: Codec) -> Option<Self> {
+        let compressed = reduce.width.is_uncompressed() == gather.width.is_uncompressed();
+        (compressed && reduce.domain() == gather.domain()).then_some(Self { reduce, gather })
     }
 }
 
@@ -153,10 +202,19 @@ struct GroupParams {
 }
 
 impl Codec {
-    /// Bytes of one encoded tile: codes, then 4 bytes per group; or the elements.
+    /// The plain code at a width.
+    pub const fn plain(width: Width, group: GroupSize) -> Self {
+        Self { width, group, code: Code::Plain }
+    }
+
+    /// Bytes of one encoded tile: codes, then the groups' parameters; or the elements.
     pub const fn tile_bytes(self) -> usize {
-        let params_bytes = TILE_ELEMS / self.group.n_elems() * META_BYTES;
-        self.codes_bytes() + if self.width.is_uncompressed() { 0 } else { params_bytes }
+        if self.width.is_uncompressed() { self.codes_bytes() } else { self.codes_bytes() + self.params_bytes() }
+    }
+
+    /// Bits that an element takes on the wire.
+    pub const fn bits_per_element(self) -> f64 {
+        (self.tile_bytes() * 8) as f64 / TILE_ELEMS as f64
     }
 
     /// Bytes of the codes of one tile.
@@ -164,9 +222,48 @@ impl Codec {
         TILE_ELEMS / 8 * self.width.bits() as usize
     }
 
+    /// Bytes of the parameters of one tile.
+    const fn params_bytes(self) -> usize {
+        let n_groups = TILE_ELEMS / self.group.n_elems();
+        match self.code {
+            Code::Plain | Code::Rotated => n_groups * META_BYTES,
+            Code::Spikes | Code::RotatedSpikes => n_groups * (META_BYTES + spikes::GROUP_BYTES),
+            Code::Blocks => blocks::LEVELS_BYTES + n_groups * blocks::GROUP_BYTES,
+        }
+    }
+
+    fn domain(self) -> Domain {
+        match self.code {
+            _ if self.width.is_uncompressed() => Domain::Elements,
+            Code::Plain | Code::Spikes => Domain::Elements,
+            Code::Rotated | Code::RotatedSpikes => Domain::RotatedGroups(self.group),
+            Code::Blocks => Domain::RotatedBlocks,
+        }
+    }
+
+    /// Elements of one tile as they are encoded and summed. A code that transforms them makes it a whole tile, the last
+    /// element repeated.
+    ///
+    /// # Panics
+    /// When there are not 1 to [`TILE_ELEMS`] elements.
+    pub fn enter<E: Element>(self, elements: &[E]) -> Vec<f32> {
+        assert!((1..=TILE_ELEMS).contains(&elements.len()), "a tile has 1 to {TILE_ELEMS} elements");
+        let mut values: Vec<f32> = elements.iter().map(|x| x.to_f32()).collect();
+        if self.domain() != Domain::Elements {
+            values.resize(TILE_ELEMS, values[elements.len() - 1]);
+        }
+        match self.domain() {
+            Domain::Elements => {}
+            Domain::RotatedGroups(group) => values.chunks_exact_mut(group.n_elems()).for_each(rotation::enter),
+            Domain::RotatedBlocks => values.chunks_exact_mut(LANE_ELEMS).for_each(blocks::enter::<E>),
+        }
+        values
+    }
+
     /// Encodes one tile.
     ///
-    /// `values`: 1 to [`TILE_ELEMS`] elements in fp32 (exact inputs, or sums); `payload`: [`Codec::tile_bytes`] bytes.
+    /// `values`: 1 to [`TILE_ELEMS`] values in fp32 (what [`Codec::enter`] makes, or sums of it); `payload`:
+    /// [`Codec::tile_bytes`] bytes.
     ///
     /// # Panics
     /// When a length is not that.
@@ -183,16 +280,17 @@ impl Codec {
             return;
         }
         for start in (0..TILE_ELEMS).step_by(self.group.n_elems()) {
-            let group = start..start + self.group.n_elems();
-            let params = self.group_params::<E>(group.clone().map(value));
-            self.write_params::<E>(start, params, payload);
-            for i in group {
-                self.write_code(i, self.quantize(value(i), params), payload);
+            let group: Vec<f32> = (start..start + self.group.n_elems()).map(value).collect();
+            match self.code {
+                Code::Plain | Code::Rotated => self.encode_plain::<E>(&group, start, payload),
+                Code::Spikes | Code::RotatedSpikes => self.encode_spikes::<E>(&group, start, payload),
+                Code::Blocks => self.encode_blocks::<E>(&group, start, payload),
             }
         }
     }
 
-    /// Decodes the first `values.len()` elements of one tile to fp32 (not rounded to the storage type).
+    /// Decodes the first `values.len()` values of one tile to fp32, as they are summed: not turned back into elements,
+    /// not rounded to the storage type.
     ///
     /// # Panics
     /// When `payload` is not [`Codec::tile_bytes`] long or `values` longer than a tile.
@@ -205,9 +303,10 @@ impl Codec {
         }
         for (g, group) in values.chunks_mut(self.group.n_elems()).enumerate() {
             let start = g * self.group.n_elems();
-            let GroupParams { scale, zero } = self.read_params::<E>(start, payload);
-            for (i, value) in group.iter_mut().enumerate() {
-                *value = f32::from(self.read_code(start + i, payload)).mul_add(scale, zero);
+            match self.code {
+                Code::Plain | Code::Rotated => self.decode_plain::<E>(payload, start, group),
+                Code::Spikes | Code::RotatedSpikes => self.decode_spikes::<E>(payload, start, group),
+                Code::Blocks => self.decode_blocks::<E>(payload, start, group),
             }
         }
     }
@@ -223,10 +322,48 @@ impl Codec {
             output.iter_mut().enumerate().for_each(|(i, x)| *x = stored(payload, i * 2));
             return;
         }
-        for (i, x) in output.iter_mut().enumerate() {
-            let GroupParams { scale, zero } = self.read_params::<E>(i - i % self.group.n_elems(), payload);
-            *x = E::fused(f32::from(self.read_code(i, payload)), scale, zero);
+        for (g, group) in output.chunks_mut(self.group.n_elems()).enumerate() {
+            let start = g * self.group.n_elems();
+            match self.code {
+                Code::Plain => self.decode_plain_to(payload, start, group),
+                Code::Spikes => self.decode_spikes_to(payload, start, group),
+                Code::Rotated | Code::RotatedSpikes => self.decode_rotated_to(payload, start, group),
+                Code::Blocks => self.decode_blocks_to(payload, start, group),
+            }
         }
+    }
+
+    fn encode_plain<E: Element>(self, group: &[f32], start: usize, payload: &mut [u8]) {
+        let params = self.group_params::<E>(group.iter().copied());
+        self.write_params::<E>(start, params, payload);
+        for (i, x) in group.iter().enumerate() {
+            self.write_code(start + i, self.quantize(*x, params), payload);
+        }
+    }
+
+    fn decode_plain<E: Element>(self, payload: &[u8], start: usize, group: &mut [f32]) {
+        let GroupParams { scale, zero } = self.read_params::<E>(start, payload);
+        for (i, value) in group.iter_mut().enumerate() {
+            *value = f32::from(self.read_code(start + i, payload)).mul_add(scale, zero);
+        }
+    }
+
+    fn decode_plain_to<E: Element>(self, payload: &[u8], start: usize, group: &mut [E]) {
+        let GroupParams { scale, zero } = self.read_params::<E>(start, payload);
+        for (i, x) in group.iter_mut().enumerate() {
+            *x = E::fused(f32::from(self.read_code(start + i, payload)), scale, zero);
+        }
+    }
+
+    /// A group of a code of rotated groups: whole, since every element takes part in each, then back.
+    fn decode_rotated_to<E: Element>(self, payload: &[u8], start: usize, output: &mut [E]) {
+        let mut group = vec![0.0; self.group.n_elems()];
+        match self.code {
+            Code::RotatedSpikes => self.decode_spikes::<E>(payload, start, &mut group),
+            _ => self.decode_plain::<E>(payload, start, &mut group),
+        }
+        rotation::leave(&mut group);
+        output.iter_mut().zip(&group).for_each(|(x, value)| *x = E::from_f32_nearest(*value));
     }
 
     fn group_params<E: Element>(self, values: impl Iterator<Item = f32>) -> GroupParams {
@@ -260,23 +397,22 @@ impl Codec {
     }
 
     fn write_params<E: Element>(self, start: usize, params: GroupParams, payload: &mut [u8]) {
-        let at = self.params_at(start);
-        payload[at..at + 2].copy_from_slice(&E::from_f32_nearest(params.scale).to_bits().to_le_bytes());
-        payload[at + 2..at + 4].copy_from_slice(&E::from_f32_nearest(params.zero).to_bits().to_le_bytes());
+        let at = self.codes_bytes() + self.group_at(start) * META_BYTES;
+        store::<E>(payload, at, params.scale);
+        store::<E>(payload, at + 2, params.zero);
     }
 
     fn read_params<E: Element>(self, start: usize, payload: &[u8]) -> GroupParams {
-        let at = self.params_at(start);
+        let at = self.codes_bytes() + self.group_at(start) * META_BYTES;
         GroupParams { scale: stored::<E>(payload, at).to_f32(), zero: stored::<E>(payload, at + 2).to_f32() }
     }
 
-    /// Byte of the payload where scale and zero of the group that starts at element `start` stand.
-    fn params_at(self, start: usize) -> usize {
+    /// The how-many-eth of the groups, as their parameters lie, is the one that starts at element `start`.
+    fn group_at(self, start: usize) -> usize {
         let Place { warp, row, lane, .. } = Place::of(start);
         let groups_per_row = ROW_ELEMS / self.group.n_elems();
         let column = lane * LANE_ELEMS / self.group.n_elems();
-        let rows = WARP_ELEMS / ROW_ELEMS;
-        self.codes_bytes() + ((warp * groups_per_row + column) * rows + row) * META_BYTES
+        (warp * groups_per_row + column) * (WARP_ELEMS / ROW_ELEMS) + row
     }
 
     fn write_code(self, i: usize, code: u8, payload: &mut [u8]) {
@@ -292,7 +428,7 @@ impl Codec {
     /// Calls `visit(byte of the payload, bit in it, mask of the plane, shift in the code)` for each plane of code `i`.
     fn for_each_plane(self, i: usize, mut visit: impl FnMut(usize, usize, u8, u32)) {
         let place = Place::of(i);
-        let (thread, k) = (place.warp * 32 + place.lane, place.row * LANE_ELEMS + place.e);
+        let (thread, k) = (place.thread(), place.row * LANE_ELEMS + place.e);
         let mut plane_at = 0;
         for (plane_bits, shift) in self.width.planes() {
             let n = k / 4;
@@ -312,6 +448,11 @@ fn stored<E: Element>(payload: &[u8], at: usize) -> E {
     E::from_bits(u16::from_le_bytes([payload[at], payload[at + 1]]))
 }
 
+/// Stores `x`, rounded to nearest, at byte `at`.
+fn store<E: Element>(payload: &mut [u8], at: usize, x: f32) {
+    payload[at..at + 2].copy_from_slice(&E::from_f32_nearest(x).to_bits().to_le_bytes());
+}
+
 /// The digits of an element's index in a tile, in the bases (4, 4, 32, 8).
 struct Place {
     warp: usize,
@@ -328,6 +469,10 @@ impl Place {
             lane: i % ROW_ELEMS / LANE_ELEMS,
             e: i % LANE_ELEMS,
         }
+    }
+
+    fn thread(&self) -> usize {
+        self.warp * 32 + self.lane
     }
 }
 

@@ -6,6 +6,10 @@ use half::{bf16, f16};
 pub trait Element: Copy + PartialEq + std::fmt::Debug + Send + Sync + 'static {
     /// The one NaN that the codec writes (all of CUDA's conversions produce it, too).
     const CANONICAL_NAN: Self;
+    /// The least unit of the code of blocks: from here on, half a unit of 7 significant bits times a level is exact.
+    const LEAST_UNIT: f32;
+    /// The greatest unit of the code of blocks: half of it times a level is finite.
+    const GREATEST_UNIT: f32;
     /// Bits of the value, as stored.
     fn to_bits(self) -> u16;
     /// The value with these bits.
@@ -48,6 +52,8 @@ const SIGN: u16 = 0x8000;
 
 impl Element for f16 {
     const CANONICAL_NAN: Self = f16::from_bits(0x7fff);
+    const LEAST_UNIT: f32 = 1.0 / 131_072.0;
+    const GREATEST_UNIT: f32 = 8128.0;
     fn to_bits(self) -> u16 {
         self.to_bits()
     }
@@ -69,6 +75,9 @@ impl Element for f16 {
 
 impl Element for bf16 {
     const CANONICAL_NAN: Self = bf16::from_bits(0x7fff);
+    // No need of exactness here, but inverses must be finite and normal.
+    const LEAST_UNIT: f32 = f32::from_bits((127 - 100) << 23);
+    const GREATEST_UNIT: f32 = f32::from_bits((127 + 120) << 23);
     fn to_bits(self) -> u16 {
         self.to_bits()
     }

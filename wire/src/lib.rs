@@ -15,7 +15,7 @@ pub mod plan;
 pub mod reference;
 pub mod rings;
 
-pub use codec::{Codec, GroupSize, Legs, TILE_ELEMS, Width};
+pub use codec::{Code, Codec, GroupSize, Legs, TILE_ELEMS, Width};
 pub use element::Element;
 pub use plan::Plan;
 pub use rings::Rings;

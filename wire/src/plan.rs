@@ -176,7 +176,7 @@ mod tests {
     use crate::codec::{Codec, GroupSize, Width};
 
     fn legs(reduce: u8, gather: u8) -> Legs {
-        let codec = |bits| Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(128).unwrap() };
+        let codec = |bits| Codec::plain(Width::new(bits).unwrap(), GroupSize::new(128).unwrap());
         Legs { reduce: codec(reduce), gather: codec(gather) }
     }
 

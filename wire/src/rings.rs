@@ -41,9 +41,9 @@ impl Rings {
         self.channels * (SIGNAL_BYTES + 2 * self.world * SLOTS * self.slot_bytes())
     }
 
-    /// Bytes of a slot: a tile's payload in the wider leg.
+    /// Bytes of a slot: a tile's payload in the wider leg, and the rest of its last cache line.
     pub fn slot_bytes(&self) -> usize {
-        self.legs.reduce.tile_bytes().max(self.legs.gather.tile_bytes())
+        self.legs.reduce.tile_bytes().max(self.legs.gather.tile_bytes()).next_multiple_of(128)
     }
 
     /// Offset of the signal of `sender` to `channel`.
@@ -64,7 +64,7 @@ mod tests {
     use crate::codec::{Codec, GroupSize, Width};
 
     fn legs(reduce: u8, gather: u8) -> Legs {
-        let codec = |bits| Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(128).unwrap() };
+        let codec = |bits| Codec::plain(Width::new(bits).unwrap(), GroupSize::new(128).unwrap());
         Legs { reduce: codec(reduce), gather: codec(gather) }
     }
 

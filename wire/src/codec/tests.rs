@@ -5,8 +5,10 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod codes;
+
 fn codec(bits: u8, group: u16) -> Codec {
-    Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(group).unwrap() }
+    Codec::plain(Width::new(bits).unwrap(), GroupSize::new(group).unwrap())
 }
 
 /// All of them; under Miri, which takes some ten seconds for a tile, one with three planes.
