@@ -173,7 +173,7 @@ impl Config {
         let (fp16, bf16) = reader.read("FLASHCOMM_DTYPES", parse_dtypes);
         let config = Config {
             enable: reader.read("FLASHCOMM_ENABLE", parse_switch),
-            legs: Legs { reduce: Codec { width: reduce, group }, gather: Codec { width: gather, group } },
+            legs: Legs { reduce: Codec::plain(reduce, group), gather: Codec::plain(gather, group) },
             min_bytes: reader.read("FLASHCOMM_MIN_BYTES", parse_min_bytes),
             fp16,
             bf16,

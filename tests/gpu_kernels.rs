@@ -23,7 +23,7 @@ fn gpu() -> Option<Context> {
 }
 
 fn codec(bits: u8, group: u16) -> Codec {
-    Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(group).unwrap() }
+    Codec::plain(Width::new(bits).unwrap(), GroupSize::new(group).unwrap())
 }
 
 /// A small fast generator; the seed is in the failure's message.

@@ -218,7 +218,7 @@ impl Blob {
                 block_channels: within(18, 0, 1 << 16)? as usize,
             },
             agreement: Agreement {
-                legs: Legs::new(Codec { width: width(5)?, group }, Codec { width: width(6)?, group })?,
+                legs: Legs::new(Codec::plain(width(5)?, group), Codec::plain(width(6)?, group))?,
                 min_bytes: Some(field(8)).filter(|n_bytes| *n_bytes != u64::MAX),
                 dtypes: (flags & 1 != 0, flags & 2 != 0),
                 switched_off: flags & 4 != 0,

@@ -707,7 +707,7 @@ pub fn inputs<E: Element>(count: usize, seed: u64, world: usize) -> Vec<Vec<E>> 
 
 /// The codecs of `FLASHCOMM_BITS` and group 128.
 pub fn legs(reduce: u8, gather: u8) -> Legs {
-    let codec = |bits| Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(128).unwrap() };
+    let codec = |bits| Codec::plain(Width::new(bits).unwrap(), GroupSize::new(128).unwrap());
     Legs { reduce: codec(reduce), gather: codec(gather) }
 }
 

@@ -102,7 +102,7 @@ impl Kernel {
     pub fn codec(&self, i: usize, group_shift: u32) -> Result<Codec> {
         let group = 8u16.checked_shl(group_shift).and_then(GroupSize::new);
         let (width, group) = (self.widths[i].ok_or(Code::INVALID_VALUE)?, group.ok_or(Code::LAUNCH_FAILED)?);
-        Ok(Codec { width, group })
+        Ok(Codec::plain(width, group))
     }
 }
 

@@ -105,7 +105,7 @@ fn speeds(extent: &Extent) -> Result<Speeds> {
     let host_link = host_link(extent, &stream, a.at(0) as u64, b.at(0) as u64)?;
     let mut kernels = Vec::new();
     for bits in 2..=8 {
-        let codec = Codec { width: Width::new(bits).expect("a width"), group: GroupSize::new(128).expect("a size") };
+        let codec = Codec::plain(Width::new(bits).expect("a width"), GroupSize::new(128).expect("a size"));
         let legs = Legs { reduce: codec, gather: codec };
         let entries = Kernels::load(0, legs)?;
         let payload = n_bytes / 2 / TILE_ELEMS * codec.tile_bytes();
@@ -155,7 +155,7 @@ fn host_link(extent: &Extent, stream: &Stream, from: u64, to: u64) -> Result<Hos
         ensure!(results == [sys::CUresult::CUDA_SUCCESS; 2], "copies to and from the host answer {results:?}");
         Ok(back.synchronize()?)
     })?;
-    let codec = Codec { width: Width::new(16).expect("a width"), group: GroupSize::new(128).expect("a size") };
+    let codec = Codec::plain(Width::new(16).expect("a width"), GroupSize::new(128).expect("a size"));
     let legs = Legs { reduce: codec, gather: codec };
     let (entries, two) = (Kernels::load(0, legs)?, Plan::new(n_bytes, 2, legs, usize::MAX)?);
     let kernel = median_s(extent, stream, || {

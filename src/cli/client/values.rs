@@ -19,7 +19,7 @@ pub const GROUP: u16 = 128;
 pub fn legs(bits: &str) -> Result<Legs> {
     let codec = |text: &str| {
         let width = text.parse().ok().and_then(Width::new)?;
-        Some(Codec { width, group: GroupSize::new(GROUP).expect("a group size") })
+        Some(Codec::plain(width, GroupSize::new(GROUP).expect("a group size")))
     };
     let (reduce, gather) = bits.split_once(':').unwrap_or((bits, bits));
     let legs = codec(reduce).zip(codec(gather)).and_then(|(reduce, gather)| Legs::new(reduce, gather));
