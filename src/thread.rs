@@ -2,6 +2,7 @@
 //! is most of what a counted call costs.
 
 use std::cell::Cell;
+use std::ptr;
 
 use crate::stats::Known;
 
@@ -13,7 +14,16 @@ pub struct Thread {
     pub known: Known,
 }
 
+/// The calling thread's.
+///
+/// A reference, since `LocalKey::with` would take what a call goes on with through memory.
+#[inline]
+pub fn current() -> &'static Thread {
+    // SAFETY: initialized by a constant and without a destructor, it is there as long as the thread; and it is not Sync, so
+    // that no other thread gets the reference.
+    unsafe { &*THREAD.with(ptr::from_ref) }
+}
+
 thread_local! {
-    /// This thread's.
-    pub static THREAD: Thread = const { Thread { real_depth: Cell::new(0), known: Known::new() } };
+    static THREAD: Thread = const { Thread { real_depth: Cell::new(0), known: Known::new() } };
 }

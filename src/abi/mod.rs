@@ -18,7 +18,7 @@ pub mod lifecycle;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::nccl::NcclResult;
-use crate::thread::{THREAD, Thread};
+use crate::thread::{self, Thread};
 
 /// Runs the body of an export. A panic is a bug of ours; it is logged and answered with `ncclInternalError`.
 fn guarded(function: &'static str, body: impl FnOnce() -> NcclResult) -> NcclResult {
@@ -33,7 +33,7 @@ fn guarded(function: &'static str, body: impl FnOnce() -> NcclResult) -> NcclRes
 
 /// Whether this thread is inside the real library, called by one of our exports.
 fn is_reentered() -> bool {
-    THREAD.with(|thread| thread.real_depth.get() > 0)
+    thread::current().real_depth.get() > 0
 }
 
 /// Calls the real library such that calls it makes back to us are recognized.
@@ -44,14 +44,13 @@ fn in_real_nccl(call: impl FnOnce() -> NcclResult) -> NcclResult {
 /// As [`in_real_nccl`], after `first` where this is no re-entered call.
 #[inline]
 fn in_real_nccl_after(first: impl FnOnce(&Thread), call: impl FnOnce() -> NcclResult) -> NcclResult {
-    THREAD.with(|thread| {
-        let depth = thread.real_depth.get();
-        if depth == 0 {
-            first(thread);
-        }
-        thread.real_depth.set(depth + 1);
-        let result = call();
-        thread.real_depth.set(depth);
-        result
-    })
+    let thread = thread::current();
+    let depth = thread.real_depth.get();
+    if depth == 0 {
+        first(thread);
+    }
+    thread.real_depth.set(depth + 1);
+    let result = call();
+    thread.real_depth.set(depth);
+    result
 }

@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use crate::config::Config;
 use crate::nccl::{self, CommPtr, NcclResult};
 use crate::route::Reason;
-use crate::thread::{THREAD, Thread};
+use crate::thread::{self, Thread};
 use report::{Counts, Ended};
 
 /// The collective and point-to-point calls that are counted.
@@ -136,7 +136,7 @@ const KNOWN_SHIFT: u32 = 6;
 pub struct Known([Cell<Option<&'static Counters>>; 1 << KNOWN_SHIFT]);
 
 fn counters(comm: CommPtr) -> &'static Counters {
-    THREAD.with(|thread| thread.known.counters(comm))
+    thread::current().known.counters(comm)
 }
 
 impl Known {
@@ -254,7 +254,7 @@ mod tests {
     use super::*;
 
     fn forwarded(call: Call, comm: CommPtr) {
-        THREAD.with(|thread| super::forwarded(thread, call, comm));
+        super::forwarded(thread::current(), call, comm);
     }
 
     /// A handle that no other test uses.
