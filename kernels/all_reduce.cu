@@ -22,7 +22,8 @@
 // The receive slots are a ring of kSlots rounds. No credits travel. When a channel pushes tile i it has heard a peer's
 // signal of iteration i - 2, and when it pushes the sum of tile i - 1 that of iteration i - 1. To give its signal of
 // iteration i a peer has reduced tile i - 2 and decoded tile i - 4. Hence tile i - 4 of hop 1 and tile i - 5 of hop 2 are
-// read when their slots are written again. (With few rounds: reduced tile i - 1, decoded tile i - 3.)
+// read when their slots are written again. (With few rounds: reduced tile i - 1, decoded tile i - 3.) A test in
+// wire/src/rings.rs goes through every interleaving of the steps.
 //
 // Memory order. A channel's stores, a barrier of the channel, a system fence by each signalling lane, the relaxed store of the signal;
 // on the other side an acquiring load, a barrier of the channel, the loads. A signal is the count of a channel's iterations ever

@@ -99,3 +99,143 @@ mod tests {
         assert!(Rings::within(16, legs(8, 8), 100_000, usize::MAX).unwrap().area_bytes() <= u32::MAX as usize);
     }
 }
+
+/// The protocol of the fused kernel, every interleaving of it: no slot is written before it has been read.
+///
+/// A rank is one channel, its steps those of `kernels/all_reduce.cu` in order. Memory is sequentially consistent here; in
+/// the kernel a signal releases what was stored before it.
+#[cfg(test)]
+mod protocol {
+    use std::collections::{BTreeSet, HashSet};
+
+    use super::SLOTS;
+
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    enum Step {
+        /// Writes what is told of a round to a ring of each peer.
+        Write {
+            hop: usize,
+            round: usize,
+            tag: u8,
+        },
+        /// Reads it in the rings of this rank.
+        Read {
+            hop: usize,
+            round: usize,
+            tag: u8,
+        },
+        Tell(u8),
+        Hear(u8),
+    }
+    use Step::{Hear, Read, Tell, Write};
+
+    /// What one rank does in operations of so many rounds. Up to `short_rounds` it signals after it reduces.
+    fn program(operations: &[usize], short_rounds: usize) -> Vec<Step> {
+        let (mut steps, mut done) = (Vec::new(), 0u8);
+        for (operation, &n_rounds) in operations.iter().enumerate() {
+            let tag = |round: usize| (operation * 32 + round + 1) as u8;
+            let is_short = n_rounds <= short_rounds;
+            let lag = if is_short { 2 } else { 3 };
+            for i in 0..n_rounds + lag {
+                let tell = (i + 1 < n_rounds + lag).then_some(Tell(done + 1));
+                steps.extend((i < n_rounds).then(|| Write { hop: 0, round: i, tag: tag(i) }));
+                steps.extend((i > 0).then_some(Hear(done)));
+                steps.extend(tell.filter(|_| !is_short));
+                if (1..=n_rounds).contains(&i) {
+                    steps.push(Read { hop: 0, round: i - 1, tag: tag(i - 1) });
+                    steps.push(Write { hop: 1, round: i - 1, tag: tag(i - 1) });
+                }
+                steps.extend(tell.filter(|_| is_short));
+                steps.extend((i >= lag).then(|| Read { hop: 1, round: i - lag, tag: tag(i - lag) }));
+                done += 1;
+            }
+        }
+        steps
+    }
+
+    /// Where each rank is, and its memory: signals by sender, and by sender, hop and slot what was written last.
+    #[derive(Clone, PartialEq, Eq, Hash)]
+    struct State {
+        at: Vec<usize>,
+        signals: Vec<Vec<u8>>,
+        rings: Vec<Vec<[[u8; SLOTS]; 2]>>,
+    }
+
+    impl State {
+        /// After the next step of `rank`, if it need not wait; an error where it reads what it should not.
+        fn after(&self, rank: usize, program: &[Step], slots: usize) -> Result<Option<Self>, String> {
+            let Some(step) = program.get(self.at[rank]) else { return Ok(None) };
+            let peers = (0..self.at.len()).filter(|peer| *peer != rank);
+            let mut next = self.clone();
+            next.at[rank] += 1;
+            for peer in peers {
+                match *step {
+                    Write { hop, round, tag } => next.rings[peer][rank][hop][round % slots] = tag,
+                    Read { hop, round, tag } if self.rings[rank][peer][hop][round % slots] != tag => {
+                        return Err(format!("rank {rank} finds something else at {step:?}, step {}", self.at[rank]));
+                    }
+                    Read { .. } => {}
+                    Tell(count) => next.signals[peer][rank] = count,
+                    Hear(count) if self.signals[rank][peer] < count => return Ok(None),
+                    Hear(_) => {}
+                }
+            }
+            Ok(Some(next))
+        }
+    }
+
+    /// Goes through every interleaving. An error where one ends in a wrong read or in ranks that all wait.
+    fn explore(world: usize, program: &[Step], slots: usize) -> Result<(), String> {
+        let start = State {
+            at: vec![0; world],
+            signals: vec![vec![0; world]; world],
+            rings: vec![vec![[[0; SLOTS]; 2]; world]; world],
+        };
+        let (mut open, mut seen) = (vec![start.clone()], HashSet::from([start]));
+        while let Some(state) = open.pop() {
+            let mut moves = 0;
+            for rank in 0..world {
+                if let Some(next) = state.after(rank, program, slots)? {
+                    moves += 1;
+                    if seen.insert(next.clone()) {
+                        open.push(next);
+                    }
+                }
+            }
+            if moves == 0 && state.at.iter().any(|at| *at < program.len()) {
+                return Err(format!("all wait at {:?}", state.at));
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "thousands of states")]
+    fn no_slot_is_written_before_it_has_been_read() {
+        // Both ways of signalling, and operations that follow one another.
+        let operations: BTreeSet<Vec<usize>> = [1, 2, 3, 7]
+            .iter()
+            .flat_map(|a| [1, 2, 3, 6].map(|b| vec![*a, b]))
+            .chain([vec![9], vec![1, 4, 2]])
+            .collect();
+        for operations in operations {
+            for short_rounds in [0, 2, usize::MAX] {
+                let result = explore(2, &program(&operations, short_rounds), SLOTS);
+                assert_eq!(result, Ok(()), "{operations:?}, short up to {short_rounds}");
+            }
+        }
+        for operations in [vec![1, 3], vec![7, 2], vec![4, 5]] {
+            assert_eq!(explore(3, &program(&operations, 2), SLOTS), Ok(()), "{operations:?} of 3 ranks");
+        }
+        assert_eq!(explore(4, &program(&[2, 4], 2), SLOTS), Ok(()), "of 4 ranks");
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "thousands of states")]
+    fn fewer_slots_or_a_wait_less_would_not_do() {
+        assert!(explore(2, &program(&[6], 0), 2).is_err());
+        assert!(explore(2, &program(&[6], usize::MAX), 2).is_err());
+        let deaf: Vec<Step> = program(&[6], 2).into_iter().filter(|step| *step != Hear(3)).collect();
+        assert!(explore(2, &deaf, SLOTS).is_err());
+    }
+}
