@@ -1,13 +1,15 @@
 //! The `flashcomm` command, run as users run it, on the simulators: what it shows, what it writes, and how it ends when
 //! something is missing or goes wrong.
 
+mod command;
+
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Command;
 
 use serde_json::Value;
 
-const COMMAND: &str = env!("CARGO_BIN_EXE_flashcomm");
+use command::{COMMAND, built, run, with_driver};
 
 fn flashcomm(arguments: &[&str]) -> Command {
     let mut command = Command::new(COMMAND);
@@ -16,29 +18,6 @@ fn flashcomm(arguments: &[&str]) -> Command {
         command.env_remove(name);
     }
     command
-}
-
-/// Standard output, standard error and exit code.
-fn run(command: &mut Command) -> (String, String, i32) {
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    let [stdout, stderr] = [stdout, stderr].map(|bytes| String::from_utf8(bytes).unwrap());
-    (stdout, stderr, status.code().unwrap_or_else(|| panic!("{status}")))
-}
-
-/// A library of this build.
-fn built(name: &str) -> PathBuf {
-    let library = Path::new(COMMAND).with_file_name(name);
-    assert!(library.exists(), "{} is missing; run ./scripts/test.sh, or cargo build --workspace", library.display());
-    library
-}
-
-/// A directory that holds the simulated driver, as if a GPU were there.
-fn with_driver() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    for name in ["libcuda.so.1", "libcuda.so"] {
-        symlink(built("libflashcomm_sim_cuda.so"), dir.path().join(name)).unwrap();
-    }
-    dir
 }
 
 /// The cells of a table's row, by its first.

@@ -1,15 +1,17 @@
 //! `flashcomm run` and `flashcomm doctor`, run as users run them: what a job gets, what is refused, and that engines take
 //! what is set for them as their published source says.
 
+mod command;
+
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
-const COMMAND: &str = env!("CARGO_BIN_EXE_flashcomm");
+use command::{COMMAND, built, run, with_driver};
 
 /// A clean environment, and the simulated NCCL as the real one.
 fn flashcomm(arguments: &[&str]) -> Command {
@@ -42,30 +44,9 @@ fn without_python(path: &str) -> PathBuf {
     dir.path().into()
 }
 
-fn run(command: &mut Command) -> (String, String, i32) {
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    let [stdout, stderr] = [stdout, stderr].map(|bytes| String::from_utf8(bytes).unwrap());
-    (stdout, stderr, status.code().unwrap_or_else(|| panic!("{status}")))
-}
-
-fn built(name: &str) -> PathBuf {
-    let library = Path::new(COMMAND).with_file_name(name);
-    assert!(library.exists(), "{} is missing; run ./scripts/test.sh, or cargo build --workspace", library.display());
-    library
-}
-
 fn program(path: &Path, text: &str) {
     std::fs::write(path, text).unwrap();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
-}
-
-/// A directory that holds the simulated driver, as if GPUs were there.
-fn with_driver() -> TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    for name in ["libcuda.so.1", "libcuda.so"] {
-        symlink(built("libflashcomm_sim_cuda.so"), dir.path().join(name)).unwrap();
-    }
-    dir
 }
 
 /// A Python that says it has these: the directory of torch, and the libnccl.so.2 of nvidia-nccl.
