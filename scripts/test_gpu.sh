@@ -3,14 +3,14 @@
 # PyTorch jobs and other clients through the shim, and speed beside plain NCCL of the same run. What it runs comes from
 # scripts/pack_gpu.sh. Results go to the folder named by OUT (default: .gpu/results).
 #
-#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch] [soak] [settings] [lifecycle] [kill] [jobs] [example] [clients] [bench] [speed]
-#                         [ttft]                                                             default: all
+#   ./scripts/test_gpu.sh [kernels] [sanitize] [torch-nccl] [torch-peer] [torch-host] [soak] [settings] [lifecycle] [kill] [jobs]
+#                         [example] [clients] [bench] [speed] [ttft]                         default: all
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-.gpu/results}
 mkdir -p "$out"
 [[ -f .gpu/libflashcomm.so ]] || { echo "run ./scripts/pack_gpu.sh first, where cargo is, and bring .gpu/ along" >&2; exit 1; }
-parts=${*:-kernels sanitize torch soak settings lifecycle kill jobs example clients bench speed ttft}
+parts=${*:-kernels sanitize torch-nccl torch-peer torch-host soak settings lifecycle kill jobs example clients bench speed ttft}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 failed=()
 # check NAME COMMAND...: runs, reports, remembers a failure, goes on.
@@ -202,11 +202,9 @@ if wants sanitize; then
     done
     unset FLASHCOMM_TEST_REAL FLASHCOMM_TEST_NCCL
 fi
-if wants torch; then
-    torch_jobs nccl
-    mps torch_jobs peer
-    mps torch_jobs host
-fi
+if wants torch-nccl; then torch_jobs nccl; fi
+if wants torch-peer; then mps torch_jobs peer; fi
+if wants torch-host; then mps torch_jobs host; fi
 if wants soak; then mps check "100,000 random operations of 4 ranks, peer" soak; fi
 if wants settings; then
     check "ranks with different settings" env FLASHCOMM_EXCHANGE=nccl timeout 100 python3 scripts/gpu/settings_job.py
