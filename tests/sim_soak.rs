@@ -10,6 +10,8 @@
 
 mod world;
 
+use std::sync::Barrier;
+
 use half::f16;
 use world::*;
 
@@ -102,6 +104,16 @@ fn program(random: &mut Random, world: usize) -> (Vec<Step>, usize) {
     (steps, n_ops)
 }
 
+/// The first operations of a job: the communicators attach, so that what is captured later is compressed, and NCCL connects
+/// every rank with all that it will send to.
+fn first_ops(world: usize) -> Vec<Op> {
+    let (buffer, count, stream) = (0, 1, 0);
+    let reduce = |comm| Op::Reduce { comm, from: buffer, to: buffer, count, stream };
+    let broadcasts = move |comm| (0..world).map(move |root| Op::Broadcast { comm, buffer, count, root, stream });
+    let shift = Op::Shift { from: 0, to: 1, count, stream };
+    (0..2).map(reduce).chain((0..2).flat_map(broadcasts)).chain([shift]).collect()
+}
+
 type Buffers = Vec<Vec<f16>>;
 
 /// What an operation makes of all ranks' buffers. The second communicator has the ranks in reverse.
@@ -134,9 +146,19 @@ struct Rank<'a> {
     comms: [usize; 2],
     streams: &'a [Stream],
     memory: &'a [Memory],
+    gate: &'a Barrier,
 }
 
 impl Rank<'_> {
+    /// On a device that ranks share, what a rank allocates may wait for another's kernels, which may wait for this rank: all of
+    /// them meet idle before what allocates, and after it.
+    fn meet_where_ranks_share_a_device(&self) {
+        if is_real() {
+            self.streams.iter().for_each(Stream::wait);
+            self.gate.wait();
+        }
+    }
+
     fn issue(&self, op: Op) {
         let stream = self.streams[op.stream()].0;
         let at = |buffer: usize| self.memory[buffer].at;
@@ -174,9 +196,12 @@ impl Rank<'_> {
             }
             Step::Graph(ops, times) => {
                 all_before(0);
+                self.meet_where_ranks_share_a_device();
                 let graph = self.streams[0].capture(|| ops.iter().for_each(|op| self.issue(*op)));
+                self.meet_where_ranks_share_a_device();
                 (0..*times).for_each(|_| graph.launch(&self.streams[0]));
                 self.streams[0].wait();
+                self.meet_where_ranks_share_a_device(); // the graph ends
             }
         }
     }
@@ -214,33 +239,32 @@ fn soak_part(exchange: &str, part: &str, reduce: u8, gather: u8) {
             (0..world).map(|rank| (0..BUFFERS).map(|b| input(MAX_COUNT, seed + b as u64, rank)).collect()).collect();
         let programs: Vec<_> = (0..10).map(|_| program(&mut random, world)).collect();
         let ids = [unique_id(), unique_id()];
-        let (start_ref, programs_ref) = (&start, &programs);
+        let gate = Barrier::new(world);
+        let (start_ref, programs_ref, gate_ref) = (&start, &programs, &gate);
         let results = threads(world, |rank| {
             let streams = [Stream::new(), Stream::new()];
             let comms = [init(world, ids[0], rank), init(world, ids[1], world - 1 - rank)];
             let memory: Vec<_> = start_ref[rank].iter().map(|buffer| Memory::of(buffer, &streams[0])).collect();
             streams[0].wait();
-            let me = Rank { rank, world, comms, streams: &streams, memory: &memory };
+            let me = Rank { rank, world, comms, streams: &streams, memory: &memory, gate: gate_ref };
             let mut results = Vec::new();
+            for op in first_ops(world) {
+                me.issue(op);
+                me.meet_where_ranks_share_a_device();
+            }
             for (steps, _) in programs_ref {
-                // Attached before the first capture, so that what is captured is compressed.
-                for comm in comms {
-                    let at = memory[0].at;
-                    ok!(ncclAllReduce(at, at, 1, dtype::FP16, SUM, comm, streams[0].0));
-                }
                 steps.iter().for_each(|step| me.run(step));
                 order(&streams[1], &streams[0]);
                 let read = |buffer: &Memory| buffer.read::<f16>(MAX_COUNT, &streams[0]);
                 results.push(memory.iter().map(read).collect::<Buffers>());
             }
+            me.meet_where_ranks_share_a_device();
             comms.iter().for_each(|comm| ok!(ncclCommDestroy(*comm)));
             results
         });
         let mut ranks = start;
+        first_ops(world).into_iter().for_each(|op| model(op, &mut ranks, legs(reduce, gather)));
         for (i, (steps, n)) in programs.iter().enumerate() {
-            for comm in 0..2 {
-                model(Op::Reduce { comm, from: 0, to: 0, count: 1, stream: 0 }, &mut ranks, legs(reduce, gather));
-            }
             for step in steps {
                 let (ops, times) = match step {
                     Step::Eager(op) => (std::slice::from_ref(op), 1),
@@ -260,7 +284,7 @@ fn soak_part(exchange: &str, part: &str, reduce: u8, gather: u8) {
                     );
                 }
             }
-            n_ops += n + 2;
+            n_ops += n;
         }
         seed += 1;
     }
