@@ -10,6 +10,7 @@
 
 mod world;
 
+use std::cell::RefCell;
 use std::sync::Barrier;
 
 use half::f16;
@@ -147,6 +148,7 @@ struct Rank<'a> {
     streams: &'a [Stream],
     memory: &'a [Memory],
     gate: &'a Barrier,
+    graphs: RefCell<Vec<Graph>>,
 }
 
 impl Rank<'_> {
@@ -201,7 +203,10 @@ impl Rank<'_> {
                 self.meet_where_ranks_share_a_device();
                 (0..*times).for_each(|_| graph.launch(&self.streams[0]));
                 self.streams[0].wait();
-                self.meet_where_ranks_share_a_device(); // the graph ends
+                if is_real() {
+                    // NCCL frees what a graph had at a call that comes later, when other ranks' kernels may wait for this one's.
+                    self.graphs.borrow_mut().push(graph);
+                }
             }
         }
     }
@@ -246,7 +251,15 @@ fn soak_part(exchange: &str, part: &str, reduce: u8, gather: u8) {
             let comms = [init(world, ids[0], rank), init(world, ids[1], world - 1 - rank)];
             let memory: Vec<_> = start_ref[rank].iter().map(|buffer| Memory::of(buffer, &streams[0])).collect();
             streams[0].wait();
-            let me = Rank { rank, world, comms, streams: &streams, memory: &memory, gate: gate_ref };
+            let me = Rank {
+                rank,
+                world,
+                comms,
+                streams: &streams,
+                memory: &memory,
+                gate: gate_ref,
+                graphs: RefCell::default(),
+            };
             let mut results = Vec::new();
             for op in first_ops(world) {
                 me.issue(op);
@@ -259,6 +272,7 @@ fn soak_part(exchange: &str, part: &str, reduce: u8, gather: u8) {
                 results.push(memory.iter().map(read).collect::<Buffers>());
             }
             me.meet_where_ranks_share_a_device();
+            me.graphs.take();
             comms.iter().for_each(|comm| ok!(ncclCommDestroy(*comm)));
             results
         });

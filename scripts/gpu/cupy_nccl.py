@@ -5,6 +5,7 @@ Data comes from numpy and goes back there, so that CuPy compiles no kernel. FLAS
 
 import os
 import pathlib
+import pickle
 import time
 
 import cupy
@@ -20,13 +21,13 @@ TOLERANCE = {"8": 0.02, "4": 0.3}[os.environ["FLASHCOMM_BITS"]]
 def unique_id():
     path = pathlib.Path(os.environ["FLASHCOMM_SCRATCH"], "cupy.id")
     if RANK == 0:
-        made = nccl.get_unique_id()
-        path.with_suffix(".part").write_bytes(bytes(byte % 256 for byte in made))
+        made = nccl.get_unique_id()  # bytes, or a tuple of numbers: CuPy's versions differ
+        path.with_suffix(".part").write_bytes(pickle.dumps(made))
         path.with_suffix(".part").rename(path)
         return made
     while not path.exists():
         time.sleep(0.01)
-    return tuple(byte - 256 if byte > 127 else byte for byte in path.read_bytes())
+    return pickle.loads(path.read_bytes())
 
 
 def main():

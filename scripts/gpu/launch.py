@@ -2,10 +2,11 @@
 
 usage: launch.py N SECONDS PROGRAM [ARGUMENT...]
 
-Ends all ranks when one fails or the time is up, and fails then.
+Ends all ranks when one fails or the time is up, and fails then. When the time is up each rank says where it is.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,12 +21,16 @@ def main():
     ranks = []
     for rank in range(n):
         env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        env.update(MASTER_PORT=str(port), NCCL_HOSTID=f"host{rank}", NCCL_SOCKET_IFNAME="lo")
-        ranks.append(subprocess.Popen([sys.executable, *command], env=env))
+        env.update(MASTER_PORT=str(port), NCCL_HOSTID=f"host{rank}", NCCL_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo")
+        ranks.append(subprocess.Popen([sys.executable, "-X", "faulthandler", *command], env=env))
     deadline = time.monotonic() + seconds
     while any(rank.poll() is None for rank in ranks):
         failed = [r for r, rank in enumerate(ranks) if rank.poll() not in (None, 0)]
         if failed or time.monotonic() > deadline:
+            if not failed:
+                for rank in ranks:
+                    rank.send_signal(signal.SIGABRT)
+                time.sleep(1)
             for rank in ranks:
                 rank.kill()
             sys.exit(f"rank {failed[0]} failed" if failed else f"not done after {seconds:.0f} s")
