@@ -68,6 +68,7 @@ struct AllReduceArgs {
   uint32_t world;
   uint32_t max_channels;      // that the areas have room for
   uint32_t group_shift;
+  float scale;                // of the sum: 1, or 1 / world for an average
 };
 
 // Tiles of the input on their way through shared memory, each fetched one ahead of the one that is taken. Each thread
@@ -98,10 +99,8 @@ struct InputStream {
   }
 };
 
-template <class T, int kReduceBits, int kGatherBits>
+template <class T, class Reduce, class Gather>
 struct AllReduce {
-  using Reduce = Codec<T, kReduceBits>;
-  using Gather = Codec<T, kGatherBits>;
 
   const AllReduceArgs& args;
   const T* input;
@@ -175,15 +174,16 @@ struct AllReduce {
 
   __device__ void write(const typename Gather::Thread& codes, const Tile& t) const {
     if (is_aligned16(args.output) && is_whole(t)) {
-      decode_to(codes, output + t.start, kTileElems, true);
+      decode_to(codes, args.group_shift, output + t.start, kTileElems, true);
     } else {
-      write_slowly(codes, output + t.start, t.n_elems);
+      write_slowly(codes, args.group_shift, output + t.start, t.n_elems);
     }
   }
-  __device__ static void decode_to(const typename Gather::Thread& codes, T* tile_ptr, int n_elems, bool is_vectors) {
+  __device__ static void decode_to(const typename Gather::Thread& codes, unsigned group_shift, T* tile_ptr, int n_elems,
+                                   bool is_vectors) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const Vec16 elems = Gather::decode_row(codes, row);
+      const Vec16 elems = Gather::decode_row(codes, row, group_shift);
       if (is_vectors) {
         store_vec16_streaming(tile_ptr + lane_first(row), elems);
       } else {
@@ -191,8 +191,9 @@ struct AllReduce {
       }
     }
   }
-  __device__ __noinline__ static void write_slowly(typename Gather::Thread codes, T* tile_ptr, int n_elems) {
-    decode_to(codes, tile_ptr, n_elems, false);
+  __device__ __noinline__ static void write_slowly(typename Gather::Thread codes, unsigned group_shift, T* tile_ptr,
+                                                   int n_elems) {
+    decode_to(codes, group_shift, tile_ptr, n_elems, false);
   }
 
   // ---- the steps ------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ struct AllReduce {
       if (t.n_elems != 0) {
         ThreadVecs x;
         take(t, x);
-        Reduce::store(slot(owner, 0, args.rank, round), args.group_shift, Reduce::encode(x, args.group_shift));
+        Reduce::store(slot(owner, 0, args.rank, round), args.group_shift, Reduce::encode_input(x, args.group_shift));
       }
     }
   }
@@ -228,23 +229,15 @@ struct AllReduce {
     const Tile t = tile(args.rank, round);
     if (t.n_elems != 0) {
       ThreadElems sum;
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-        for (int e = 0; e < kLaneElems; ++e) sum[row][e] = -0.0f;  // what leaves any term as it is, -0 too
-      }
+      start_sum(sum);
 #pragma unroll 1
       for (unsigned rank = 0; rank < args.rank; ++rank) add_hop1(rank, round, sum);
       ThreadVecs own;
       take(t, own);
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        float term[kLaneElems];
-        widen<T>(own[row], term);
-        add(term, sum[row]);
-      }
+      Reduce::add_input(own, args.group_shift, sum);
 #pragma unroll 1
       for (unsigned rank = args.rank + 1; rank < args.world; ++rank) add_hop1(rank, round, sum);
+      scale_sum(args.scale, sum);
       const typename Gather::Thread codes = Gather::encode(sum, args.group_shift);
 #pragma unroll 1
       for (unsigned step = 0; step + 1 < args.world; ++step) {
@@ -255,17 +248,7 @@ struct AllReduce {
   }
 
   __device__ void add_hop1(unsigned rank, unsigned round, ThreadElems& sum) const {
-    const typename Reduce::Thread codes = Reduce::load(slot(args.rank, 0, rank, round), args.group_shift);
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      float term[kLaneElems];
-      Reduce::decode_row(codes, row, term);
-      add(term, sum[row]);
-    }
-  }
-  __device__ static void add(const float (&term)[kLaneElems], float (&sum)[kLaneElems]) {
-#pragma unroll
-    for (int e = 0; e < kLaneElems; ++e) sum[e] = __fadd_rn(sum[e], term[e]);
+    Reduce::add(Reduce::load(slot(args.rank, 0, rank, round), args.group_shift), args.group_shift, sum);
   }
 
   // ---- signals --------------------------------------------------------------------------------------------------
@@ -334,12 +317,12 @@ struct AllReduce {
   }
 };
 
-template <class T, int kReduceBits, int kGatherBits>
+template <class T, class Reduce, class Gather>
 __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
   extern __shared__ Vec16 stages[][kStages][kRows][kTileThreads];
-  const uint32_t slot_bytes =
-      uint32_t(max(tile_bytes<kReduceBits>(args.group_shift), tile_bytes<kGatherBits>(args.group_shift)));
-  using Self = AllReduce<T, kReduceBits, kGatherBits>;
+  // A payload, and the rest of its last cache line.
+  const uint32_t slot_bytes = (max(Reduce::bytes(args.group_shift), Gather::bytes(args.group_shift)) + 127) / 128 * 128;
+  using Self = AllReduce<T, Reduce, Gather>;
   const unsigned channel = blockIdx.x * blockDim.y + threadIdx.y;
   if (channel >= args.chunk_tiles) return;
   Self self = {
@@ -356,20 +339,23 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
 
 // Channels of a block at most: as many as share the registers of an SM without spilling. (Tried out on sm_90; 5 is enough
 // room on every architecture.)
-constexpr unsigned block_channels([[maybe_unused]] int reduce_bits, [[maybe_unused]] int gather_bits) {
+constexpr unsigned block_channels([[maybe_unused]] Code code, [[maybe_unused]] int reduce_bits,
+                                  [[maybe_unused]] int gather_bits) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   const int bits = reduce_bits > gather_bits ? reduce_bits : gather_bits;
-  return bits <= 5 ? 7 : bits <= 7 ? 6 : 5;
+  if (code == Code::plain) return bits <= 5 ? 7 : bits <= 7 ? 6 : 5;
+  if (code == Code::blocks) return bits <= 4 ? 6 : 5;
+  return 5;
 #else
   return 5;
 #endif
 }
 
 // One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
-#define FLASHCOMM_DEFINE(suffix, T, in, out)                                                          \
-  extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(in, out), 1)              \
-      flashcomm_allreduce_##suffix##_int##in##_int##out(const __grid_constant__ AllReduceArgs args) { \
-    all_reduce<T, in, out>(args);                                                                     \
+#define FLASHCOMM_DEFINE(suffix, T, code, in, out)                                                            \
+  extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(Code::code, in, out), 1)          \
+      flashcomm_allreduce_##suffix##_##code##in##_##code##out(const __grid_constant__ AllReduceArgs args) {   \
+    all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>>(args);                                 \
   }
 FLASHCOMM_EACH_PAIR(FLASHCOMM_DEFINE)
 #undef FLASHCOMM_DEFINE

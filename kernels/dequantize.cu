@@ -19,9 +19,9 @@ struct DequantizeArgs {
   Slice slice;
 };
 
-template <class T, int kBits>
+template <class T, Code kCode, int kBits>
 __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
-  using C = Codec<T, kBits>;
+  using C = Codec<T, kCode, kBits>;
   const unsigned owner = blockIdx.y;
   const Tile tile = tile_of(args.slice, owner, blockIdx.x);
   if (tile.n_elems == 0) return;
@@ -33,14 +33,14 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
   const bool aligned = is_aligned16(output);
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    store_lane(output, lane_first(row), tile.n_elems, aligned, C::decode_row(codes, row));
+    store_lane(output, lane_first(row), tile.n_elems, aligned, C::decode_row(codes, row, shift));
   }
 }
 
-#define FLASHCOMM_DEFINE(suffix, T, bits)                                                     \
-  extern "C" __global__ void __launch_bounds__(kTileThreads)                                  \
-      flashcomm_dequantize_##suffix##_int##bits(const __grid_constant__ DequantizeArgs args) { \
-    dequantize<T, bits>(args);                                                                \
+#define FLASHCOMM_DEFINE(suffix, T, code, bits)                                                   \
+  extern "C" __global__ void __launch_bounds__(kTileThreads)                                      \
+      flashcomm_dequantize_##suffix##_##code##bits(const __grid_constant__ DequantizeArgs args) { \
+    dequantize<T, Code::code, bits>(args);                                                        \
   }
 FLASHCOMM_EACH_CODEC(FLASHCOMM_DEFINE)
 #undef FLASHCOMM_DEFINE

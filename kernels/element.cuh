@@ -74,6 +74,17 @@ __device__ __forceinline__ void widen(const Vec16& v, float (&x)[kLaneElems]) {
   for (int e = 0; e < kLaneElems; ++e) x[e] = Element<T>::to_float(uint16_t(v.words[e / 2] >> (e % 2 * 16)));
 }
 
+__device__ __forceinline__ uint32_t two_elements(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
+
+// 8 values as elements, rounded to nearest.
+template <class T>
+__device__ __forceinline__ void narrow(const float (&x)[kLaneElems], Vec16& v) {
+#pragma unroll
+  for (int e = 0; e < kLaneElems; e += 2) {
+    v.words[e / 2] = two_elements(Element<T>::nearest(x[e]), Element<T>::nearest(x[e + 1]));
+  }
+}
+
 // Loads this thread's elements of a tile of n_elems. Past the end the last element repeats.
 // tile_ptr: any alignment (2 bytes at least); a whole tile at 16 bytes takes the path of vectors.
 template <class T>
@@ -92,15 +103,6 @@ __device__ __forceinline__ void load_vecs(const T* tile_ptr, int n_elems, Thread
       }
     }
   }
-}
-
-// The same, widened.
-template <class T>
-__device__ __forceinline__ void load_elems(const T* tile_ptr, int n_elems, ThreadElems& x) {
-  ThreadVecs v;  // all loads in flight before the first use
-  load_vecs(tile_ptr, n_elems, v);
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) widen<T>(v[row], x[row]);
 }
 
 // Stores elements first .. first + 8 of a tile of n_elems; nothing past the end.

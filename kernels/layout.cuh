@@ -44,25 +44,4 @@ __device__ __forceinline__ int lane_first(int row) {
   return warp * kWarpElems + row * kRowElems + lane * kLaneElems;
 }
 
-// Bytes of an encoded tile: codes, then 4 bytes for each group; or the elements as they are.
-template <int kBits>
-__device__ __forceinline__ size_t tile_bytes(unsigned group_shift) {
-  if constexpr (kBits == 16) return kTileElems * 2;
-  return kTileElems / 8 * kBits + (kTileElems / kLaneElems >> group_shift) * 4;
-}
-
-// This thread's words of a plane of kPlaneBits whose first byte is plane_at: one per bit. (The plane of 8 bits is two
-// half planes of 4 words a thread.)
-template <int kPlaneBits>
-__device__ __forceinline__ size_t thread_codes_at(int plane_at, int half = 0) {
-  constexpr int bytes = kPlaneBits == 8 ? 16 : kPlaneBits * 4;
-  return plane_at + half * (kTileElems / 2) + threadIdx.x * bytes;
-}
-
-// Scales and zeros of the four groups, one a row, that this thread's elements belong to: 16 bytes.
-template <int kBits>
-__device__ __forceinline__ size_t thread_params_at(unsigned group_shift) {
-  return kTileElems / 8 * kBits + (threadIdx.x >> group_shift) * 16;
-}
-
 }  // namespace flashcomm

@@ -20,9 +20,9 @@ struct QuantizeArgs {
   Slice slice;
 };
 
-template <class T, int kBits>
+template <class T, Code kCode, int kBits>
 __device__ __forceinline__ void quantize(const QuantizeArgs& args) {
-  using C = Codec<T, kBits>;
+  using C = Codec<T, kCode, kBits>;
   const unsigned slot = blockIdx.y, owner = slot + (slot >= args.rank);
   const Tile tile = tile_of(args.slice, owner, blockIdx.x);
   if (tile.n_elems == 0) return;
@@ -33,13 +33,13 @@ __device__ __forceinline__ void quantize(const QuantizeArgs& args) {
 
   const unsigned shift = args.slice.group_shift;
   uint8_t* payload = args.outgoing + slot * args.slot_bytes + blockIdx.x * C::bytes(shift);
-  C::store(payload, shift, C::encode(x, shift));
+  C::store(payload, shift, C::encode_input(x, shift));
 }
 
-#define FLASHCOMM_DEFINE(suffix, T, bits)                                               \
-  extern "C" __global__ void __launch_bounds__(kTileThreads)                            \
-      flashcomm_quantize_##suffix##_int##bits(const __grid_constant__ QuantizeArgs args) { \
-    quantize<T, bits>(args);                                                            \
+#define FLASHCOMM_DEFINE(suffix, T, code, bits)                                               \
+  extern "C" __global__ void __launch_bounds__(kTileThreads)                                  \
+      flashcomm_quantize_##suffix##_##code##bits(const __grid_constant__ QuantizeArgs args) { \
+    quantize<T, Code::code, bits>(args);                                                      \
   }
 FLASHCOMM_EACH_CODEC(FLASHCOMM_DEFINE)
 #undef FLASHCOMM_DEFINE

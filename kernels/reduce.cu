@@ -24,12 +24,13 @@ struct ReduceArgs {
   uint32_t rank;
   uint32_t world;
   Slice slice;
+  float scale;  // of the sum: 1, or 1 / world for an average
 };
 
-template <class T, int kReduceBits, int kGatherBits>
+template <class T, Code kCode, int kReduceBits, int kGatherBits>
 __device__ __forceinline__ void reduce(const ReduceArgs& args) {
-  using In = Codec<T, kReduceBits>;
-  using Out = Codec<T, kGatherBits>;
+  using In = Codec<T, kCode, kReduceBits>;
+  using Out = Codec<T, kCode, kGatherBits>;
   const Tile tile = tile_of(args.slice, args.rank, blockIdx.x);
   if (tile.n_elems == 0) return;
 
@@ -37,33 +38,26 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
   const T* input = static_cast<const T*>(args.input) + tile.start;
   const uint8_t* incoming = args.incoming + blockIdx.x * In::bytes(shift);
   ThreadElems sum;
+  start_sum(sum);
 #pragma unroll 1  // unrolled, the senders' codes would take 150 registers
   for (unsigned rank = 0; rank < args.world; ++rank) {
-    ThreadElems term;
     if (rank == args.rank) {
-      load_elems(input, tile.n_elems, term);
+      ThreadVecs own;
+      load_vecs(input, tile.n_elems, own);
+      In::add_input(own, shift, sum);
     } else {
-      const typename In::Thread theirs = In::load(incoming + rank * args.slot_bytes, shift);
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) In::decode_row(theirs, row, term[row]);
-    }
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-      for (int e = 0; e < kLaneElems; ++e) {
-        // Rank 0 starts the sum: 0 + term would lose the sign of -0.
-        sum[row][e] = rank == 0 ? term[row][e] : __fadd_rn(sum[row][e], term[row][e]);
-      }
+      In::add(In::load(incoming + rank * args.slot_bytes, shift), shift, sum);
     }
   }
+  scale_sum(args.scale, sum);
   Out::store(args.outgoing + blockIdx.x * Out::bytes(shift), shift, Out::encode(sum, shift));
 }
 
 // One entry for each pair of widths.
-#define FLASHCOMM_DEFINE(suffix, T, in, out)                                                  \
-  extern "C" __global__ void __launch_bounds__(kTileThreads)                                  \
-      flashcomm_reduce_##suffix##_int##in##_int##out(const __grid_constant__ ReduceArgs args) { \
-    reduce<T, in, out>(args);                                                                 \
+#define FLASHCOMM_DEFINE(suffix, T, code, in, out)                                                       \
+  extern "C" __global__ void __launch_bounds__(kTileThreads)                                             \
+      flashcomm_reduce_##suffix##_##code##in##_##code##out(const __grid_constant__ ReduceArgs args) {    \
+    reduce<T, Code::code, in, out>(args);                                                                \
   }
 FLASHCOMM_EACH_PAIR(FLASHCOMM_DEFINE)
 #undef FLASHCOMM_DEFINE

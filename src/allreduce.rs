@@ -19,7 +19,7 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use flashcomm_wire::Plan;
+use flashcomm_wire::{Op, Plan};
 
 use crate::comm::{Attached, Comm, attach};
 use crate::config::Config;
@@ -29,7 +29,7 @@ use crate::exchange::fused::Fused;
 use crate::exchange::nccl::Staging;
 use crate::exchange::{self, Exchange, Transfer};
 use crate::kernels::{ElementType, Piece};
-use crate::nccl::{self, NcclResult, StreamPtr};
+use crate::nccl::{self, NcclResult, RedOp, StreamPtr};
 use crate::nvtx::Ranges;
 use crate::route::{self, Reason, Request, Route};
 use crate::stats;
@@ -98,6 +98,12 @@ impl Operation {
         Ok(plan)
     }
 
+    /// What the sum is multiplied with.
+    fn scale(&self, attached: &Attached) -> f32 {
+        let op = if self.request.op == RedOp::AVG { Op::Average } else { Op::Sum };
+        op.scale(attached.world)
+    }
+
     /// Opens a profiler's range about it.
     fn mark(&self, attached: &Attached, ranges: &mut Ranges) {
         let Attached { legs, exchange, .. } = attached;
@@ -118,7 +124,7 @@ impl Operation {
         // SAFETY: as above.
         unsafe { attached.begin(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
         // SAFETY: the application vouches for its buffers.
-        unsafe { fused.all_reduce(&attached.kernels, &plan, self.element, buffers, stream) }?;
+        unsafe { fused.all_reduce(&attached.kernels, &plan, self.element, self.scale(attached), buffers, stream) }?;
         // SAFETY: as above.
         unsafe { attached.end(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))
     }
@@ -324,6 +330,7 @@ impl<'a> Step<'a> {
     }
 
     fn piece(&self) -> Piece<'_> {
-        Piece { plan: self.plan, slice: self.slice, element: self.operation.element }
+        let scale = self.operation.scale(self.attached);
+        Piece { plan: self.plan, slice: self.slice, element: self.operation.element, scale }
     }
 }

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use flashcomm_wire::{Codec, GroupSize, Legs, Width};
+use flashcomm_wire::{Code, GroupSize, Legs, Width};
 use log::LevelFilter;
 
 use crate::kernels::ElementType;
@@ -32,7 +32,7 @@ pub struct Setting {
 }
 
 /// Every setting.
-pub const SETTINGS: [Setting; 15] = [
+pub const SETTINGS: [Setting; 16] = [
     setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
     setting(
         "FLASHCOMM_BITS",
@@ -41,7 +41,14 @@ pub const SETTINGS: [Setting; 15] = [
         "bits per element on the wire; 16: as they are",
         true,
     ),
-    setting("FLASHCOMM_GROUP", "128", "32, 64 or 128", "elements that share a scale and a zero point", true),
+    setting("FLASHCOMM_GROUP", "128", "32, 64 or 128", "elements that share a scale", true),
+    setting(
+        "FLASHCOMM_CODE",
+        "auto",
+        "auto or plain, or (where the legs have one width, or 4:8) spikes, rotated, rotated-spikes or blocks",
+        "what the bits say; auto: blocks where it can, else plain",
+        true,
+    ),
     setting(
         "FLASHCOMM_MIN_BYTES",
         "auto",
@@ -96,8 +103,10 @@ pub enum ExchangeChoice {
 pub struct Config {
     /// `FLASHCOMM_ENABLE`.
     pub enable: bool,
-    /// `FLASHCOMM_BITS` and `FLASHCOMM_GROUP`.
+    /// `FLASHCOMM_BITS`, `FLASHCOMM_GROUP` and `FLASHCOMM_CODE`.
     pub legs: Legs,
+    /// `FLASHCOMM_CODE`; `None`: the default one for the widths.
+    pub code: Option<Code>,
     /// `FLASHCOMM_MIN_BYTES`; `None`: the exchange's measured default.
     pub min_bytes: Option<u64>,
     /// `FLASHCOMM_DTYPES`: whether fp16 is compressed.
@@ -168,12 +177,17 @@ impl Config {
     /// Parses what `lookup` knows of each variable. An empty value counts as unset.
     pub fn parse(lookup: impl Fn(&str) -> Option<OsString>) -> (Config, Vec<Malformed>) {
         let mut reader = Reader { lookup, malformed: Vec::new() };
-        let (reduce, gather) = reader.read("FLASHCOMM_BITS", parse_bits);
+        let widths = reader.read("FLASHCOMM_BITS", parse_bits);
         let group = reader.read("FLASHCOMM_GROUP", |text| GroupSize::new(text.parse().ok()?));
+        let (code, legs) = reader.read("FLASHCOMM_CODE", |text| {
+            let code = if text == "auto" { None } else { Some(Code::by_name(text)?) };
+            Some((code, Legs::choose(code, widths, group)?))
+        });
         let (fp16, bf16) = reader.read("FLASHCOMM_DTYPES", parse_dtypes);
         let config = Config {
             enable: reader.read("FLASHCOMM_ENABLE", parse_switch),
-            legs: Legs { reduce: Codec::plain(reduce, group), gather: Codec::plain(gather, group) },
+            legs,
+            code,
             min_bytes: reader.read("FLASHCOMM_MIN_BYTES", parse_min_bytes),
             fp16,
             bf16,
@@ -304,7 +318,7 @@ mod tests {
         let config = Config::default();
         assert!(config.enable && config.fp16 && config.bf16);
         assert_eq!(config.legs.to_string(), "8");
-        assert_eq!(config.legs.reduce.group.n_elems(), 128);
+        assert_eq!((config.legs.reduce.group.n_elems(), config.code, config.legs.code()), (128, None, Code::Blocks));
         assert_eq!((config.min_bytes, config.exchange), (None, ExchangeChoice::Auto));
         assert_eq!(config.buffer_bytes, 64 << 20);
         assert_eq!((config.max_ctas, config.timeout), (0, None));
@@ -321,6 +335,12 @@ mod tests {
         assert_eq!(parse_one("FLASHCOMM_BITS", " 5 ").0.legs.to_string(), "5");
         assert_eq!(parse_one("FLASHCOMM_BITS", "16").0.legs.to_string(), "16");
         assert_eq!(parse_one("FLASHCOMM_GROUP", "32").0.legs.gather.group.n_elems(), 32);
+        for code in Code::ALL {
+            let config = parse_one("FLASHCOMM_CODE", code.name()).0;
+            assert_eq!((config.code, config.legs.code()), (Some(code), code));
+        }
+        assert_eq!(parse_one("FLASHCOMM_BITS", "3:8").0.legs.code(), Code::Plain);
+        assert_eq!(parse_one("FLASHCOMM_BITS", "4:8").0.legs.code(), Code::Blocks);
         assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "0").0.min_bytes, Some(0));
         assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "3M").0.min_bytes, Some(3 << 20));
         assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "auto").0.min_bytes, None);
@@ -350,6 +370,7 @@ mod tests {
             ("FLASHCOMM_BITS", "4:8:8"),
             ("FLASHCOMM_BITS", "4:16"),
             ("FLASHCOMM_GROUP", "100"),
+            ("FLASHCOMM_CODE", "morse"),
             ("FLASHCOMM_MIN_BYTES", "-1"),
             ("FLASHCOMM_MIN_BYTES", "1T"),
             ("FLASHCOMM_MIN_BYTES", "1KM"),
@@ -375,5 +396,17 @@ mod tests {
     fn an_empty_value_counts_as_unset() {
         let (config, malformed) = Config::parse(|_| Some("".into()));
         assert_eq!((config, malformed), (Config::default(), vec![]));
+    }
+
+    #[test]
+    fn a_code_without_kernels_for_the_widths_warns_and_the_default_holds() {
+        let lookup = |name: &str| match name {
+            "FLASHCOMM_BITS" => Some("3:8".into()),
+            "FLASHCOMM_CODE" => Some("spikes".into()),
+            _ => None,
+        };
+        let (config, malformed) = Config::parse(lookup);
+        assert_eq!((config.legs.to_string().as_str(), config.legs.code()), ("3:8", Code::Plain));
+        assert_eq!(malformed[0].name, "FLASHCOMM_CODE");
     }
 }

@@ -77,6 +77,7 @@ struct ReduceArgs {
     rank: u32,
     world: u32,
     slice: SliceArgs,
+    scale: f32,
 }
 
 #[repr(C)]
@@ -133,6 +134,8 @@ pub struct AllReduceArgs {
     pub max_channels: u32,
     /// log2 of a quantization group's elements / 8.
     pub group_shift: u32,
+    /// What the sum is multiplied with.
+    pub scale: f32,
 }
 
 /// The kernels of one element type and pair of widths.
@@ -153,6 +156,8 @@ pub struct Piece<'a> {
     pub slice: usize,
     /// Storage type of the elements.
     pub element: ElementType,
+    /// What the sum is multiplied with.
+    pub scale: f32,
 }
 
 impl Piece<'_> {
@@ -207,15 +212,16 @@ impl Kernels {
     }
 
     fn find(module: &Module, legs: Legs) -> CudaResult<Self> {
-        let (reduce, gather) = (legs.reduce.width.bits(), legs.gather.width.bits());
+        let name = |codec: Codec| format!("{}{}", codec.code.name().replace('-', "_"), codec.width.bits());
+        let (reduce, gather) = (name(legs.reduce), name(legs.gather));
         let function = |name: String| module.function(&CString::new(name).expect("kernel names hold no NUL"));
         let entries = |element: ElementType| -> CudaResult<Entries> {
             let element = element.name();
             Ok(Entries {
-                quantize: function(format!("flashcomm_quantize_{element}_int{reduce}"))?,
-                reduce: function(format!("flashcomm_reduce_{element}_int{reduce}_int{gather}"))?,
-                dequantize: function(format!("flashcomm_dequantize_{element}_int{gather}"))?,
-                all_reduce: function(format!("flashcomm_allreduce_{element}_int{reduce}_int{gather}"))?,
+                quantize: function(format!("flashcomm_quantize_{element}_{reduce}"))?,
+                reduce: function(format!("flashcomm_reduce_{element}_{reduce}_{gather}"))?,
+                dequantize: function(format!("flashcomm_dequantize_{element}_{gather}"))?,
+                all_reduce: function(format!("flashcomm_allreduce_{element}_{reduce}_{gather}"))?,
             })
         };
         Ok(Self { entries: [entries(ElementType::ALL[0])?, entries(ElementType::ALL[1])?] })
@@ -304,6 +310,7 @@ impl Kernels {
             rank: rank as u32,
             world: piece.plan.world() as u32,
             slice: piece.args(piece.plan.legs().reduce),
+            scale: piece.scale,
         };
         // SAFETY: as the caller vouches; the struct is the kernel's.
         unsafe { self.entries(piece.element).reduce.launch(tiles(piece.n_tiles(), 1), stream, &args) }

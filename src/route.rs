@@ -62,7 +62,7 @@ pub enum Reason {
     Disabled,
     /// Not fp16 or bf16, or excluded by `FLASHCOMM_DTYPES`.
     DataType,
-    /// Not `ncclSum`.
+    /// Neither `ncclSum` nor `ncclAvg`.
     Operation,
     /// No elements; the real NCCL answers.
     Empty,
@@ -133,7 +133,7 @@ pub fn candidate(request: &Request, config: &Config) -> Result<ElementType, Reas
         DataType::BFLOAT16 => ElementType::Bf16,
         _ => return Err(Reason::DataType),
     };
-    if request.op != RedOp::SUM {
+    if request.op != RedOp::SUM && request.op != RedOp::AVG {
         return Err(Reason::Operation);
     }
     if request.count == 0 {
@@ -209,7 +209,8 @@ mod tests {
             (500, DataType::FLOAT32, sum, ON, false, &on, Forward(Reason::DataType)),
             (500, DataType::INT8, sum, ON, false, &on, Forward(Reason::DataType)),
             (500, fp16, RedOp(1), ON, false, &on, Forward(Reason::Operation)),
-            (500, fp16, RedOp(4), ON, false, &on, Forward(Reason::Operation)),
+            (500, fp16, RedOp::AVG, ON, false, &on, Compress(Fp16)),
+            (500, fp16, RedOp(3), ON, false, &on, Forward(Reason::Operation)),
             (500, fp16, RedOp(5), ON, false, &on, Forward(Reason::Operation)), // a user-defined one
             (500, fp16, sum, ON, false, &off, Forward(Reason::Disabled)),
             (500, fp16, sum, ON, false, &bf16_only, Forward(Reason::DataType)),

@@ -8,7 +8,7 @@ use std::ffi::c_void;
 
 use flashcomm::cuda::{self, Context, DeviceMemory, Stream};
 use flashcomm::kernels::{ElementType, Kernels, Piece};
-use flashcomm_wire::{Codec, Element, GroupSize, Legs, Plan, TILE_ELEMS, Width};
+use flashcomm_wire::{Code, Codec, Element, GroupSize, Legs, Plan, TILE_ELEMS, Width};
 use half::{bf16, f16};
 
 /// The first device, or `None` with a word about it.
@@ -22,8 +22,9 @@ fn gpu() -> Option<Context> {
     None
 }
 
-fn codec(bits: u8, group: u16) -> Codec {
-    Codec::plain(Width::new(bits).unwrap(), GroupSize::new(group).unwrap())
+fn legs(code: Code, reduce: u8, gather: u8, group: u16) -> Legs {
+    let width = |bits| Width::new(bits).unwrap();
+    Legs::choose(Some(code), (width(reduce), width(gather)), GroupSize::new(group).unwrap()).unwrap()
 }
 
 /// A small fast generator; the seed is in the failure's message.
@@ -78,19 +79,28 @@ fn bytes<E: Element>(x: &[E]) -> Vec<u8> {
     x.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect()
 }
 
-/// Expected payloads of the tiles of `x`.
+/// What the tiles of `x` become before they are encoded: whole tiles. Past the end each input repeats its last element, and
+/// so every part of the pipeline goes on there.
+fn enter<E: Element>(x: &[E], codec: Codec) -> Vec<f32> {
+    let whole = |tile: &[E]| {
+        let mut values = codec.enter(tile);
+        values.resize(TILE_ELEMS, values[values.len() - 1]);
+        values
+    };
+    x.chunks(TILE_ELEMS).flat_map(whole).collect()
+}
+
+/// Expected payloads of whole tiles.
 fn encode<E: Element>(x: &[f32], codec: Codec) -> Vec<u8> {
-    let mut payload = Vec::new();
-    for tile in x.chunks(TILE_ELEMS) {
-        let at = payload.len();
-        payload.resize(at + codec.tile_bytes(), 0);
-        codec.encode_tile::<E>(tile, &mut payload[at..]);
+    let mut payload = vec![0; x.len() / TILE_ELEMS * codec.tile_bytes()];
+    for (tile, payload) in x.chunks(TILE_ELEMS).zip(payload.chunks_mut(codec.tile_bytes())) {
+        codec.encode_tile::<E>(tile, payload);
     }
     payload
 }
 
-fn decode<E: Element>(payload: &[u8], n_elems: usize, codec: Codec) -> Vec<f32> {
-    let mut x = vec![0.0; n_elems];
+fn decode<E: Element>(payload: &[u8], codec: Codec) -> Vec<f32> {
+    let mut x = vec![0.0; payload.len() / codec.tile_bytes() * TILE_ELEMS];
     for (tile, payload) in x.chunks_mut(TILE_ELEMS).zip(payload.chunks(codec.tile_bytes())) {
         codec.decode_tile::<E>(payload, tile);
     }
@@ -110,7 +120,13 @@ struct Case {
 
 fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
     let Case { count, world, legs, buffer_bytes, misaligned, seed } = *case;
-    let about = || format!("{element:?} {legs} count {count} world {world} off by {misaligned} seed {seed}");
+    let about = || {
+        format!(
+            "{element:?} {legs} {} of {} count {count} world {world} off by {misaligned} seed {seed}",
+            legs.code().name(),
+            legs.reduce.group.n_elems()
+        )
+    };
     let plan = Plan::new(count, world, legs, buffer_bytes).unwrap();
     let kernels = Kernels::load(0, legs).expect("kernels load");
     let outgoing_bytes = Plan::outgoing_bytes(world, legs, buffer_bytes);
@@ -122,11 +138,11 @@ fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
         DeviceMemory::new(incoming_bytes).unwrap(),
     );
     let inputs: Vec<Vec<E>> = (0..world).map(|rank| elements(count, seed + rank as u64)).collect();
-    let wide = |x: &[E]| x.iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
     let rank = seed as usize % world;
+    let scale = if seed % 3 == 0 { 1.0 / world as f32 } else { 1.0 };
 
     for slice in 0..plan.n_slices() {
-        let piece = Piece { plan: &plan, slice, element };
+        let piece = Piece { plan: &plan, slice, element, scale };
 
         // Quantize: every other rank's chunk.
         user.write(offset, &bytes(&inputs[rank]), stream).unwrap();
@@ -134,7 +150,7 @@ fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
         unsafe { kernels.quantize(piece, rank, user.at(offset), outgoing.at(0), stream.handle()) }.unwrap();
         for owner in (0..world).filter(|owner| *owner != rank) {
             let range = plan.slice(owner, slice);
-            let expected = encode::<E>(&wide(&inputs[rank][range]), legs.reduce);
+            let expected = encode::<E>(&enter(&inputs[rank][range], legs.reduce), legs.reduce);
             let mut got = vec![0; expected.len()];
             outgoing.read(Plan::outgoing_slot(rank, owner) * plan.reduce_slot_bytes(slice), &mut got, stream).unwrap();
             assert!(got == expected, "quantize: {}", about());
@@ -145,19 +161,18 @@ fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
         if !mine.is_empty() {
             let mut sum: Vec<f32> = Vec::new();
             for sender in 0..world {
-                let mut term = wide(&inputs[sender][mine.clone()]);
-                // Past the end each input repeats its last element, and so every part of the pipeline goes on there.
-                term.resize(mine.len().next_multiple_of(TILE_ELEMS), term[mine.len() - 1]);
+                let mut term = enter(&inputs[sender][mine.clone()], legs.reduce);
                 if sender != rank {
                     let payload = encode::<E>(&term, legs.reduce);
                     incoming.write(sender * plan.reduce_slot_bytes(slice), &payload, stream).unwrap();
-                    term = decode::<E>(&payload, term.len(), legs.reduce);
+                    term = decode::<E>(&payload, legs.reduce);
                 }
                 sum = if sender == 0 { term } else { sum.iter().zip(&term).map(|(s, t)| s + t).collect() };
             }
             // SAFETY: buffers of the plan's sizes, waited for below.
             unsafe { kernels.reduce(piece, rank, user.at(offset), incoming.at(0), outgoing.at(0), stream.handle()) }
                 .unwrap();
+            sum.iter_mut().for_each(|s| *s *= scale);
             let expected = encode::<E>(&sum, legs.gather);
             let mut got = vec![0; expected.len()];
             outgoing.read(0, &mut got, stream).unwrap();
@@ -172,7 +187,7 @@ fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
             if range.is_empty() {
                 continue;
             }
-            let payload = encode::<E>(&wide(&inputs[owner][range.clone()]), legs.gather);
+            let payload = encode::<E>(&enter(&inputs[owner][range.clone()], legs.gather), legs.gather);
             incoming.write(owner * plan.gather_slot_bytes(slice), &payload, stream).unwrap();
             let mut decoded = vec![E::from_bits(0); range.len()];
             for (x, payload) in decoded.chunks_mut(TILE_ELEMS).zip(payload.chunks(legs.gather.tile_bytes())) {
@@ -201,9 +216,13 @@ fn kernels_equal_the_reference_for_every_pair_of_widths() {
     let stream = Stream::new().unwrap();
     let mut seed = 1;
     let pairs = (2..=8).flat_map(|reduce| (2..=8).map(move |gather| (reduce, gather))).chain([(16, 16)]);
-    for (reduce, gather) in pairs {
+    let plain = pairs.map(|(reduce, gather)| (Code::Plain, reduce, gather));
+    let others = Code::ALL.into_iter().filter(|code| *code != Code::Plain);
+    let others =
+        others.flat_map(|code| (2..=8).map(|bits| (bits, bits)).chain([(4, 8)]).map(move |(a, b)| (code, a, b)));
+    for (code, reduce, gather) in plain.chain(others) {
         for group in [32, 64, 128] {
-            let legs = Legs { reduce: codec(reduce, group), gather: codec(gather, group) };
+            let legs = legs(code, reduce, gather, group);
             let case = Case { count: 30_011, world: 3, legs, buffer_bytes: 1 << 20, misaligned: 0, seed };
             check_both(&stream, &case);
             seed += 10;
@@ -222,7 +241,8 @@ fn kernels_equal_the_reference_at_every_border_and_alignment() {
     for count in counts {
         for (world, misaligned) in [(2, 0), (2, 1), (3, 3), (4, 8), (5, 7), (8, 0)] {
             let bits = [(4, 4), (8, 8), (5, 5), (6, 6), (4, 8), (3, 7), (2, 2), (16, 16)][seed as usize % 8];
-            let legs = Legs { reduce: codec(bits.0, 128), gather: codec(bits.1, 128) };
+            let legs =
+                legs(if bits == (3, 7) { Code::Plain } else { Code::ALL[seed as usize % 5] }, bits.0, bits.1, 128);
             // A buffer of a few tiles a rank makes many slices of the larger counts.
             let buffer_bytes = 3 * Plan::staging_bytes_per_tile(world, legs);
             check_both(&stream, &Case { count, world, legs, buffer_bytes, misaligned, seed });
@@ -236,8 +256,10 @@ fn kernels_equal_the_reference_on_ten_million_elements() {
     let Some(context) = gpu() else { return };
     let _entered = context.enter().unwrap();
     let stream = Stream::new().unwrap();
-    for (seed, bits) in [(100, 4), (200, 8)] {
-        let legs = Legs { reduce: codec(bits, 128), gather: codec(bits, 128) };
+    for (seed, bits, code) in
+        [(100, 4, Code::Plain), (200, 8, Code::Plain), (300, 4, Code::Blocks), (400, 4, Code::Spikes)]
+    {
+        let legs = legs(code, bits, bits, 128);
         let case = Case { count: 10_000_000, world: 2, legs, buffer_bytes: 16 << 20, misaligned: 0, seed };
         check_both(&stream, &case);
     }

@@ -7,7 +7,7 @@
 
 mod world;
 
-use flashcomm_wire::{Element, Legs, Plan, TILE_ELEMS};
+use flashcomm_wire::{Code, Element, Legs, Op, Plan, TILE_ELEMS};
 use half::{bf16, f16};
 use world::*;
 
@@ -67,6 +67,68 @@ fn two_to_five_ranks_equal_the_reference_over_peer_memory_bf16_int7() {
 #[test]
 fn two_to_five_ranks_equal_the_reference_over_host_memory_fp16_int6_int4() {
     equals_the_reference::<f16>("host", &[2, 3, 4, 5], 6, 4);
+}
+
+/// Every code there is, groups of all sizes, sums and averages, one run of two and one of three ranks each.
+fn codes_equal_the_reference<E: Element>(exchange: &str) {
+    let codes = Code::ALL.into_iter().zip([(4, 4, 32), (3, 3, 64), (8, 8, 128), (4, 8, 128), (5, 5, 64)]);
+    for (code, (reduce, gather, group)) in codes {
+        let (bits, group_text) = (format!("{reduce}:{gather}"), group.to_string());
+        let settings = [
+            ("FLASHCOMM_BITS", bits.as_str()),
+            ("FLASHCOMM_CODE", code.name()),
+            ("FLASHCOMM_GROUP", &group_text),
+            ("FLASHCOMM_EXCHANGE", exchange),
+            ("WORLD_PART", code.name()),
+        ];
+        if std::env::var("WORLD_PART").is_ok_and(|mine| mine != code.name()) {
+            continue;
+        }
+        in_process(&settings, || {
+            let legs = legs_of(Some(code), reduce, gather, group);
+            for world in [2, 3] {
+                let counts = [1, 77, 4096, 12_345, 40_000];
+                let inputs: Vec<_> = counts.map(|count| inputs::<E>(count, count as u64, world)).into();
+                let expected =
+                    |op: Op| -> Vec<Vec<E>> { inputs.iter().map(|inputs| reference_of(op, inputs, legs)).collect() };
+                let (sums, averages) = (expected(Op::Sum), expected(Op::Average));
+                let (id, inputs, sums, averages) = (unique_id(), &inputs, &sums, &averages);
+                threads(world, |rank| {
+                    let (comm, stream) = (init(world, id, rank), Stream::new());
+                    for (i, inputs) in inputs.iter().enumerate() {
+                        for (op, expected) in [(SUM, &sums[i]), (AVG, &averages[i])] {
+                            let memory = Memory::of(&inputs[rank], &stream);
+                            let (at, count) = (memory.at, inputs[rank].len());
+                            ok!(ncclAllReduce(at, at, count, type_of::<E>(), op, comm, stream.0));
+                            let got = memory.read::<E>(count, &stream);
+                            same_bits(
+                                &got,
+                                expected,
+                                &format!("{} of {count}, operation {op}, rank {rank}", code.name()),
+                            );
+                        }
+                    }
+                    ok!(ncclCommDestroy(comm));
+                });
+            }
+            assert_eq!(n_compressed(), 5 * 2 * (2 + 3), "none was forwarded");
+        });
+    }
+}
+
+#[test]
+fn every_code_equals_the_reference_over_nccl_fp16() {
+    codes_equal_the_reference::<f16>("nccl");
+}
+
+#[test]
+fn every_code_equals_the_reference_over_peer_memory_bf16() {
+    codes_equal_the_reference::<bf16>("peer");
+}
+
+#[test]
+fn every_code_equals_the_reference_over_host_memory_fp16() {
+    codes_equal_the_reference::<f16>("host");
 }
 
 #[test]

@@ -25,20 +25,22 @@ def random(count, dtype, seed):
     return (torch.randn(count, device="cuda", generator=generator) * 3).to(dtype)
 
 
-def check_against_reference(count, dtype):
+def check_against_reference(count, dtype, op=dist.ReduceOp.SUM):
     """Every rank's output equals the reference pipeline's on the same input, bit for bit."""
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     x = random(count, dtype, count % 97)
     raw(x).cpu().numpy().tofile(f"{SCRATCH}/in{RANK}")
     before = stats().compressed
-    dist.all_reduce(x)
+    dist.all_reduce(x, op=op)
     torch.cuda.synchronize()
     assert stats().compressed == before + 1, "not compressed"
     raw(x).cpu().numpy().tofile(f"{SCRATCH}/out{RANK}")
     dist.barrier()
     if RANK == 0:
         inputs = [f"{SCRATCH}/in{r}" for r in range(WORLD)]
-        subprocess.run([os.environ["FLASHCOMM_REFERENCE"], name, BITS, "128", f"{SCRATCH}/ref", *inputs], check=True)
+        op_name = "avg" if op == dist.ReduceOp.AVG else "sum"
+        command = [os.environ["FLASHCOMM_REFERENCE"], op_name, name, BITS, "auto", "128", f"{SCRATCH}/ref", *inputs]
+        subprocess.run(command, check=True)
         expected = open(f"{SCRATCH}/ref", "rb").read()
         for r in range(WORLD):
             assert open(f"{SCRATCH}/out{r}", "rb").read() == expected, f"rank {r}: {count} of {name}"
@@ -46,7 +48,7 @@ def check_against_reference(count, dtype):
 
 
 def check_exact_and_forwarded():
-    """What is not an fp16 or bf16 sum is exact, and counted as forwarded."""
+    """What is no fp16 or bf16 sum or average is exact, and counted as forwarded."""
     before = stats()
     expected_sum = WORLD * (WORLD + 1) // 2
     n_all_reduces = n_others = 0
@@ -59,13 +61,16 @@ def check_exact_and_forwarded():
         for op, expected in [
             (dist.ReduceOp.MAX, WORLD),
             (dist.ReduceOp.MIN, 1),
-            (dist.ReduceOp.AVG, expected_sum / WORLD),
             (dist.ReduceOp.PRODUCT, [1, 1, 2, 6, 24][WORLD]),
         ]:
             x = torch.full((70_001,), RANK + 1, device="cuda", dtype=dtype)
             dist.all_reduce(x, op=op)
             assert (x == expected).all(), (dtype, op)
             n_all_reduces += 1
+    x = torch.full((70_001,), RANK + 1.0, device="cuda")
+    dist.all_reduce(x, op=dist.ReduceOp.AVG)
+    assert (x == expected_sum / WORLD).all()
+    n_all_reduces += 1
     half = torch.float16
     x = torch.full((5000,), RANK + 1.0, device="cuda", dtype=half)
     dist.broadcast(x, 0)
@@ -178,6 +183,7 @@ def main():
     for dtype in [torch.float16, torch.bfloat16]:
         for count in counts:
             check_against_reference(count, dtype)
+        check_against_reference(100_003, dtype, dist.ReduceOp.AVG)
     say(f"world {WORLD} bits {BITS}: equal to the reference, {len(counts)} sizes of fp16 and bf16")
     for check in [check_exact_and_forwarded, check_coalesced, check_graph, check_groups_and_streams]:
         check()

@@ -24,7 +24,7 @@ pub struct Args {
     /// Ranks, each a process
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(2..=16))]
     ranks: u64,
-    /// Widths, or reduce:gather as in 4:8
+    /// Widths, or reduce:gather as in 4:8; with a code as in 4-plain
     #[arg(long, value_delimiter = ',', default_value = "8,6,5,4,3,2")]
     bits: Vec<String>,
     /// Bytes that each rank sums
@@ -185,7 +185,9 @@ fn one(machine: &Machine, args: &Args, bits: Option<&String>) -> Result<(Vec<Ans
     let mut settings = vec![("FLASHCOMM_ENABLE", if bits.is_some() { "1" } else { "0" }), ("FLASHCOMM_MIN_BYTES", "0")];
     let group = values::GROUP.to_string();
     settings.extend([("FLASHCOMM_GROUP", group.as_str()), ("FLASHCOMM_DTYPES", "fp16,bf16")]);
-    settings.extend(bits.map(|bits| ("FLASHCOMM_BITS", bits.as_str())));
+    if let Some((bits, code)) = bits.map(|bits| values::bits_and_code(bits)) {
+        settings.extend([("FLASHCOMM_BITS", bits), ("FLASHCOMM_CODE", code)]);
+    }
     let settings = settings.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
     let world = args.ranks as usize;
     let start = Start { role: Role::Demo, world, processes: true, shim: true, settings, limit: LIMIT };

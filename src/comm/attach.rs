@@ -111,8 +111,10 @@ pub fn change_all(changes: &[Change]) -> Result<()> {
 impl Change {
     fn wish(&self) -> Wish {
         let mut legs = self.comm.attached().map_or(Config::global().legs, |attached| attached.legs);
-        if let Some((reduce, gather)) = self.widths {
-            (legs.reduce.width, legs.gather.width) = (reduce, gather);
+        if let Some(widths) = self.widths {
+            // A code that has no kernels for them gives way to the default one.
+            let choose = |code| Legs::choose(code, widths, legs.reduce.group);
+            legs = choose(Config::global().code).or_else(|| choose(None)).expect("the default code takes all widths");
         }
         let is_off = self.comm.verdict() == Verdict::SwitchedOff;
         Wish { legs, switched_off: self.switched_off.unwrap_or(is_off) }
@@ -266,7 +268,11 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
         u64::MAX => "nothing unless FLASHCOMM_MIN_BYTES says so".into(),
         min_bytes => format!("from {min_bytes} bytes up"),
     };
-    log::info!("rank {rank} of {world}: on, {legs} bits, exchange {}, {from}", exchange.name());
+    log::info!(
+        "rank {rank} of {world}: on, {legs} bits ({}), exchange {}, {from}",
+        legs.code().name(),
+        exchange.name()
+    );
     let order = order.unwrap_or_else(|| Arc::new(Mutex::new(Order { last, captured: None })));
     let exchange = ManuallyDrop::new(exchange);
     let attached = Attached { rank, world, legs, min_bytes, context, kernels, exchange, order };

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use flashcomm_wire::{Codec, GroupSize, Legs, WIRE_VERSION, Width};
+use flashcomm_wire::{Code, Codec, GroupSize, Legs, WIRE_VERSION, Width};
 
 use super::MAX_SETUPS;
 use crate::config::{Config, ExchangeChoice};
@@ -15,7 +15,7 @@ use crate::exchange::fused::{OFFER_BYTES, Offer};
 pub const BLOB_BYTES: usize = 256;
 
 /// Where the offer begins; before it, fields of 8 bytes.
-const OFFER_AT: usize = 160;
+const OFFER_AT: usize = 168;
 
 /// Marks a blob: "flashcom" in ASCII.
 const MAGIC: u64 = u64::from_le_bytes(*b"flashcom");
@@ -23,7 +23,7 @@ const MAGIC: u64 = u64::from_le_bytes(*b"flashcom");
 /// The settings that all ranks must share, as one rank has them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Agreement {
-    /// `FLASHCOMM_BITS` and `FLASHCOMM_GROUP`.
+    /// `FLASHCOMM_BITS`, `FLASHCOMM_GROUP` and `FLASHCOMM_CODE`.
     pub legs: Legs,
     /// `FLASHCOMM_MIN_BYTES`.
     pub min_bytes: Option<u64>,
@@ -176,6 +176,7 @@ impl Blob {
             place.multiprocessors as u64,
             place.block_channels as u64,
             self.attach,
+            legs.code() as u64,
         ];
         let mut bytes = [0; BLOB_BYTES];
         for (place, field) in bytes[..OFFER_AT].chunks_exact_mut(8).zip(fields) {
@@ -201,6 +202,8 @@ impl Blob {
     fn decode_fields(field: impl Fn(usize) -> u64, offer: Offer) -> Option<Self> {
         let width = |i| Width::new(u8::try_from(field(i)).ok()?);
         let group = GroupSize::new(u16::try_from(field(7)).ok()?)?;
+        let code = *Code::ALL.get(usize::try_from(field(20)).ok()?)?;
+        let codec = |width| Codec { width, group, code };
         // What no settings and no device give is not ours; and settings that look alike when told are alike.
         let within = |i, min: u64, max: u64| Some(field(i)).filter(|value| (min..=max).contains(value));
         let flags = within(9, 0, 7).filter(|flags| flags & 3 != 0)?;
@@ -218,7 +221,7 @@ impl Blob {
                 block_channels: within(18, 0, 1 << 16)? as usize,
             },
             agreement: Agreement {
-                legs: Legs::new(Codec::plain(width(5)?, group), Codec::plain(width(6)?, group))?,
+                legs: Legs::new(codec(width(5)?), codec(width(6)?))?,
                 min_bytes: Some(field(8)).filter(|n_bytes| *n_bytes != u64::MAX),
                 dtypes: (flags & 1 != 0, flags & 2 != 0),
                 switched_off: flags & 4 != 0,
@@ -260,9 +263,10 @@ pub fn agree(gathered: &[u8]) -> Result<Vec<Blob>, Disagreement> {
 
 /// The first setting that differs, with both values.
 fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, String, String)> {
-    let rows: [(&str, fn(&Agreement) -> String); 8] = [
+    let rows: [(&str, fn(&Agreement) -> String); 9] = [
         ("FLASHCOMM_BITS", |a| a.legs.to_string()),
         ("FLASHCOMM_GROUP", |a| a.legs.reduce.group.n_elems().to_string()),
+        ("FLASHCOMM_CODE", |a| a.legs.code().name().into()),
         ("FLASHCOMM_MIN_BYTES", |a| a.min_bytes.map_or("auto".into(), |n_bytes| n_bytes.to_string())),
         ("FLASHCOMM_DTYPES", |a| match a.dtypes {
             (true, true) => "fp16,bf16".into(),

@@ -301,6 +301,7 @@ impl Fused {
         kernels: &Kernels,
         plan: &Plan,
         element: ElementType,
+        scale: f32,
         (input, output): (*const c_void, *mut c_void),
         stream: StreamHandle,
     ) -> Result<()> {
@@ -311,8 +312,8 @@ impl Fused {
         // Few tiles rather spread over multiprocessors than share one.
         let block_channels = chunk_tiles.div_ceil(self.max_blocks).min(self.block_channels);
         let n_blocks = chunk_tiles.div_ceil(block_channels).min(self.max_blocks);
-        let args =
-            AllReduceArgs { input, output, count: plan.count() as u64, chunk_tiles: chunk_tiles as u64, ..self.args() };
+        let (count, chunk_tiles) = (plan.count() as u64, chunk_tiles as u64);
+        let args = AllReduceArgs { input, output, count, chunk_tiles, scale, ..self.args() };
         // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `block_limit`.
         unsafe { kernels.all_reduce(element, (n_blocks, block_channels), &args, stream) }
             .map_err(Error::cuda("launching the all-reduce"))
@@ -350,6 +351,7 @@ impl Fused {
             world: self.rings.world as u32,
             max_channels: self.rings.channels as u32,
             group_shift: kernels::group_shift(self.rings.legs.reduce),
+            scale: 1.0,
         }
     }
 

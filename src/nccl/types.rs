@@ -81,4 +81,6 @@ pub struct RedOp(pub i32);
 #[allow(missing_docs, reason = "NCCL's names")]
 impl RedOp {
     pub const SUM: Self = Self(0);
+    /// `ncclAvg`.
+    pub const AVG: Self = Self(4);
 }

@@ -13,7 +13,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use flashcomm_wire::{Codec, Element, GroupSize, Legs, Width, reference};
+use flashcomm_wire::{Code, Element, GroupSize, Legs, Op, Width, reference};
 
 /// `ncclDataType_t`.
 pub mod dtype {
@@ -26,6 +26,7 @@ pub mod dtype {
 
 /// `ncclRedOp_t`.
 pub const SUM: i32 = 0;
+pub const AVG: i32 = 4;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -705,16 +706,26 @@ pub fn inputs<E: Element>(count: usize, seed: u64, world: usize) -> Vec<Vec<E>> 
     (0..world).map(|rank| input(count, seed, rank)).collect()
 }
 
-/// The codecs of `FLASHCOMM_BITS` and group 128.
+/// The codecs of `FLASHCOMM_BITS`, group 128 and the default code.
 pub fn legs(reduce: u8, gather: u8) -> Legs {
-    let codec = |bits| Codec::plain(Width::new(bits).unwrap(), GroupSize::new(128).unwrap());
-    Legs { reduce: codec(reduce), gather: codec(gather) }
+    legs_of(None, reduce, gather, 128)
+}
+
+/// Those of `FLASHCOMM_CODE` and `FLASHCOMM_GROUP`, too.
+pub fn legs_of(code: Option<Code>, reduce: u8, gather: u8, group: u16) -> Legs {
+    let width = |bits| Width::new(bits).unwrap();
+    Legs::choose(code, (width(reduce), width(gather)), GroupSize::new(group).unwrap()).unwrap()
 }
 
 /// What every rank must hold after a compressed all-reduce.
 pub fn reference<E: Element>(inputs: &[Vec<E>], legs: Legs) -> Vec<E> {
+    reference_of(Op::Sum, inputs, legs)
+}
+
+/// The same, of a sum or an average.
+pub fn reference_of<E: Element>(op: Op, inputs: &[Vec<E>], legs: Legs) -> Vec<E> {
     let inputs: Vec<&[E]> = inputs.iter().map(Vec::as_slice).collect();
-    reference::all_reduce(&inputs, legs)
+    reference::all_reduce(&inputs, op, legs)
 }
 
 /// One all-reduce's inputs and what must come out, shared by the ranks.

@@ -6,7 +6,7 @@
 //! wire. In brackets, for comparison, stands what other libraries send, computed here the same way: symmetric integers
 //! and FP8 with a scale per group in fp16, and MXFP4. The inputs are the same in every run.
 
-use flashcomm_wire::{Code, Codec, Element, GroupSize, Legs, TILE_ELEMS, Width, reference};
+use flashcomm_wire::{Code, Codec, Element, GroupSize, Legs, Op, TILE_ELEMS, Width, reference};
 use half::{bf16, f16};
 
 /// Channels of the inputs with hot ones, a row of a matrix.
@@ -43,7 +43,9 @@ fn run<E: Element>(dtype: &str) {
                 let codec = Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(*group).unwrap(), code };
                 let legs = Legs::new(codec, codec).unwrap();
                 let name = format!("{} {group}", code.name());
-                row(bits, &name, codec.bits_per_element(), &inputs, |ranks| reference::all_reduce(ranks, legs));
+                row(bits, &name, codec.bits_per_element(), &inputs, |ranks| {
+                    reference::all_reduce(ranks, Op::Sum, legs)
+                });
             }
         }
         let symmetric = |group: &mut [f32]| symmetric_int(group, bits);

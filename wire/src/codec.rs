@@ -1,5 +1,5 @@
 //! The codec: one tile of up to [`TILE_ELEMS`] elements as integers of 2 to 8 bits, with parameters per quantization
-//! group; or as they are. This scalar code is the specification; `kernels/codec.cuh` equals it bit for bit.
+//! group; or as they are. This scalar code is the specification; the kernels' `kernels/codec.cuh` equals it bit for bit.
 //!
 //! How integers are made of a group is its [`Code`]: the plain one, below, or one of the files beside this one.
 //! Some work in another *domain*: [`Codec::enter`] turns elements into what is encoded, summed and encoded again, and
@@ -138,6 +138,11 @@ impl Code {
     /// All of them.
     pub const ALL: [Code; 5] = [Code::Plain, Code::Spikes, Code::Rotated, Code::RotatedSpikes, Code::Blocks];
 
+    /// The code of a name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|code| code.name() == name)
+    }
+
     /// The name, as settings have it.
     pub const fn name(self) -> &'static str {
         match self {
@@ -179,6 +184,27 @@ pub struct Legs {
 }
 
 impl Legs {
+    /// The legs of two widths, with `code` or, without one, the code that is the default for them; `None` where there are no
+    /// kernels for that: the plain code has them for all pairs of widths, the others for each width with itself and for
+    /// `4:8`, and a width of 16 goes with itself only.
+    pub fn choose(code: Option<Code>, (reduce, gather): (Width, Width), group: GroupSize) -> Option<Self> {
+        let is_plain_only = reduce != gather && (reduce.bits(), gather.bits()) != (4, 8);
+        let code = match code {
+            _ if reduce.is_uncompressed() => Code::Plain,
+            Some(code) if code != Code::Plain && is_plain_only => return None,
+            Some(code) => code,
+            None if is_plain_only => Code::Plain,
+            None => Code::Blocks,
+        };
+        let codec = |width| Codec { width, group, code };
+        Self::new(codec(reduce), codec(gather))
+    }
+
+    /// The code of both legs.
+    pub const fn code(self) -> Code {
+        self.reduce.code
+    }
+
     /// The legs, unless one is compressed and the other is not (there are no kernels for that), or their codes see
     /// the elements transformed in different ways: the sum is encoded as it stands.
     pub fn new(reduce: Codec, gather: Codec) -> Option<Self> {
@@ -249,15 +275,18 @@ impl Codec {
     pub fn enter<E: Element>(self, elements: &[E]) -> Vec<f32> {
         assert!((1..=TILE_ELEMS).contains(&elements.len()), "a tile has 1 to {TILE_ELEMS} elements");
         let mut values: Vec<f32> = elements.iter().map(|x| x.to_f32()).collect();
-        if self.domain() != Domain::Elements {
-            values.resize(TILE_ELEMS, values[elements.len() - 1]);
-        }
+        values.resize(self.n_values(elements.len()), values[elements.len() - 1]);
         match self.domain() {
             Domain::Elements => {}
             Domain::RotatedGroups(group) => values.chunks_exact_mut(group.n_elems()).for_each(rotation::enter),
             Domain::RotatedBlocks => values.chunks_exact_mut(LANE_ELEMS).for_each(blocks::enter::<E>),
         }
         values
+    }
+
+    /// How many values [`Codec::enter`] makes of so many elements of a tile.
+    pub fn n_values(self, n_elems: usize) -> usize {
+        if self.domain() == Domain::Elements { n_elems } else { TILE_ELEMS }
     }
 
     /// Encodes one tile.

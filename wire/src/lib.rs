@@ -18,7 +18,8 @@ pub mod rings;
 pub use codec::{Code, Codec, GroupSize, Legs, TILE_ELEMS, Width};
 pub use element::Element;
 pub use plan::Plan;
+pub use reference::Op;
 pub use rings::Rings;
 
 /// Version of everything that ranks must agree on byte for byte: tile layout, chunking, attach blob.
-pub const WIRE_VERSION: u32 = 3;
+pub const WIRE_VERSION: u32 = 4;

@@ -4,7 +4,26 @@ use crate::codec::{Legs, TILE_ELEMS};
 use crate::element::Element;
 use crate::plan::Plan;
 
-/// The compressed sum of `inputs`, one slice of equal length per rank, in rank order.
+/// What becomes of the inputs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// Their sum.
+    Sum,
+    /// Their average: the sum in fp32 times `1 / world` in fp32, before it is quantized for the gather leg.
+    Average,
+}
+
+impl Op {
+    /// What the sum over `world` ranks is multiplied with.
+    pub fn scale(self, world: usize) -> f32 {
+        match self {
+            Op::Sum => 1.0,
+            Op::Average => 1.0 / world as f32,
+        }
+    }
+}
+
+/// The compressed sum, or average, of `inputs`, one slice of equal length per rank, in rank order.
 ///
 /// Each chunk's owner adds, in fp32 and in rank order, what it decodes of the others and its own input unquantized;
 /// the sum is quantized for the gather leg, and everyone (the owner, too) keeps what that decodes to. All of it happens
@@ -12,7 +31,8 @@ use crate::plan::Plan;
 ///
 /// # Panics
 /// When there is no rank, no element, or the lengths differ.
-pub fn all_reduce<E: Element>(inputs: &[&[E]], legs: Legs) -> Vec<E> {
+pub fn all_reduce<E: Element>(inputs: &[&[E]], op: Op, legs: Legs) -> Vec<E> {
+    let scale = op.scale(inputs.len());
     let count = inputs[0].len();
     assert!(inputs.iter().all(|input| input.len() == count), "every rank has the same count");
     let plan = Plan::new(count, inputs.len(), legs, usize::MAX).expect("an unbounded buffer holds any plan");
@@ -26,7 +46,7 @@ pub fn all_reduce<E: Element>(inputs: &[&[E]], legs: Legs) -> Vec<E> {
             rest = after;
             scope.spawn(move || {
                 for (i, out) in mine.chunks_mut(TILE_ELEMS).enumerate() {
-                    reduce_tile(inputs, owner, chunk.start + i * TILE_ELEMS, legs, out);
+                    reduce_tile(inputs, scale, owner, chunk.start + i * TILE_ELEMS, legs, out);
                 }
             });
         }
@@ -35,7 +55,7 @@ pub fn all_reduce<E: Element>(inputs: &[&[E]], legs: Legs) -> Vec<E> {
 }
 
 /// One tile of the chunk of rank `owner`, the elements from `start` on, into `out`.
-fn reduce_tile<E: Element>(inputs: &[&[E]], owner: usize, start: usize, legs: Legs, out: &mut [E]) {
+fn reduce_tile<E: Element>(inputs: &[&[E]], scale: f32, owner: usize, start: usize, legs: Legs, out: &mut [E]) {
     let mut payload = vec![0; legs.reduce.tile_bytes()];
     let mut sum = Vec::new();
     for (rank, input) in inputs.iter().enumerate() {
@@ -50,6 +70,7 @@ fn reduce_tile<E: Element>(inputs: &[&[E]], owner: usize, start: usize, legs: Le
             sum.iter_mut().zip(&term).for_each(|(s, t)| *s += t);
         }
     }
+    sum.iter_mut().for_each(|s| *s *= scale);
     let mut payload = vec![0; legs.gather.tile_bytes()];
     legs.gather.encode_tile::<E>(&sum, &mut payload);
     legs.gather.decode_tile_to(&payload, out);
@@ -72,7 +93,7 @@ mod tests {
         // Two values per group are the group's ends: every code is exact, and so are these sums.
         let count = if cfg!(miri) { 100 } else { 9000 };
         let input: Vec<f16> = (0..count).map(|i| f16::from_f32(if i % 3 == 0 { -1.5 } else { 3.0 })).collect();
-        let sum = all_reduce(&[&input, &input, &input], legs(2, 2));
+        let sum = all_reduce(&[&input, &input, &input], Op::Sum, legs(2, 2));
         assert!(input.iter().zip(&sum).all(|(x, s)| s.to_f32() == 3.0 * x.to_f32()));
     }
 
@@ -86,7 +107,7 @@ mod tests {
         legs.gather.encode_tile::<f16>(&values, &mut payload);
         let mut expected = vec![f16::ZERO; values.len()];
         legs.gather.decode_tile_to(&payload, &mut expected);
-        assert_eq!(all_reduce(&[&input], legs), expected);
+        assert_eq!(all_reduce(&[&input], Op::Sum, legs), expected);
     }
 
     #[test]
@@ -98,7 +119,7 @@ mod tests {
         let ranks: Vec<&[bf16]> = inputs.iter().map(Vec::as_slice).collect();
         for code in Code::ALL {
             let codec = Codec { code, ..legs(8, 8).reduce };
-            let sum = all_reduce(&ranks, Legs::new(codec, codec).unwrap());
+            let sum = all_reduce(&ranks, Op::Sum, Legs::new(codec, codec).unwrap());
             for (i, got) in sum.iter().enumerate() {
                 let exact: f32 = inputs.iter().map(|input| input[i].to_f32()).sum();
                 assert!((got.to_f32() - exact).abs() < 0.12, "{code:?} {i}: {got}, not {exact}");
@@ -109,7 +130,21 @@ mod tests {
     #[test]
     fn a_sum_beyond_fp16_becomes_an_infinity_as_with_nccl() {
         let input: Vec<f16> = (0..32).map(|i| f16::from_f32(if i == 5 { 60000.0 } else { 1.0 })).collect();
-        let sum = all_reduce(&[&input, &input], legs(8, 8));
+        let sum = all_reduce(&[&input, &input], Op::Sum, legs(8, 8));
         assert!(sum[5].is_infinite() && sum.iter().enumerate().all(|(i, s)| i == 5 || s.is_finite()));
+    }
+
+    #[test]
+    fn an_average_is_the_sum_over_the_ranks_and_does_not_overflow() {
+        let count = if cfg!(miri) { 100 } else { 5000 };
+        let input: Vec<f16> = (0..count).map(|i| f16::from_f32(60000.0 - i as f32)).collect();
+        for code in Code::ALL {
+            let codec = Codec { code, ..legs(8, 8).reduce };
+            let average = all_reduce(&[&input, &input, &input], Op::Average, Legs::new(codec, codec).unwrap());
+            for (x, y) in input.iter().zip(&average) {
+                // Blocks take a sum of twice what fp16 holds for no number; an average is none.
+                assert!((x.to_f32() - y.to_f32()).abs() < 600.0, "{code:?}: {x} {y}");
+            }
+        }
     }
 }

@@ -29,10 +29,11 @@ pub fn store(address: usize, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Elements of a device array, widened.
-pub fn load_elements<E: Element>(address: usize, (start, n_elems): (usize, usize)) -> Result<Vec<f32>> {
+/// Elements of a device array as a codec sums them.
+pub fn enter<E: Element>(codec: Codec, address: usize, (start, n_elems): (usize, usize)) -> Result<Vec<f32>> {
     let bytes = load(address + start * 2, n_elems * 2)?;
-    Ok(bytes.chunks_exact(2).map(|pair| E::from_bits(u16::from_le_bytes([pair[0], pair[1]])).to_f32()).collect())
+    let element = |pair: &[u8]| E::from_bits(u16::from_le_bytes([pair[0], pair[1]]));
+    Ok(codec.enter(&bytes.chunks_exact(2).map(element).collect::<Vec<E>>()))
 }
 
 /// Decodes a payload to the elements at `start` of `output`.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use flashcomm_sim_schedule as schedule;
 use flashcomm_wire::{Codec, Element, Legs, Rings, TILE_ELEMS, rings};
 
-use crate::access::{args, load, load_elements, store, store_decoded};
+use crate::access::{args, enter, load, store, store_decoded};
 use crate::code::{Code, Result};
 use crate::kernels::{Kernel, Shape};
 use crate::memory;
@@ -37,6 +37,7 @@ pub struct AllReduceArgs {
     world: u32,
     max_channels: u32,
     group_shift: u32,
+    scale: f32,
 }
 
 /// Where an operation waits, or that it has ended.
@@ -229,8 +230,8 @@ impl Channel {
 
     fn push<E: Element>(&self, launch: &Launch, owner: usize) -> Result<()> {
         let Some(tile) = launch.tile(self, owner, self.iteration) else { return Ok(()) };
-        let values = load_elements::<E>(launch.args.input, tile)?;
-        let payload = encode::<E>(launch.rings.legs.reduce, &values);
+        let reduce = launch.rings.legs.reduce;
+        let payload = encode::<E>(reduce, &enter::<E>(reduce, launch.args.input, tile)?);
         store(launch.slot(owner, self, 0, launch.args.rank as usize, self.iteration), &payload)
     }
 
@@ -244,18 +245,20 @@ impl Channel {
     fn reduce<E: Element>(&self, launch: &Launch, round: usize) -> Result<()> {
         let (rank, Legs { reduce, gather }) = (launch.args.rank as usize, launch.rings.legs);
         let Some(tile) = launch.tile(self, rank, round) else { return Ok(()) };
-        let mut sum = vec![-0.0f32; tile.1];
+        let n_values = reduce.n_values(tile.1);
+        let mut sum = vec![-0.0f32; n_values];
         for from in 0..launch.rings.world {
             let term = if from == rank {
-                load_elements::<E>(launch.args.input, tile)?
+                enter::<E>(reduce, launch.args.input, tile)?
             } else {
-                let mut term = vec![0.0; tile.1];
+                let mut term = vec![0.0; n_values];
                 reduce
                     .decode_tile::<E>(&load(launch.slot(rank, self, 0, from, round), reduce.tile_bytes())?, &mut term);
                 term
             };
             sum.iter_mut().zip(term).for_each(|(sum, term)| *sum += term);
         }
+        sum.iter_mut().for_each(|sum| *sum *= launch.args.scale);
         let payload = encode::<E>(gather, &sum);
         for peer in launch.others() {
             store(launch.slot(peer, self, 1, rank, round), &payload)?;

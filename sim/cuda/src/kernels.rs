@@ -4,10 +4,11 @@
 //! codec of `flashcomm-wire`. All of it runs on the stream's thread. Blocks that wait for nothing run one after the
 //! other; the channels of the fused kernel, which wait for other ranks, take turns ([`fused`]).
 
+use flashcomm_wire::codec::Code as WireCode;
 use flashcomm_wire::{Codec, Element, GroupSize, TILE_ELEMS, Width};
 use half::{bf16, f16};
 
-use crate::access::{args, load, load_elements, store, store_decoded};
+use crate::access::{args, enter, load, store, store_decoded};
 use crate::code::{Code, Result};
 use crate::fused;
 
@@ -38,23 +39,27 @@ pub struct Kernel {
     pub arg_bytes: usize,
     /// Its blocks may be this high; each row has 128 threads.
     pub max_rows: u32,
-    widths: [Option<Width>; 2],
+    codecs: [Option<(WireCode, Width)>; 2],
     run: Run,
 }
 
 /// Threads of a row of every block of ours.
 pub const THREADS: u32 = 128;
 
-/// The kernel of this name: `flashcomm_<verb>_<dtype>_int<bits>[_int<bits>]`.
+/// The kernel of this name: `flashcomm_<verb>_<dtype>_<code><bits>[_<code><bits>]`.
 pub fn find(name: &str) -> Option<Kernel> {
     let rest = name.strip_prefix("flashcomm_")?;
-    let mut parts = rest.split('_');
-    let (verb, element) = (parts.next()?, parts.next()?);
-    let mut widths = [None; 2];
-    for (place, part) in widths.iter_mut().zip(&mut parts) {
-        *place = Some(Width::new(part.strip_prefix("int")?.parse().ok()?)?);
+    let (verb, rest) = rest.split_once('_')?;
+    let (element, mut rest) = rest.split_once('_')?;
+    let mut codecs = [None; 2];
+    for place in codecs.iter_mut().filter(|_| !rest.is_empty()) {
+        // Names of codes have underscores, too, but no digits.
+        let (code, behind) = rest.split_at(rest.find(|c: char| c.is_ascii_digit())?);
+        let (bits, next) = behind.split_once('_').unwrap_or((behind, ""));
+        *place = Some((WireCode::by_name(&code.replace('_', "-"))?, Width::new(bits.parse().ok()?)?));
+        rest = next;
     }
-    if parts.next().is_some() || widths[0].is_none() {
+    if !rest.is_empty() {
         return None;
     }
     let is_fp16 = match element {
@@ -63,7 +68,7 @@ pub fn find(name: &str) -> Option<Kernel> {
         _ => return None,
     };
     let by_type = |fp16: Run, bf16: Run| if is_fp16 { fp16 } else { bf16 };
-    let (run, arg_bytes, n_widths, max_rows) = match verb {
+    let (run, arg_bytes, n_codecs, max_rows) = match verb {
         "quantize" => {
             let run = by_type(Run::Blocks(quantize::<f16>), Run::Blocks(quantize::<bf16>));
             (run, size_of::<QuantizeArgs>(), 1, 1)
@@ -79,10 +84,10 @@ pub fn find(name: &str) -> Option<Kernel> {
         }
         _ => return None,
     };
-    if widths.iter().flatten().count() != n_widths {
+    if codecs.iter().flatten().count() != n_codecs {
         return None;
     }
-    Some(Kernel { name: name.into(), arg_bytes, max_rows, widths, run })
+    Some(Kernel { name: name.into(), arg_bytes, max_rows, codecs, run })
 }
 
 impl Kernel {
@@ -101,8 +106,8 @@ impl Kernel {
     /// The codec of leg `i`; `group_shift` is log2 of a group's elements / 8.
     pub fn codec(&self, i: usize, group_shift: u32) -> Result<Codec> {
         let group = 8u16.checked_shl(group_shift).and_then(GroupSize::new);
-        let (width, group) = (self.widths[i].ok_or(Code::INVALID_VALUE)?, group.ok_or(Code::LAUNCH_FAILED)?);
-        Ok(Codec::plain(width, group))
+        let ((code, width), group) = (self.codecs[i].ok_or(Code::INVALID_VALUE)?, group.ok_or(Code::LAUNCH_FAILED)?);
+        Ok(Codec { width, group, code })
     }
 }
 
@@ -147,6 +152,7 @@ struct ReduceArgs {
     rank: u32,
     world: u32,
     slice: Slice,
+    scale: f32,
 }
 
 #[repr(C)]
@@ -165,7 +171,7 @@ fn quantize<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<(
     let owner = slot + u32::from(slot >= args.rank);
     let Some(elements) = args.slice.tile(owner, tile) else { return Ok(()) };
     let mut payload = vec![0; codec.tile_bytes()];
-    codec.encode_tile::<E>(&load_elements::<E>(args.input, elements)?, &mut payload);
+    codec.encode_tile::<E>(&enter::<E>(codec, args.input, elements)?, &mut payload);
     store(args.outgoing + slot as usize * args.slot_bytes as usize + tile as usize * payload.len(), &payload)
 }
 
@@ -177,10 +183,10 @@ fn reduce<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()>
     let mut sum: Option<Vec<f32>> = None;
     for rank in 0..args.world {
         let term = if rank == args.rank {
-            load_elements::<E>(args.input, elements)?
+            enter::<E>(from, args.input, elements)?
         } else {
             let from_at = args.incoming + rank as usize * args.slot_bytes as usize + tile as usize * from.tile_bytes();
-            let mut term = vec![0.0; elements.1];
+            let mut term = vec![0.0; from.n_values(elements.1)];
             from.decode_tile::<E>(&load(from_at, from.tile_bytes())?, &mut term);
             term
         };
@@ -189,8 +195,10 @@ fn reduce<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()>
             Some(sum) => sum.iter_mut().zip(term).for_each(|(sum, term)| *sum += term),
         }
     }
+    let mut sum = sum.ok_or(Code::LAUNCH_FAILED)?;
+    sum.iter_mut().for_each(|sum| *sum *= args.scale);
     let mut payload = vec![0; to.tile_bytes()];
-    to.encode_tile::<E>(&sum.ok_or(Code::LAUNCH_FAILED)?, &mut payload);
+    to.encode_tile::<E>(&sum, &mut payload);
     store(args.outgoing + tile as usize * payload.len(), &payload)
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use cudarc::driver::sys;
 use flashcomm::cuda::{self, Context, DeviceMemory, PinnedMemory, Stream};
 use flashcomm::kernels::{ElementType, Kernels, Piece};
-use flashcomm_wire::{Codec, GroupSize, Legs, Plan, TILE_ELEMS, Width};
+use flashcomm_wire::{Code, Codec, GroupSize, Legs, Plan, TILE_ELEMS, Width};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::client::job::{Job, Start};
@@ -48,6 +48,8 @@ pub struct Speed {
     pub dtype: String,
     /// Width.
     pub bits: u8,
+    /// What the bits say.
+    pub code: String,
     /// Microseconds of a launch.
     pub us: f64,
     /// Bytes read and written, TB/s.
@@ -104,9 +106,8 @@ fn speeds(extent: &Extent) -> Result<Speeds> {
     let copy_rate = 2.0 * n_bytes as f64 / copy;
     let host_link = host_link(extent, &stream, a.at(0) as u64, b.at(0) as u64)?;
     let mut kernels = Vec::new();
-    for bits in 2..=8 {
-        let codec = Codec::plain(Width::new(bits).expect("a width"), GroupSize::new(128).expect("a size"));
-        let legs = Legs { reduce: codec, gather: codec };
+    for (bits, code) in (2..=8).flat_map(|bits| [Code::Plain, Code::Blocks].map(|code| (bits, code))) {
+        let (legs, codec) = legs(bits, code);
         let entries = Kernels::load(0, legs)?;
         let payload = n_bytes / 2 / TILE_ELEMS * codec.tile_bytes();
         // Of two ranks' chunks, quantize sends one, of `n_bytes`.
@@ -114,12 +115,12 @@ fn speeds(extent: &Extent) -> Result<Speeds> {
         let one = Plan::new(n_bytes / 2, 1, legs, usize::MAX)?;
         for element in ElementType::ALL {
             let quantize = median_s(extent, &stream, || {
-                let piece = Piece { plan: &two, slice: 0, element };
+                let piece = Piece { plan: &two, slice: 0, element, scale: 1.0 };
                 // SAFETY: both buffers are large enough.
                 Ok(unsafe { entries.quantize(piece, 1, a.at(0), b.at(0), stream.handle()) }?)
             })?;
             let dequantize = median_s(extent, &stream, || {
-                let piece = Piece { plan: &one, slice: 0, element };
+                let piece = Piece { plan: &one, slice: 0, element, scale: 1.0 };
                 // SAFETY: both buffers are large enough.
                 Ok(unsafe { entries.dequantize(piece, b.at(0), b.at(n_bytes), stream.handle()) }?)
             })?;
@@ -129,6 +130,7 @@ fn speeds(extent: &Extent) -> Result<Speeds> {
                     kernel: kernel.into(),
                     dtype: element.name().into(),
                     bits,
+                    code: code.name().into(),
                     us: seconds * 1e6,
                     tb_s: rate / 1e12,
                     of_copy: rate / copy_rate,
@@ -155,16 +157,21 @@ fn host_link(extent: &Extent, stream: &Stream, from: u64, to: u64) -> Result<Hos
         ensure!(results == [sys::CUresult::CUDA_SUCCESS; 2], "copies to and from the host answer {results:?}");
         Ok(back.synchronize()?)
     })?;
-    let codec = Codec::plain(Width::new(16).expect("a width"), GroupSize::new(128).expect("a size"));
-    let legs = Legs { reduce: codec, gather: codec };
+    let (legs, _) = legs(16, Code::Plain);
     let (entries, two) = (Kernels::load(0, legs)?, Plan::new(n_bytes, 2, legs, usize::MAX)?);
     let kernel = median_s(extent, stream, || {
-        let piece = Piece { plan: &two, slice: 0, element: ElementType::Fp16 };
+        let piece = Piece { plan: &two, slice: 0, element: ElementType::Fp16, scale: 1.0 };
         // SAFETY: of two ranks' chunks the other's is sent, of `n_bytes`, which both buffers hold.
         Ok(unsafe { entries.quantize(piece, 1, up.address(), down.address(), stream.handle()) }?)
     })?;
     let rate = |seconds: f64| 2.0 * n_bytes as f64 / seconds / 1e9;
     Ok(HostLink { copies_gb_s: rate(copies), kernel_gb_s: rate(kernel) })
+}
+
+fn legs(bits: u8, code: Code) -> (Legs, Codec) {
+    let (width, group) = (Width::new(bits).expect("a width"), GroupSize::new(128).expect("a size"));
+    let legs = Legs::choose(Some(code), (width, width), group).expect("every code takes equal widths");
+    (legs, legs.reduce)
 }
 
 /// Median seconds of one launch, after three batches that warm up.

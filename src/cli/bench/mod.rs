@@ -36,7 +36,7 @@ pub struct Args {
     /// Numbers of ranks [default: 2,4,8; with --quick 2]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u64).range(2..=16))]
     worlds: Option<Vec<u64>>,
-    /// Widths, or reduce:gather as in 4:8 [default: 8,4; with --quick 4]
+    /// Widths, or reduce:gather as in 4:8; with a code as in 4-plain [default: 8,4; with --quick 4]
     #[arg(long, value_delimiter = ',')]
     bits: Option<Vec<String>>,
     /// Bytes that each rank sums; A..B doubles from A to B [default: 256K..64M; with --quick 1M,16M,64M]
@@ -239,7 +239,8 @@ impl<'a> Plan<'a> {
             Way::Nccl { .. } => vec![],
             Way::Flashcomm { bits, exchange } => vec![
                 ("FLASHCOMM_ENABLE", "1".into()),
-                ("FLASHCOMM_BITS", bits.clone()),
+                ("FLASHCOMM_BITS", values::bits_and_code(bits).0.into()),
+                ("FLASHCOMM_CODE", values::bits_and_code(bits).1.into()),
                 ("FLASHCOMM_GROUP", values::GROUP.to_string()),
                 ("FLASHCOMM_DTYPES", "fp16,bf16".into()),
                 ("FLASHCOMM_EXCHANGE", exchange.clone()),

@@ -328,12 +328,13 @@ fn in_rows(rows: &[&Comparison]) -> comfy_table::Table {
 }
 
 fn of_kernels(speeds: &Speeds) -> comfy_table::Table {
-    let mut table = table(&["kernel", "dtype", "bits", "us", "TB/s", "of copy"]);
+    let mut table = table(&["kernel", "dtype", "bits", "code", "us", "TB/s", "of copy"]);
     for speed in &speeds.kernels {
         table.add_row([
             speed.kernel.clone(),
             speed.dtype.clone(),
             speed.bits.to_string(),
+            speed.code.clone(),
             format!("{:.1}", speed.us),
             format!("{:.3}", speed.tb_s),
             format!("{:.3}", speed.of_copy),

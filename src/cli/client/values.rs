@@ -3,7 +3,7 @@
 use std::hash::{DefaultHasher, Hasher};
 
 use anyhow::{Context, Result};
-use flashcomm_wire::{Codec, Element, GroupSize, Legs, Width, reference};
+use flashcomm_wire::{Code, Element, GroupSize, Legs, Op, Width, reference};
 use half::{bf16, f16};
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
@@ -15,15 +15,26 @@ use super::rank::Dtype;
 /// Elements that share a scale and a zero point in every job here.
 pub const GROUP: u16 = 128;
 
-/// `FLASHCOMM_BITS` and [`GROUP`], typed.
-pub fn legs(bits: &str) -> Result<Legs> {
-    let codec = |text: &str| {
-        let width = text.parse().ok().and_then(Width::new)?;
-        Some(Codec::plain(width, GroupSize::new(GROUP).expect("a group size")))
+/// A value of `--bits`, `BITS` or `BITS-CODE`, as values of `FLASHCOMM_BITS` and `FLASHCOMM_CODE`.
+pub fn bits_and_code(bits: &str) -> (&str, &str) {
+    bits.split_once('-').unwrap_or((bits, "auto"))
+}
+
+/// The same, and [`GROUP`], typed.
+pub fn legs(text: &str) -> Result<Legs> {
+    let (bits, code) = bits_and_code(text);
+    let typed = || {
+        let width = |text: &str| text.parse().ok().and_then(Width::new);
+        let (reduce, gather) = bits.split_once(':').unwrap_or((bits, bits));
+        let code = if code == "auto" { None } else { Some(Code::by_name(code)?) };
+        Legs::choose(code, (width(reduce)?, width(gather)?), GroupSize::new(GROUP).expect("a group size"))
     };
-    let (reduce, gather) = bits.split_once(':').unwrap_or((bits, bits));
-    let legs = codec(reduce).zip(codec(gather)).and_then(|(reduce, gather)| Legs::new(reduce, gather));
-    legs.with_context(|| format!("{bits:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8, or 16"))
+    typed().with_context(|| {
+        format!(
+            "{text:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8, or 16; with a code as in 4-plain: any of \
+             FLASHCOMM_CODE, all but plain with legs of one width, or 4:8"
+        )
+    })
 }
 
 /// A rank's input: normally distributed, the same whenever it is asked for. A shorter one is the beginning of a longer one.
@@ -50,7 +61,7 @@ pub fn reference(inputs: &[Vec<u8>], dtype: Dtype, legs: Legs) -> Vec<u8> {
     fn typed<E: Element>(inputs: &[Vec<u8>], legs: Legs) -> Vec<u8> {
         let inputs: Vec<Vec<E>> = inputs.iter().map(|input| elements(input).collect()).collect();
         let inputs: Vec<&[E]> = inputs.iter().map(Vec::as_slice).collect();
-        let output = reference::all_reduce(&inputs, legs);
+        let output = reference::all_reduce(&inputs, Op::Sum, legs);
         output.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect()
     }
     match dtype {
@@ -139,6 +150,9 @@ mod tests {
     fn widths_are_parsed_as_the_shim_does() {
         assert_eq!(legs("4:8").unwrap().to_string(), "4:8");
         assert_eq!(legs("5").unwrap().to_string(), "5");
+        assert_eq!(legs("5").unwrap().code(), Code::Blocks);
+        assert_eq!(legs("5-rotated-spikes").unwrap().code(), Code::RotatedSpikes);
+        assert!(legs("4-morse").is_err() && legs("3:5-blocks").is_err());
         assert!(legs("9").is_err() && legs("4:").is_err() && legs("16:4").is_err());
     }
 }

@@ -1,0 +1,265 @@
+// Blocks of 8 elements, one lane's of a row, each transformed and with a level of its own. wire/src/codec/blocks.rs has the
+// formulas.
+#pragma once
+
+#include <type_traits>
+
+#include "planes.cuh"
+
+namespace flashcomm {
+
+// Arithmetic on two elements in a word.
+template <class T>
+struct Pairs;
+
+template <>
+struct Pairs<__half> {
+  using E = Element<__half>;
+  // In both halves, or in the lower and in the upper one.
+  static constexpr uint32_t kEighth = 0x30003000, kMinusEighth = 0xb000b000;
+  static constexpr uint32_t kPlusMinus = 0xbc003c00, kMinusPlus = 0x3c00bc00;
+  static constexpr float kLeastUnit = 1.0f / 131072, kGreatestUnit = 8128.0f;
+  __device__ static uint32_t mul(uint32_t a, uint32_t b) { return E::word(__hmul2_rn(E::pair(a), E::pair(b))); }
+  __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    return E::word(__hfma2(E::pair(a), E::pair(b), E::pair(c)));
+  }
+  // Lower + upper, lower - upper.
+  __device__ static uint32_t butterfly(uint32_t a) {
+    return E::word(__hfma2(__high2half2(E::pair(a)), E::pair(kPlusMinus), __low2half2(E::pair(a))));
+  }
+  __device__ static uint32_t abs_max(uint32_t a, uint32_t b) {
+    return E::word(__hmax2_nan(__habs2(E::pair(a)), __habs2(E::pair(b))));
+  }
+};
+
+template <>
+struct Pairs<__nv_bfloat16> {
+  using E = Element<__nv_bfloat16>;
+  static constexpr uint32_t kEighth = 0x3e003e00, kMinusEighth = 0xbe00be00;
+  static constexpr uint32_t kPlusMinus = 0xbf803f80, kMinusPlus = 0x3f80bf80;
+  static constexpr float kLeastUnit = 0x1p-100f, kGreatestUnit = 0x1p120f;
+  __device__ static uint32_t mul(uint32_t a, uint32_t b) { return E::word(__hmul2_rn(E::pair(a), E::pair(b))); }
+  __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    return E::word(__hfma2(E::pair(a), E::pair(b), E::pair(c)));
+  }
+  __device__ static uint32_t butterfly(uint32_t a) {
+    return E::word(__hfma2(__high2bfloat162(E::pair(a)), E::pair(kPlusMinus), __low2bfloat162(E::pair(a))));
+  }
+  __device__ static uint32_t abs_max(uint32_t a, uint32_t b) {
+    return E::word(__hmax2_nan(__habs2(E::pair(a)), __habs2(E::pair(b))));
+  }
+};
+
+template <class T, int kBits>
+struct Blocks {
+  using P = Planes<kBits>;
+  static constexpr int kHalfRange = 1 << (kBits - 1);
+  static constexpr float kMaxLevel = 15.0f;
+
+  struct Thread {
+    typename P::Words codes;
+    uint32_t levels;    // of row r in byte r % 2, from bit r / 2 * 4 on
+    uint32_t units[2];  // of the group in each row
+  };
+
+  __device__ static unsigned bytes(unsigned group_shift) { return kUnitsAt + n_groups(group_shift) * 2; }
+
+  // x: turned into its transform.
+  __device__ static Thread encode_input(ThreadVecs& x, unsigned group_shift) {
+    enter(x);
+    float largest[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const uint32_t(&w)[4] = x[row].words;
+      const uint32_t two = Pairs<T>::abs_max(Pairs<T>::abs_max(w[0], w[1]), Pairs<T>::abs_max(w[2], w[3]));
+      largest[row] = max_nan(Element<T>::to_float(uint16_t(two)), Element<T>::to_float(uint16_t(two >> 16)));
+    }
+    Thread out = {};
+    float inverse[kRows];
+    scales(largest, group_shift, out, inverse);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      float wide[kLaneElems];
+      widen<T>(x[row], wide);
+      encode_row(wide, row, inverse[row], out);
+    }
+    return out;
+  }
+
+  __device__ static Thread encode(const ThreadElems& x, unsigned group_shift) {
+    float largest[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      largest[row] = fabsf(x[row][0]);
+#pragma unroll
+      for (int e = 1; e < kLaneElems; ++e) largest[row] = max_nan(largest[row], fabsf(x[row][e]));
+    }
+    Thread out = {};
+    float inverse[kRows];
+    scales(largest, group_shift, out, inverse);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) encode_row(x[row], row, inverse[row], out);
+    return out;
+  }
+
+  // x: turned into its transform.
+  __device__ static void add_input(ThreadVecs& x, unsigned, ThreadElems& sum) {
+    enter(x);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      float term[kLaneElems];
+      widen<T>(x[row], term);
+      add_row(term, sum[row]);
+    }
+  }
+
+  __device__ static void add(const Thread& in, unsigned, ThreadElems& sum) {
+    // The middle of the cell of code 0, under the pattern that puts the code into bits 8 to 15 of the mantissa: 2^15 + code.
+    constexpr uint32_t kPattern = 0x47000000;
+    constexpr float kMiddle = 32768.0f + kHalfRange - 0.5f;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float step = __fmul_rn(half_bound(in, row), 2.0f / kHalfRange);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t codes = P::get_half(in.codes, row * 2 + half);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float middle = __fsub_rn(__uint_as_float(__byte_perm(codes, kPattern, 0x7504 + e * 16)), kMiddle);
+          float& s = sum[row][half * 4 + e];
+          s = __fmaf_rn(middle, step, s);  // the product is exact
+        }
+      }
+    }
+  }
+
+  __device__ static Vec16 decode_row(const Thread& in, int row, unsigned) {
+    // In fp16 whatever the type: 2^(12 - b) + 2^(2 - b) * code. What is transformed is 2^(2 - b) times the middles.
+    using H = Element<__half>;
+    constexpr uint32_t kExponent = (12 - kBits + 15) << 2, kPattern = kExponent * 0x01010101u;
+    constexpr uint32_t kZero = kExponent << 24 | kExponent << 8, kLast = kZero + (2 * kHalfRange - 1) * 0x00010001u;
+    __half2 w[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t codes = P::get_half(in.codes, row * 2 + half);
+      w[half * 2] = H::pair(__byte_perm(codes, kPattern, 0x4140));
+      w[half * 2 + 1] = H::pair(__byte_perm(codes, kPattern, 0x4342));
+    }
+    __half2 a[4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      a[n] = __hadd2_rn(__hsub2_rn(w[n], H::pair(kLast)), __hsub2_rn(w[n + 2], H::pair(kZero)));
+      a[n + 2] = __hsub2_rn(w[n], w[n + 2]);
+    }
+    const uint32_t integers[4] = {Pairs<__half>::butterfly(H::word(__hadd2_rn(a[0], a[1]))),
+                                  Pairs<__half>::butterfly(H::word(__hsub2_rn(a[0], a[1]))),
+                                  Pairs<__half>::butterfly(H::word(__hadd2_rn(a[2], a[3]))),
+                                  Pairs<__half>::butterfly(H::word(__hsub2_rn(a[2], a[3])))};
+    const float half = half_bound(in, row);
+    Vec16 out;
+    if constexpr (std::is_same_v<T, __half>) {
+      const uint32_t even = H::word(__float2half2_rn(half)), odd = even ^ 0x80000000u;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) out.words[n] = Pairs<__half>::fma(integers[n], n % 2 == 0 ? even : odd, 0);
+    } else {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float low = __fmaf_rn(__low2float(H::pair(integers[n])), half, 0.0f);
+        const float high = __fmaf_rn(__high2float(H::pair(integers[n])), n % 2 == 0 ? half : -half, 0.0f);
+        out.words[n] = Element<T>::word(__floats2bfloat162_rn(low, high));
+      }
+    }
+    return out;
+  }
+
+  __device__ static Thread load(const uint8_t* payload, unsigned group_shift) {
+    Thread t;
+    P::load(payload, t.codes);
+    t.levels = *reinterpret_cast<const uint16_t*>(payload + kLevelsAt + threadIdx.x * 2);
+    get<2>(payload + kUnitsAt + my_groups(group_shift) * 8, t.units);
+    return t;
+  }
+  __device__ static void store(uint8_t* payload, unsigned group_shift, const Thread& t) {
+    P::store(payload, t.codes);
+    *reinterpret_cast<uint16_t*>(payload + kLevelsAt + threadIdx.x * 2) = uint16_t(t.levels);
+    if (leads_groups(group_shift)) put<2>(payload + kUnitsAt + my_groups(group_shift) * 8, t.units);
+  }
+
+ private:
+  static constexpr int kLevelsAt = P::kBytes, kUnitsAt = kLevelsAt + kTileThreads * 2;
+
+  __device__ static void enter(ThreadVecs& x) {
+    using X = Pairs<T>;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      uint32_t(&w)[4] = x[row].words;
+      const uint32_t a0 = X::mul(w[0], X::kEighth), a1 = X::mul(w[1], X::kEighth);
+      const uint32_t t0 = X::fma(w[2], X::kEighth, a0), t2 = X::fma(w[2], X::kMinusEighth, a0);
+      const uint32_t t1 = X::fma(w[3], X::kEighth, a1), t3 = X::fma(w[3], X::kMinusEighth, a1);
+      w[0] = X::butterfly(X::fma(t1, X::kPlusMinus, t0));
+      w[1] = X::butterfly(X::fma(t1, X::kMinusPlus, t0));
+      w[2] = X::butterfly(X::fma(t3, X::kPlusMinus, t2));
+      w[3] = X::butterfly(X::fma(t3, X::kMinusPlus, t2));
+    }
+  }
+
+  // About 1 / x.
+  __device__ static float inverse_of(float x) {
+    float y = __uint_as_float(0x7ef311c7u - __float_as_uint(x));
+    y = __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
+    return __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
+  }
+
+  // Units and levels, and the inverse of the step in each row.
+  // largest: the largest magnitude of each block.
+  __device__ static void scales(const float (&largest)[kRows], unsigned group_shift, Thread& out, float (&inverse)[kRows]) {
+    const float max = reduce_rows(largest, group_shift, max_nan);
+    const float share = __fmul_rn(max, (1.0f + 1.0f / 2048) / kMaxLevel);
+    float unit = __uint_as_float((__float_as_uint(share) + 0x1ffffu) & ~0x1ffffu);  // 7 significant bits, rounded up
+    unit = fmaxf(unit, Pairs<T>::kLeastUnit);
+    if (!(max <= 3e38f && unit <= Pairs<T>::kGreatestUnit)) unit = __uint_as_float(0x7fffffff);
+    const float my_per_unit = __fmul_rn(inverse_of(unit), 1.0f + 1.0f / 4096);
+    uint32_t level_bits[kRows], units[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float unit_here = of_row(unit, row);
+      units[row] = Element<T>::nearest(unit_here);
+      const float level = __fmaf_ru(largest[row], of_row(my_per_unit, row), kIntegerMagic);
+      level_bits[row] = __float_as_uint(level);
+      const float at_least_1 = fmaxf(__fsub_rn(level, kIntegerMagic), 1.0f);
+      inverse[row] = inverse_of(__fmul_rn(at_least_1, __fmul_rn(unit_here, 1.0f / kHalfRange)));
+    }
+    out.levels = (__byte_perm(level_bits[0], level_bits[1], 0x0040) & 0x0f0f) |
+                 (__byte_perm(level_bits[2], level_bits[3], 0x0040) & 0x0f0f) << 4;
+    out.units[0] = units[0] | units[1] << 16;
+    out.units[1] = units[2] | units[3] << 16;
+  }
+
+  // Adds a row's codes. No clamp: the margins of unit and level keep them within their bits.
+  __device__ static void encode_row(const float (&x)[kLaneElems], int row, float inverse, Thread& out) {
+    uint32_t q[kLaneElems];
+#pragma unroll
+    for (int e = 0; e < kLaneElems; ++e) {
+      q[e] = __float_as_uint(__fmaf_rd(x[e], inverse, kIntegerMagic + kHalfRange));
+    }
+    P::put_row(q, row, out.codes);
+  }
+
+  // Half of L, the bound of a row's block: its level / 2 times its unit.
+  __device__ static float half_bound(const Thread& in, int row) {
+    const uint32_t levels = in.levels >> (row / 2 * 4) & 0x0f0f;
+    if constexpr (std::is_same_v<T, __half>) {
+      // For both rows of the pair at once: 512, whose last mantissa bit is worth 1/2, and the level in the low bits.
+      using H = Element<__half>;
+      const __half2 half_levels = __hsub2_rn(H::pair(__byte_perm(levels, 0x60606060, 0x4140)), H::pair(0x60006000));
+      const __half2 halves = __hmul2_rn(half_levels, H::pair(in.units[row / 2]));
+      return row % 2 == 0 ? __low2float(halves) : __high2float(halves);
+    } else {
+      const uint32_t integer = __byte_perm(levels, kIntegerPattern, row % 2 == 0 ? 0x7550 : 0x7551);
+      const float unit = Element<T>::to_float(uint16_t(in.units[row / 2] >> (row % 2 * 16)));
+      return __fmul_rn(__fsub_rn(__uint_as_float(integer), kIntegerMagic), __fmul_rn(0.5f, unit));
+    }
+  }
+};
+
+}  // namespace flashcomm
