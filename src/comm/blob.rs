@@ -316,6 +316,7 @@ mod tests {
         for (name, value) in [
             ("FLASHCOMM_BITS", "4:6"),
             ("FLASHCOMM_GROUP", "64"),
+            ("FLASHCOMM_CODE", "spikes"),
             ("FLASHCOMM_MIN_BYTES", "77"),
             ("FLASHCOMM_DTYPES", "bf16"),
             ("FLASHCOMM_EXCHANGE", "nccl"),
@@ -328,7 +329,7 @@ mod tests {
             assert!(error.to_string().contains(name) && error.to_string().contains("rank 2"));
         }
         let shared = crate::config::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
-        assert_eq!(shared, 8, "seven are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
+        assert_eq!(shared, 9, "eight are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
     }
 
     #[test]

@@ -52,7 +52,10 @@ pub fn find(name: &str) -> Option<Kernel> {
     let (verb, rest) = rest.split_once('_')?;
     let (element, mut rest) = rest.split_once('_')?;
     let mut codecs = [None; 2];
-    for place in codecs.iter_mut().filter(|_| !rest.is_empty()) {
+    for place in &mut codecs {
+        if rest.is_empty() {
+            break;
+        }
         // Names of codes have underscores, too, but no digits.
         let (code, behind) = rest.split_at(rest.find(|c: char| c.is_ascii_digit())?);
         let (bits, next) = behind.split_once('_').unwrap_or((behind, ""));
