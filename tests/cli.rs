@@ -37,12 +37,13 @@ fn the_command_exports_no_nccl() {
 
 #[test]
 fn demo_shows_each_width_with_its_bytes_and_its_error() {
-    let arguments = ["demo", "--simulator", "--ranks", "2", "--bits", "8,4", "--size", "256K"];
+    let arguments = ["demo", "--simulator", "--ranks", "2", "--bits", "8,4,4-plain", "--size", "256K"];
     let (stdout, stderr, code) = run(&mut flashcomm(&arguments));
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     assert!(stdout.contains("the simulator"), "{stdout}");
-    // Group 128 carries 4 bytes of scale and zero: 8.25 and 4.25 bits an element, of 16.
-    for (bits, smaller, sqnr_db) in [("8", "1.94x", 41.0..44.0), ("4", "3.76x", 16.0..20.0)] {
+    // Of 16 bits an element: blocks carry 0.5 bits of levels and 2 bytes for each 128, the plain code 4 bytes for each 128.
+    let rows = [("8", "1.86x", 44.0..47.0), ("4", "3.46x", 20.0..22.0), ("4-plain", "3.76x", 16.0..20.0)];
+    for (bits, smaller, sqnr_db) in rows {
         let cells = row(&stdout, bits);
         // bits, number, MiB, smaller, relative L2, SQNR, max abs, same bits, reference, compressed, forwarded
         assert_eq!(cells[3], smaller, "{stdout}");
@@ -99,8 +100,8 @@ fn bench_writes_what_it_measured() {
         assert!((ratio - nccl / ours["us"].as_f64().unwrap()).abs() < 1e-9 * ratio, "{comparison}");
     }
     assert_eq!(json["crossovers"].as_array().unwrap().len(), 2 * 2 * 2);
-    // Widths 2 to 8, two types, quantize and dequantize.
-    assert_eq!(json["kernels"]["kernels"].as_array().unwrap().len(), 7 * 2 * 2);
+    // Widths 2 to 8, two codes, two types, quantize and dequantize.
+    assert_eq!(json["kernels"]["kernels"].as_array().unwrap().len(), 7 * 2 * 2 * 2);
 }
 
 #[test]

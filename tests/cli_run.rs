@@ -279,7 +279,7 @@ fn engines_mean_by_the_variables_and_options_what_they_are_set_for() {
 #[test]
 fn vllms_own_wrapper_of_nccl_opens_the_shim_and_is_compressed() {
     let driver = with_driver();
-    let (stdout, stderr, code) = run(flashcomm(&["run", "-q", "--bits", "4", "--min-bytes", "0", "--"])
+    let (stdout, stderr, code) = run(flashcomm(&["run", "-q", "--bits", "4", "--code", "plain", "--min-bytes", "0", "--"])
         .args([Path::new("python3"), &script("vllm_pynccl.py"), &source("vllm-0.33.0")])
         .env("LD_LIBRARY_PATH", driver.path())
         .env("PATH", std::env::var_os("PATH").unwrap())
