@@ -279,11 +279,12 @@ fn engines_mean_by_the_variables_and_options_what_they_are_set_for() {
 #[test]
 fn vllms_own_wrapper_of_nccl_opens_the_shim_and_is_compressed() {
     let driver = with_driver();
-    let (stdout, stderr, code) = run(flashcomm(&["run", "-q", "--bits", "4", "--code", "plain", "--min-bytes", "0", "--"])
-        .args([Path::new("python3"), &script("vllm_pynccl.py"), &source("vllm-0.33.0")])
-        .env("LD_LIBRARY_PATH", driver.path())
-        .env("PATH", std::env::var_os("PATH").unwrap())
-        .env("HOME", std::env::var_os("HOME").unwrap_or_default()));
+    let (stdout, stderr, code) =
+        run(flashcomm(&["run", "-q", "--bits", "4", "--code", "plain", "--min-bytes", "0", "--"])
+            .args([Path::new("python3"), &script("vllm_pynccl.py"), &source("vllm-0.33.0")])
+            .env("LD_LIBRARY_PATH", driver.path())
+            .env("PATH", std::env::var_os("PATH").unwrap())
+            .env("HOME", std::env::var_os("HOME").unwrap_or_default()));
     assert_eq!(code, 0, "{stderr}");
     let said: Value = serde_json::from_str(&stdout).unwrap();
     let shim = built("libflashcomm.so").canonicalize().unwrap();
