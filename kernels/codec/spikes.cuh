@@ -60,7 +60,8 @@ struct Spikes {
       const uint32_t selector = place % 2 == 0 ? 0x3254 : 0x5410;  // the spike in the lower or in the upper half
 #pragma unroll
       for (unsigned w = 0; w < 4; ++w) {
-        if (place / 2 == w) out.words[w] = __byte_perm(out.words[w], both, selector);
+        // Chosen by the selector: to write one word of four by its index would put them into memory.
+        out.words[w] = __byte_perm(out.words[w], both, place / 2 == w ? selector : 0x3210);
       }
     }
     return out;
