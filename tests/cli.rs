@@ -203,7 +203,8 @@ fn bench_survives_ranks_that_die_and_ranks_that_are_late() {
 
     let (stdout, _, code) = run(flashcomm(&arguments).args(["--timeout", "0"]));
     assert_eq!(code, 1, "{stdout}");
-    assert!(stdout.contains("! 2 ranks, NCCL: no answer within 0 s; stopped"), "{stdout}");
+    // While they start, or at their first measurement.
+    assert!(stdout.contains("! 2 ranks, NCCL") && stdout.contains("no answer within 0 s; stopped"), "{stdout}");
 }
 
 #[test]
