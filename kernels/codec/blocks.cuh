@@ -105,12 +105,7 @@ struct Blocks {
   // x: turned into its transform.
   __device__ static void add_input(ThreadVecs& x, unsigned, ThreadElems& sum) {
     enter(x);
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      float term[kLaneElems];
-      widen<T>(x[row], term);
-      add_row(term, sum[row]);
-    }
+    add_vecs<T>(x, sum);
   }
 
   __device__ static void add(const Thread& in, unsigned, ThreadElems& sum) {

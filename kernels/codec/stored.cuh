@@ -30,12 +30,7 @@ struct Stored {
   }
 
   __device__ static void add_input(const ThreadVecs& x, unsigned, ThreadElems& sum) {
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      float term[kLaneElems];
-      widen<T>(x[row], term);
-      add_row(term, sum[row]);
-    }
+    add_vecs<T>(x, sum);
   }
   __device__ static void add(const Thread& in, unsigned group_shift, ThreadElems& sum) {
     add_input(in.vecs, group_shift, sum);
