@@ -160,8 +160,12 @@ impl Wait {
         let (sender, answer) = channel();
         let there = comm.clone();
         thread::spawn(move || {
+            let outcome = attach(&there, wish);
+            // Before anybody goes on: whoever destroys the communicator next is to be the last that holds it, so that
+            // what it has is free for the communicator after it.
+            drop(there);
             // Nobody waits any more after a timeout; then the result is dropped.
-            let _ = sender.send(attach(&there, wish));
+            let _ = sender.send(outcome);
         });
         Wait { comm: comm.clone(), answer }
     }
