@@ -238,6 +238,7 @@ if wants jobs; then
     check "children, revocation, addresses used again" timeout 60 .gpu/sim_lifecycle --test-threads 1 \
         children revoked address another_thread_captures
     check "sizes at every border" timeout 60 .gpu/sim_allreduce --test-threads 1 two_to_five replays
+    check "recorded inputs" timeout 60 .gpu/sim_record --test-threads 1 threads_save
     check "statistics" timeout 60 .gpu/sim_stats --test-threads 1 counts_are_its_calls
     check "widths that change" timeout 100 .gpu/sim_control --test-threads 1 \
         threads_change graphs_keep one_thread captures_may_follow

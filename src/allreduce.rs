@@ -31,6 +31,7 @@ use crate::exchange::{self, Exchange, Transfer};
 use crate::kernels::{ElementType, Piece};
 use crate::nccl::{self, NcclResult, RedOp, StreamPtr};
 use crate::nvtx::Ranges;
+use crate::record::Input;
 use crate::route::{self, Reason, Request, Route};
 use crate::stats;
 
@@ -48,6 +49,8 @@ pub struct Operation {
     pub element: ElementType,
     /// The application's stream.
     pub stream: StreamPtr,
+    /// Its number on the communicator, where its input is to be saved.
+    recorded: Option<u64>,
     /// Set when its batch runs.
     planned: Option<Planned>,
 }
@@ -62,7 +65,8 @@ impl Operation {
         element: ElementType,
         stream: StreamPtr,
     ) -> Self {
-        Self { comm, input, output, request, element, stream, planned: None }
+        let recorded = comm.recording.count();
+        Self { comm, input, output, request, element, stream, recorded, planned: None }
     }
 
     /// Where it goes by what is known of its communicator now.
@@ -70,6 +74,20 @@ impl Operation {
         // In doubt (no driver, a communicator still in the making) the call is forwarded, as in a capture.
         let is_capturing = || !matches!(self.capture(), Ok(Capture::None));
         route::route(self.element, &self.request, self.comm.verdict(), Config::global(), is_capturing)
+    }
+
+    /// Saves its input, as it is when what was issued to the stream so far has run, if it is one of those to be saved.
+    pub fn record(&self) {
+        // Where a kernel has given up, the call will be refused, and the application may free its buffer.
+        let has_failed = || self.comm.is_aborted() || self.comm.attached().is_some_and(|on| on.failure().is_some());
+        if let Some(call) = self.recorded
+            && !has_failed()
+        {
+            let count = self.request.count;
+            let input = Input { call, at: self.input, count, element: self.element, stream: self.stream() };
+            // SAFETY: the application vouches for its buffer and its stream.
+            unsafe { self.comm.recording.take(&input) };
+        }
     }
 
     fn stream(&self) -> StreamHandle {
@@ -149,7 +167,11 @@ impl Operation {
 /// Runs a batch in order: attaches the communicators that have no verdict, forwards what is not compressed, and
 /// compresses the rest. Empties `batch` and keeps its memory.
 pub fn run(batch: &mut Vec<Operation>) -> NcclResult {
-    let result = match attach::attach_all(batch.iter().map(|operation| &operation.comm)) {
+    let attached = attach::attach_all(batch.iter().map(|operation| &operation.comm));
+    if attached.is_ok() {
+        batch.iter().for_each(Operation::record);
+    }
+    let result = match attached {
         Ok(()) => forward_some(batch).and_then(|forwarded| compress(batch).map(|()| forwarded)).inspect_err(|error| {
             log::error!("all-reduce: {error}");
             error::remember(error);

@@ -32,7 +32,7 @@ pub struct Setting {
 }
 
 /// Every setting.
-pub const SETTINGS: [Setting; 16] = [
+pub const SETTINGS: [Setting; 18] = [
     setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
     setting(
         "FLASHCOMM_BITS",
@@ -73,6 +73,8 @@ pub const SETTINGS: [Setting; 16] = [
         false,
     ),
     setting("FLASHCOMM_NVTX", "0", "0 or 1", "1: NVTX ranges around compressed calls, for profilers", false),
+    setting("FLASHCOMM_RECORD", "0", "0 to 64", "inputs to save of each communicator, for flashcomm codec", false),
+    setting("FLASHCOMM_RECORD_DIR", "flashcomm-record", "a path, made where it is missing", "where they go", false),
 ];
 
 const fn setting(
@@ -131,6 +133,10 @@ pub struct Config {
     pub stats_file: Option<PathBuf>,
     /// `FLASHCOMM_NVTX`.
     pub nvtx: bool,
+    /// `FLASHCOMM_RECORD`.
+    pub record: usize,
+    /// `FLASHCOMM_RECORD_DIR`.
+    pub record_dir: PathBuf,
 }
 
 impl Default for Config {
@@ -211,6 +217,8 @@ impl Config {
             log_file: reader.path("FLASHCOMM_LOG_FILE").map(with_process_id),
             stats_file: reader.path("FLASHCOMM_STATS_FILE"),
             nvtx: reader.read("FLASHCOMM_NVTX", parse_switch),
+            record: reader.read("FLASHCOMM_RECORD", |text| parse_within(text, 0, 64)) as usize,
+            record_dir: reader.read("FLASHCOMM_RECORD_DIR", |text| Some(PathBuf::from(text))),
         };
         (config, reader.malformed)
     }
@@ -325,6 +333,7 @@ mod tests {
         assert_eq!(config.attach_timeout, Duration::from_secs(60));
         assert_eq!((config.log_level, config.log_file, config.stats_file), (LevelFilter::Warn, None, None));
         assert!(!config.nvtx);
+        assert_eq!((config.record, config.record_dir), (0, "flashcomm-record".into()));
     }
 
     #[test]
@@ -357,6 +366,8 @@ mod tests {
         assert_eq!(parse_one("FLASHCOMM_ATTACH_TIMEOUT_S", "5").0.attach_timeout, Duration::from_secs(5));
         assert_eq!(parse_one("FLASHCOMM_LOG", "debug").0.log_level, LevelFilter::Debug);
         assert_eq!(parse_one("FLASHCOMM_STATS_FILE", "x.%r.json").0.stats_file, Some("x.%r.json".into()));
+        assert_eq!(parse_one("FLASHCOMM_RECORD", "16").0.record, 16);
+        assert_eq!(parse_one("FLASHCOMM_RECORD_DIR", "a/b").0.record_dir, PathBuf::from("a/b"));
         let expected = format!("y.{}.log", std::process::id());
         assert_eq!(parse_one("FLASHCOMM_LOG_FILE", "y.%p.log").0.log_file, Some(expected.into()));
     }
@@ -383,6 +394,7 @@ mod tests {
             ("FLASHCOMM_ATTACH_TIMEOUT_S", "0"),
             ("FLASHCOMM_LOG", "loud"),
             ("FLASHCOMM_NVTX", "yes"),
+            ("FLASHCOMM_RECORD", "65"),
         ] {
             let (config, malformed) = parse_one(name, value);
             assert_eq!(config, Config::default(), "{name}={value}");

@@ -468,6 +468,22 @@ impl PinnedMemory {
         Ok(Self(address))
     }
 
+    /// Copies `n_bytes` of device memory to byte `offset` on `stream`, and does not wait.
+    ///
+    /// # Safety
+    /// Both ranges are good until the copy has run; `stream` is live and of the current context.
+    pub unsafe fn read_later(
+        &self,
+        offset: usize,
+        source: *const c_void,
+        n_bytes: usize,
+        stream: StreamHandle,
+    ) -> CudaResult<()> {
+        let target = self.0.wrapping_byte_add(offset);
+        // SAFETY: as the caller vouches.
+        check(unsafe { sys::cuMemcpyDtoHAsync_v2(target, source as sys::CUdeviceptr, n_bytes, stream) })
+    }
+
     /// Its address, the same for the host and for kernels.
     pub fn address(&self) -> *mut c_void {
         self.0

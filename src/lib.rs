@@ -29,6 +29,7 @@ pub mod kernels;
 mod logging;
 pub mod nccl;
 pub mod nvtx;
+pub mod record;
 pub mod route;
 pub mod stats;
 pub mod thread;

@@ -38,7 +38,10 @@ fn all_reduce(
     }
     let operation = Operation::new(comm::of(comm), input, output, request, element, stream);
     match operation.route() {
-        Route::Forward(reason) => forward(reason, request, comm),
+        Route::Forward(reason) => {
+            operation.record();
+            forward(reason, request, comm)
+        }
         Route::Attach(_) | Route::Compress(_) => Decision::Taken(group::issue(operation)),
     }
 }

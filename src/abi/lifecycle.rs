@@ -9,7 +9,7 @@ use std::ffi::c_int;
 
 use super::{guarded, in_real_nccl, is_reentered};
 use crate::nccl::{CommConfig, CommPtr, NcclResult, Symbol, real};
-use crate::{comm, error, stats};
+use crate::{comm, error, record, stats};
 
 macro_rules! end_exports {
     ($($name:ident: $ours:ident)*) => {$(
@@ -25,6 +25,7 @@ macro_rules! end_exports {
                 // SAFETY: the caller's own argument.
                 let result = in_real_nccl(|| unsafe { real!($name, fn(CommPtr))(comm) });
                 device.map(comm::reap);
+                record::poll();
                 result
             })
         }

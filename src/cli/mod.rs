@@ -2,6 +2,7 @@
 
 mod bench;
 mod client;
+mod codec;
 mod demo;
 mod doctor;
 mod pages;
@@ -41,6 +42,8 @@ enum Command {
     Demo(demo::Args),
     /// Times sum all-reduces through the shim beside those of the real NCCL, in one run on one machine
     Bench(bench::Args),
+    /// Says what each width and code loses on tensors of yours, and which to take for an error that you name
+    Codec(codec::Args),
     /// Prints the completions of a shell, or writes the manual pages: for packages
     Pages(pages::Args),
     /// A child process of the others
@@ -61,6 +64,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Codec(args) => codec::run(&args),
         Command::Pages(args) => pages::run(&args).map(|()| true),
         Command::Rank { assignment } => rank(&assignment).map(|()| true),
     };

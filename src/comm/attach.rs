@@ -241,6 +241,7 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
         None => None,
     };
     let loaded = load(device, &context, legs);
+    comm.recording.prepare(device);
     if let Err(error) = &loaded {
         log::warn!("rank {rank} cannot compress: {error}");
     }
@@ -258,6 +259,7 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
         Ok(peers) => peers,
         Err(disagreement) => return Ok(refused(comm, rank, disagreement)),
     };
+    comm.recording.begin(peers[0].attach, rank, world);
     rounds.neighbors.get_or_insert_with(|| Neighbors::of(&rounds.blob, &peers));
     let Loaded { kernels, last, .. } = loaded?;
     let exchange = match agree_on_exchange(&mut rounds, &context, &kernels, &peers)? {

@@ -26,6 +26,7 @@ use crate::error::{self, Error};
 use crate::exchange::Exchange;
 use crate::kernels::Kernels;
 use crate::nccl::CommPtr;
+use crate::record::Recording;
 use crate::route::Verdict;
 
 /// One communicator of this process, one rank of it.
@@ -37,6 +38,8 @@ pub struct Comm {
     /// An engine has switched it off, on all ranks.
     switched_off: AtomicBool,
     setups: [OnceLock<Box<Attached>>; MAX_SETUPS],
+    /// Its inputs that are to be saved.
+    pub recording: Recording,
 }
 
 /// The ranks have not met yet.
@@ -308,6 +311,7 @@ pub fn of(handle: CommPtr) -> Arc<Comm> {
         state: AtomicUsize::new(OPEN),
         switched_off: AtomicBool::new(false),
         setups: Default::default(),
+        recording: Recording::default(),
     };
     TABLE.write().entry(handle).or_insert_with(|| Arc::new(new())).clone()
 }
