@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole test of a machine without a GPU: sets up, checks the format and the lints, compiles the kernels for every
 # architecture with a report on registers and spills, runs the tests against two real NCCLs and whole jobs on the
-# simulators, and makes and tries the package for Python.
+# simulators, some of these under ThreadSanitizer, and makes and tries the package for Python.
 #
 #   ./scripts/test.sh          what CI runs
-#   ./scripts/test.sh --long   then also Miri, a rank killed at every single step, and ten more soaks (hours)
+#   ./scripts/test.sh --long   then also Miri, every job under ThreadSanitizer, a rank killed at every single step, and ten more soaks (hours)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 step() { printf '\n== %s\n' "$*"; }
@@ -38,6 +38,9 @@ step "tests"
 FLASHCOMM_CUDA_ARCHS=90 cargo build --workspace
 FLASHCOMM_CUDA_ARCHS=90 cargo nextest run --workspace --no-fail-fast
 echo "tests/gpu_*.rs ran no kernel unless this machine has a GPU: ./scripts/test_gpu.sh is for one that has"
+
+step "ThreadSanitizer: the host code"
+if $long; then ./scripts/tsan.sh --long; else ./scripts/tsan.sh; fi
 
 if $long; then
     ./scripts/setup.sh --miri

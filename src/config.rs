@@ -8,11 +8,11 @@ use std::env;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use flashcomm_wire::{Code, GroupSize, Legs, Width};
 use log::LevelFilter;
+use once_cell::sync::OnceCell;
 
 use crate::kernels::ElementType;
 
@@ -176,7 +176,7 @@ impl Config {
 
     /// As [`Config::global`], with what was malformed.
     pub fn global_with_warnings() -> &'static (Config, Vec<Malformed>) {
-        static GLOBAL: OnceLock<(Config, Vec<Malformed>)> = OnceLock::new();
+        static GLOBAL: OnceCell<(Config, Vec<Malformed>)> = OnceCell::new();
         GLOBAL.get_or_init(|| Config::parse(|name| env::var_os(name)))
     }
 

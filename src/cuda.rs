@@ -11,6 +11,7 @@ use std::fmt;
 use std::ptr;
 
 use cudarc::driver::sys;
+use once_cell::sync::Lazy;
 
 /// A stream of the application, or one of ours, borrowed.
 pub type StreamHandle = sys::CUstream;
@@ -60,10 +61,18 @@ pub fn init() -> CudaResult<()> {
     check(unsafe { sys::cuInit(0) })
 }
 
-/// Whether a CUDA driver can be loaded. The bindings panic where there is none.
+/// Whether there is a CUDA driver. The bindings, which open it at their first call, panic where there is none.
 fn is_available() -> bool {
-    // SAFETY: only tries to open the driver library.
-    unsafe { sys::is_culib_present() }
+    static IS_OPEN: Lazy<bool> = Lazy::new(|| {
+        // SAFETY: only tries to open the driver library.
+        let is_there = unsafe { sys::is_culib_present() };
+        if is_there {
+            // SAFETY: opens the library, which stays open.
+            unsafe { sys::culib() };
+        }
+        is_there
+    });
+    *IS_OPEN
 }
 
 /// Number of devices the driver shows.

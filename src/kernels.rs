@@ -5,9 +5,9 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
-use std::sync::LazyLock;
 
 use flashcomm_wire::{Codec, Legs, Plan, TILE_ELEMS, rings};
+use once_cell::sync::Lazy;
 use parking_lot::Mutex;
 
 use crate::cuda::{Context, CudaResult, Function, Module, Shape, StreamHandle};
@@ -191,7 +191,7 @@ impl Kernels {
     /// # Errors
     /// The driver's, when the fatbin has no code for this GPU or the driver is older than the compiler.
     pub fn load(ordinal: i32, legs: Legs) -> CudaResult<Self> {
-        static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Default::default);
+        static LOADED: Lazy<Mutex<Loaded>> = Lazy::new(Default::default);
         let mut loaded = LOADED.lock();
         let Loaded { modules, kernels } = &mut *loaded;
         if let Some(kernels) = kernels.get(&(ordinal, legs)) {

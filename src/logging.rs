@@ -3,9 +3,9 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::sync::Once;
 
 use env_logger::{Builder, Target};
+use parking_lot::Once;
 
 use crate::config::Config;
 

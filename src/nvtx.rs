@@ -6,8 +6,9 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::ptr;
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
+
+use once_cell::sync::Lazy;
 
 use crate::config::Config;
 
@@ -87,7 +88,7 @@ unsafe impl Sync for Tool {}
 
 #[inline]
 fn tool() -> Option<&'static Tool> {
-    static TOOL: LazyLock<Option<Tool>> = LazyLock::new(Tool::load);
+    static TOOL: Lazy<Option<Tool>> = Lazy::new(Tool::load);
     if Config::global().nvtx { TOOL.as_ref() } else { None }
 }
 
@@ -157,7 +158,7 @@ unsafe impl Send for Tables {}
 // SAFETY: as above.
 unsafe impl Sync for Tables {}
 
-static TABLES: LazyLock<Tables> = LazyLock::new(|| {
+static TABLES: Lazy<Tables> = Lazy::new(|| {
     let mut tables = [[ptr::null(); MAX_SLOTS + 1]; MODULES];
     for (module, table) in tables.iter_mut().enumerate() {
         for (id, place) in table.iter_mut().enumerate().take(MODULE_SLOTS[module]).skip(1) {

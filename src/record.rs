@@ -25,11 +25,13 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Once, OnceLock};
 
 use flashcomm_wire::TILE_ELEMS;
+use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
+use parking_lot::Once;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 
 use crate::config::Config;
@@ -45,8 +47,8 @@ pub struct Recording {
     /// Candidates so far.
     calls: AtomicU64,
     /// `None` where it could not be made.
-    room: OnceLock<Option<Arc<Room>>>,
-    identity: OnceLock<Identity>,
+    room: OnceCell<Option<Arc<Room>>>,
+    identity: OnceCell<Identity>,
 }
 
 /// What tells a communicator's files.

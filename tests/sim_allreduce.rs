@@ -69,8 +69,8 @@ fn two_to_five_ranks_equal_the_reference_over_host_memory_fp16_int6_int4() {
     equals_the_reference::<f16>("host", &[2, 3, 4, 5], 6, 4);
 }
 
-/// Every code there is, groups of all sizes, sums and averages, one run of two and one of three ranks each.
-fn codes_equal_the_reference<E: Element>(exchange: &str) {
+/// Runs a test in every code there is, with groups of all sizes.
+fn in_every_code(exchange: &str, test: impl Fn(Code, Legs)) {
     let codes = Code::ALL.into_iter().zip([(4, 4, 32), (3, 3, 64), (8, 8, 128), (4, 8, 128), (5, 5, 64)]);
     for (code, (reduce, gather, group)) in codes {
         let (bits, group_text) = (format!("{reduce}:{gather}"), group.to_string());
@@ -84,36 +84,84 @@ fn codes_equal_the_reference<E: Element>(exchange: &str) {
         if std::env::var("WORLD_PART").is_ok_and(|mine| mine != code.name()) {
             continue;
         }
-        in_process(&settings, || {
-            let legs = legs_of(Some(code), reduce, gather, group);
-            for world in [2, 3] {
-                let counts = [1, 77, 4096, 12_345, 40_000];
-                let inputs: Vec<_> = counts.map(|count| inputs::<E>(count, count as u64, world)).into();
-                let expected =
-                    |op: Op| -> Vec<Vec<E>> { inputs.iter().map(|inputs| reference_of(op, inputs, legs)).collect() };
-                let (sums, averages) = (expected(Op::Sum), expected(Op::Average));
-                let (id, inputs, sums, averages) = (unique_id(), &inputs, &sums, &averages);
-                threads(world, |rank| {
-                    let (comm, stream) = (init(world, id, rank), Stream::new());
-                    for (i, inputs) in inputs.iter().enumerate() {
-                        for (op, expected) in [(SUM, &sums[i]), (AVG, &averages[i])] {
-                            let memory = Memory::of(&inputs[rank], &stream);
-                            let (at, count) = (memory.at, inputs[rank].len());
-                            ok!(ncclAllReduce(at, at, count, type_of::<E>(), op, comm, stream.0));
-                            let got = memory.read::<E>(count, &stream);
-                            same_bits(
-                                &got,
-                                expected,
-                                &format!("{} of {count}, operation {op}, rank {rank}", code.name()),
-                            );
-                        }
-                    }
-                    ok!(ncclCommDestroy(comm));
-                });
-            }
-            assert_eq!(n_compressed(), 5 * 2 * (2 + 3), "none was forwarded");
-        });
+        in_process(&settings, || test(code, legs_of(Some(code), reduce, gather, group)));
     }
+}
+
+/// All-reduces of these inputs in place, sums and averages: what every rank must hold, and what `also` wants of it.
+fn sums_and_averages<E: Element>(world: usize, legs: Legs, cases: &[Vec<Vec<E>>], also: impl Fn(Op, &[E]) + Sync) {
+    let expected = |op: Op| -> Vec<Vec<E>> { cases.iter().map(|inputs| reference_of(op, inputs, legs)).collect() };
+    let (id, sums, averages) = (unique_id(), &expected(Op::Sum), &expected(Op::Average));
+    threads(world, |rank| {
+        let (comm, stream) = (init(world, id, rank), Stream::new());
+        for (i, inputs) in cases.iter().enumerate() {
+            for (op, number, expected) in [(Op::Sum, SUM, &sums[i]), (Op::Average, AVG, &averages[i])] {
+                let memory = Memory::of(&inputs[rank], &stream);
+                let (at, count) = (memory.at, inputs[rank].len());
+                ok!(ncclAllReduce(at, at, count, type_of::<E>(), number, comm, stream.0));
+                let got = memory.read::<E>(count, &stream);
+                same_bits(&got, expected, &format!("{legs} of {count}, {op:?}, rank {rank}"));
+                also(op, &got);
+            }
+        }
+        ok!(ncclCommDestroy(comm));
+    });
+}
+
+/// One run of two and one of three ranks.
+fn codes_equal_the_reference<E: Element>(exchange: &str) {
+    in_every_code(exchange, |_, legs| {
+        for world in [2, 3] {
+            let counts = [1, 77, 4096, 12_345, 40_000];
+            let cases = counts.map(|count| inputs::<E>(count, count as u64, world));
+            sums_and_averages(world, legs, &cases, |_, _| {});
+        }
+        assert_eq!(n_compressed(), 5 * 2 * (2 + 3), "none was forwarded");
+    });
+}
+
+/// A NaN or an infinity of one rank, and sums beyond the type, are seen on all ranks, and their neighbors' groups are as ever.
+fn what_is_not_finite_is_seen<E: Element>(exchange: &str, greatest: f32, well_within: f32) {
+    const NAN: usize = 5_000;
+    const INFINITE: usize = 15_000;
+    const TOO_LARGE: std::ops::Range<usize> = 25_000..26_000;
+    const LARGE: std::ops::Range<usize> = 35_000..36_000;
+    in_every_code(exchange, |code, legs| {
+        for world in [2, 3] {
+            let mut inputs: Vec<Vec<E>> =
+                vec![(0..40_000).map(|i| E::from_f32_nearest((i % 7) as f32)).collect(); world];
+            inputs[1][NAN] = E::from_f32_nearest(f32::NAN);
+            inputs[0][INFINITE] = E::from_f32_nearest(f32::NEG_INFINITY);
+            for input in &mut inputs {
+                input[TOO_LARGE].fill(E::from_f32_nearest(0.9 * greatest));
+                input[LARGE].fill(E::from_f32_nearest(well_within));
+            }
+            sums_and_averages(world, legs, &[inputs], |op, got| {
+                let is_finite = |i: usize| got[i].to_f32().is_finite();
+                assert!(!is_finite(NAN) && !is_finite(INFINITE), "{code:?}");
+                if op == Op::Sum {
+                    assert!(TOO_LARGE.clone().all(|i| !is_finite(i)), "{code:?}: a sum beyond the type");
+                }
+                let group = legs.reduce.group.n_elems();
+                let places = [NAN..NAN + 1, INFINITE..INFINITE + 1, TOO_LARGE];
+                let is_near = |i| places.iter().any(|place| i + group > place.start && i < place.end + group);
+                let lost = (0..got.len()).find(|i| !is_near(*i) && !is_finite(*i));
+                assert_eq!(lost, None, "{code:?}: not finite, far from what is not");
+            });
+        }
+        assert_eq!(n_compressed(), 2 * (2 + 3), "none was forwarded");
+    });
+}
+
+#[test]
+fn every_code_shows_what_is_not_finite_over_nccl_bf16() {
+    // Blocks take sums of bf16 up to 2^120.
+    what_is_not_finite_is_seen::<bf16>("nccl", bf16::MAX.to_f32(), 2f32.powi(115));
+}
+
+#[test]
+fn every_code_shows_what_is_not_finite_over_peer_memory_fp16() {
+    what_is_not_finite_is_seen::<f16>("peer", f16::MAX.to_f32(), 0.25 * f16::MAX.to_f32());
 }
 
 #[test]

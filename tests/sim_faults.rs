@@ -116,7 +116,7 @@ fn watched(comm: usize, rank: usize, sums: &Sums, must_abort: impl Fn(i32, bool)
         told
     };
     std::thread::scope(|scope| {
-        scope.spawn(|| {
+        let watcher = scope.spawn(|| {
             use_device(rank);
             while !is_over.load(Ordering::Acquire) {
                 let told = ask();
@@ -148,6 +148,7 @@ fn watched(comm: usize, rank: usize, sums: &Sums, must_abort: impl Fn(i32, bool)
             seen.ends.push(sums.end(&read(&memory, &stream), &format!("call {i}, rank {rank}")));
         }
         is_over.store(true, Ordering::Release);
+        watcher.join().unwrap();
     });
     seen.async_error = async_error.load(Ordering::Acquire);
     if *is_aborted.lock().unwrap() {

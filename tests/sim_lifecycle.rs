@@ -277,7 +277,7 @@ fn ten_thousand_communicators_leave_nothing_behind() {
         let (world, n_rounds) = (2, if is_real() { 200 } else { 10_000 });
         let case = Case::<f16>::new(500, 1, world, legs(4, 4));
         let gate = Barrier::new(world);
-        let ids: Vec<_> = (0..n_rounds).map(|_| std::sync::OnceLock::new()).collect();
+        let ids: Vec<_> = (0..n_rounds).map(|_| once_cell::sync::OnceCell::new()).collect();
         let measured = threads(world, |rank| {
             let stream = Stream::new();
             let mut measured = Vec::new();

@@ -21,13 +21,14 @@
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Arc, LazyLock, Weak};
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
 use flashcomm_wire::rings::MAX_WORLD;
 use flashcomm_wire::{Legs, Rings, Width};
+use once_cell::sync::Lazy;
 use parking_lot::Mutex;
 
 use super::blob::{Agreement, BLOB_BYTES, Blob, Disagreement, Place, agree};
@@ -657,7 +658,7 @@ fn number_of_attach() -> u64 {
 
 /// A number that no other process of the host has.
 fn process() -> u64 {
-    static PROCESS: LazyLock<u64> = LazyLock::new(|| {
+    static PROCESS: Lazy<u64> = Lazy::new(|| {
         let mut bytes = [0u8; 8];
         // SAFETY: `bytes` has the room that it says. Where the system has no random numbers the process id must do.
         unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };

@@ -15,10 +15,11 @@ pub mod blob;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::mem::ManuallyDrop;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock, OnceLock};
 
 use flashcomm_wire::Legs;
+use once_cell::sync::{Lazy, OnceCell};
 use parking_lot::{Mutex, RwLock};
 
 use crate::cuda::{self, Capture, Context, CudaResult, Dependencies, Event, GraphNode, RelaxedCapture, StreamHandle};
@@ -37,7 +38,7 @@ pub struct Comm {
     state: AtomicUsize,
     /// An engine has switched it off, on all ranks.
     switched_off: AtomicBool,
-    setups: [OnceLock<Box<Attached>>; MAX_SETUPS],
+    setups: [OnceCell<Box<Attached>>; MAX_SETUPS],
     /// Its inputs that are to be saved.
     pub recording: Recording,
 }
@@ -278,7 +279,7 @@ impl Drop for Attached {
 
 type Table = HashMap<CommHandle, Arc<Comm>, BuildHasherDefault<AddressHasher>>;
 
-static TABLE: LazyLock<RwLock<Table>> = LazyLock::new(Default::default);
+static TABLE: Lazy<RwLock<Table>> = Lazy::new(Default::default);
 
 /// Spreads the bits of an address (Fibonacci hashing): a look-up is on the path of every candidate all-reduce.
 #[derive(Default)]

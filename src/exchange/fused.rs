@@ -10,11 +10,11 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::mem::ManuallyDrop;
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use flashcomm_wire::{Plan, Rings, rings};
+use once_cell::sync::Lazy;
 use parking_lot::Mutex;
 
 use super::shared::SharedMemory;
@@ -155,7 +155,7 @@ const REPORT_AT: usize = 128;
 
 /// Areas of other processes that are mapped here, by process, handle and device of ours. They stay mapped: the owner lends
 /// them again and again.
-static MAPPED: LazyLock<Mutex<HashMap<(u64, IpcHandle, i32), usize>>> = LazyLock::new(Default::default);
+static MAPPED: Lazy<Mutex<HashMap<(u64, IpcHandle, i32), usize>>> = Lazy::new(Default::default);
 
 /// Multiprocessors that are left to the kernels of the real NCCL, which fill one with each block and wait, too.
 const NCCL_MULTIPROCESSORS: usize = 32;

@@ -11,7 +11,8 @@ use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::ptr;
-use std::sync::OnceLock;
+
+use once_cell::sync::OnceCell;
 
 use super::symbols::Version;
 
@@ -111,7 +112,7 @@ impl fmt::Display for Refusal {
 
 /// The real library; `None`, logged once, where none is found.
 pub fn real_library() -> Option<&'static RealLibrary> {
-    static REAL: OnceLock<Option<RealLibrary>> = OnceLock::new();
+    static REAL: OnceCell<Option<RealLibrary>> = OnceCell::new();
     REAL.get_or_init(|| {
         let library = find()?;
         log::info!("NCCL {} at {}", library.version, library.path.display());

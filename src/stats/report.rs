@@ -5,9 +5,9 @@
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
+use parking_lot::Once;
 use serde_json::{Map, Value, json};
 
 use super::{About, Call, Counters, N_CALLS, N_REASONS, REGISTRY, SIZE_CLASSES, class_start};

@@ -10,10 +10,11 @@
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use flashcomm_wire::{Code, Element, GroupSize, Legs, Op, Width, reference};
+use once_cell::sync::OnceCell;
 
 /// `ncclDataType_t`.
 pub mod dtype {
@@ -265,7 +266,7 @@ extern "C" fn answer_nothing() -> c_int {
 
 /// The functions. NCCL's come from the shim, or, in a job that tests a rank without it, from NCCL itself.
 pub fn api() -> &'static Api {
-    static API: OnceLock<Api> = OnceLock::new();
+    static API: OnceCell<Api> = OnceCell::new();
     API.get_or_init(|| {
         let nccl = match std::env::var_os("WORLD_WITHOUT_SHIM") {
             Some(_) => PathBuf::from("libnccl.so.2"),

@@ -1,8 +1,9 @@
 //! Devices, their primary contexts, and which is current on a thread.
 
 use std::cell::RefCell;
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicI32, AtomicI64, Ordering};
+
+use once_cell::sync::Lazy;
 
 use crate::code::{Code, Result};
 
@@ -20,7 +21,7 @@ pub struct Device {
     error: AtomicI32,
 }
 
-static DEVICES: LazyLock<Vec<Device>> = LazyLock::new(|| {
+static DEVICES: Lazy<Vec<Device>> = Lazy::new(|| {
     let new = |ordinal| Device { ordinal, used_bytes: 0.into(), retained: 0.into(), error: 0.into() };
     (0..setting("FLASHCOMM_SIM_DEVICES", 8) as i32).map(new).collect()
 });
@@ -31,7 +32,7 @@ fn setting(variable: &str, default: i64) -> i64 {
 
 /// Bytes of memory of each device.
 pub fn total_bytes() -> i64 {
-    static TOTAL: LazyLock<i64> = LazyLock::new(|| setting("FLASHCOMM_SIM_MEMORY_MIB", 16384) << 20);
+    static TOTAL: Lazy<i64> = Lazy::new(|| setting("FLASHCOMM_SIM_MEMORY_MIB", 16384) << 20);
     *TOTAL
 }
 

@@ -11,9 +11,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::sync::LazyLock;
 use std::sync::atomic::Ordering;
 
+use once_cell::sync::Lazy;
 use parking_lot::RwLock;
 
 use crate::code::{Code, Result};
@@ -89,7 +89,7 @@ struct Table {
     serials: HashMap<usize, u64>,
 }
 
-static ARENA: LazyLock<Arena> = LazyLock::new(|| {
+static ARENA: Lazy<Arena> = Lazy::new(|| {
     // SAFETY: a fresh anonymous file with a literal name.
     let file = unsafe { libc::memfd_create(c"flashcomm-sim-memory".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(file >= 0, "memfd_create: {}", std::io::Error::last_os_error());

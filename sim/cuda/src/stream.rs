@@ -9,12 +9,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use flashcomm_sim_schedule as schedule;
+use once_cell::sync::Lazy;
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use crate::code::{Code, Result};
@@ -105,8 +106,8 @@ pub const GLOBAL: i32 = 0;
 /// See [`GLOBAL`].
 pub const RELAXED: i32 = 2;
 
-static STREAMS: LazyLock<RwLock<HashMap<usize, Arc<Stream>>>> = LazyLock::new(Default::default);
-static LEGACY: LazyLock<Mutex<HashMap<i32, Arc<Stream>>>> = LazyLock::new(Default::default);
+static STREAMS: Lazy<RwLock<HashMap<usize, Arc<Stream>>>> = Lazy::new(Default::default);
+static LEGACY: Lazy<Mutex<HashMap<i32, Arc<Stream>>>> = Lazy::new(Default::default);
 static NEXT: AtomicUsize = AtomicUsize::new(1);
 static CAPTURES: AtomicU64 = AtomicU64::new(1);
 static ACTIVE: Mutex<Vec<Arc<Session>>> = Mutex::new(Vec::new());
@@ -491,7 +492,7 @@ enum EventState {
     Captured(Arc<Session>, Vec<usize>),
 }
 
-static EVENTS: LazyLock<RwLock<HashMap<usize, Arc<Event>>>> = LazyLock::new(Default::default);
+static EVENTS: Lazy<RwLock<HashMap<usize, Arc<Event>>>> = Lazy::new(Default::default);
 
 impl Event {
     /// A new event; its handle.

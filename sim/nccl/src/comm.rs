@@ -1,10 +1,11 @@
 //! Communicators: how they are made and end, and what they hold.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::{Duration, Instant};
 
+use once_cell::sync::{Lazy, OnceCell};
 use parking_lot::{Mutex, RwLock};
 
 use crate::driver::driver;
@@ -17,7 +18,7 @@ pub struct Comm {
     pub device: i32,
     /// Whether its calls return only when they are done with the host's part.
     pub is_blocking: bool,
-    ready: OnceLock<Ready>,
+    ready: OnceCell<Ready>,
     /// 0, `ncclInProgress`, or what went wrong.
     state: AtomicI32,
     is_aborted: AtomicBool,
@@ -56,7 +57,7 @@ pub enum Stop {
     Wrong(i32),
 }
 
-static COMMS: LazyLock<RwLock<HashMap<usize, Arc<Comm>>>> = LazyLock::new(Default::default);
+static COMMS: Lazy<RwLock<HashMap<usize, Arc<Comm>>>> = Lazy::new(Default::default);
 
 /// The communicator of a handle.
 pub fn find(handle: usize) -> Result<Arc<Comm>> {
@@ -74,7 +75,7 @@ impl Comm {
         let comm = Arc::new(Comm {
             device,
             is_blocking,
-            ready: OnceLock::new(),
+            ready: OnceCell::new(),
             state: AtomicI32::new(Code::IN_PROGRESS.0),
             is_aborted: AtomicBool::new(false),
             is_revoked: AtomicBool::new(false),

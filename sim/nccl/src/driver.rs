@@ -1,7 +1,8 @@
 //! The simulated driver's functions, found as NCCL finds the driver's: by `dlopen` and `dlsym`.
 
 use std::ffi::{CStr, c_int, c_void};
-use std::sync::OnceLock;
+
+use once_cell::sync::OnceCell;
 
 use crate::types::{Code, Result};
 
@@ -55,7 +56,7 @@ functions! {
 
 /// The driver, or `ncclUnhandledCudaError` where there is no simulated one.
 pub fn driver() -> Result<&'static Driver> {
-    static DRIVER: OnceLock<Option<Driver>> = OnceLock::new();
+    static DRIVER: OnceCell<Option<Driver>> = OnceCell::new();
     let driver = DRIVER.get_or_init(|| {
         let driver = load()?;
         // SAFETY: takes no pointers.

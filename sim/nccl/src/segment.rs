@@ -15,8 +15,9 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Weak};
+use std::sync::{Arc, Weak};
 
+use once_cell::sync::Lazy;
 use parking_lot::Mutex;
 
 use crate::types::{Code, Result};
@@ -114,7 +115,7 @@ impl Id {
 
 /// Files of segments that not everyone has opened yet.
 static OFFERED: Mutex<Vec<(File, Arc<Segment>)>> = Mutex::new(Vec::new());
-static OPEN: LazyLock<Mutex<HashMap<u64, Weak<Segment>>>> = LazyLock::new(Default::default);
+static OPEN: Lazy<Mutex<HashMap<u64, Weak<Segment>>>> = Lazy::new(Default::default);
 
 fn nonce() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);

@@ -12,16 +12,18 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
-static SEED: LazyLock<Option<u64>> = LazyLock::new(|| number("FLASHCOMM_SIM_SEED"));
-static KILL: LazyLock<Option<u64>> = LazyLock::new(|| number("FLASHCOMM_SIM_KILL"));
+use once_cell::sync::Lazy;
+use parking_lot::Mutex;
+
+static SEED: Lazy<Option<u64>> = Lazy::new(|| number("FLASHCOMM_SIM_SEED"));
+static KILL: Lazy<Option<u64>> = Lazy::new(|| number("FLASHCOMM_SIM_KILL"));
 static POINTS: AtomicU64 = AtomicU64::new(0);
 static STEPS: AtomicU64 = AtomicU64::new(0);
 
 /// Calls still to go until the one that fails, by kind.
-static FAIL: LazyLock<Mutex<HashMap<String, u64>>> = LazyLock::new(|| {
+static FAIL: Lazy<Mutex<HashMap<String, u64>>> = Lazy::new(|| {
     let text = std::env::var("FLASHCOMM_SIM_FAIL").unwrap_or_default();
     let rules = text.split(',').filter_map(|rule| {
         let (kind, n) = rule.split_once(':')?;
@@ -61,7 +63,7 @@ pub fn step() {
 
 /// Whether this call of this kind is the one that is told to fail.
 pub fn fails(kind: &str) -> bool {
-    let mut rules = FAIL.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut rules = FAIL.lock();
     let Some(left) = rules.get_mut(kind) else { return false };
     *left = left.wrapping_sub(1);
     *left == 0

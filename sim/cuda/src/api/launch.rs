@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use flashcomm_sim_schedule as schedule;
+use once_cell::sync::Lazy;
 use parking_lot::RwLock;
 
 use super::{driver, put, stream};
@@ -18,8 +19,8 @@ const FATBIN_MAGIC: u32 = 0xba55_ed50;
 /// Blocks of 128 threads that a multiprocessor holds at once.
 const BLOCKS_PER_MULTIPROCESSOR: c_int = 8;
 
-static MODULES: LazyLock<RwLock<HashMap<usize, ()>>> = LazyLock::new(Default::default);
-static FUNCTIONS: LazyLock<RwLock<HashMap<usize, Arc<Kernel>>>> = LazyLock::new(Default::default);
+static MODULES: Lazy<RwLock<HashMap<usize, ()>>> = Lazy::new(Default::default);
+static FUNCTIONS: Lazy<RwLock<HashMap<usize, Arc<Kernel>>>> = Lazy::new(Default::default);
 
 fn load(module: *mut usize, image: *const c_void) -> Result<()> {
     check_capture_allows()?;

@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use flashcomm_sim_schedule as schedule;
+use once_cell::sync::Lazy;
 use parking_lot::RwLock;
 
 use super::{driver, put, stream};
@@ -15,8 +16,8 @@ use crate::stream::{
     CaptureStatus, Event, Executable, Kind, Node, Stream, check_capture_allows, exchange_mode, fresh_handle,
 };
 
-static GRAPHS: LazyLock<RwLock<HashMap<usize, Vec<Node>>>> = LazyLock::new(Default::default);
-static EXECUTABLES: LazyLock<RwLock<HashMap<usize, Arc<Executable>>>> = LazyLock::new(Default::default);
+static GRAPHS: Lazy<RwLock<HashMap<usize, Vec<Node>>>> = Lazy::new(Default::default);
+static EXECUTABLES: Lazy<RwLock<HashMap<usize, Arc<Executable>>>> = Lazy::new(Default::default);
 
 thread_local! {
     /// The nodes that this thread asked for last.

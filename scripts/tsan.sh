@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The host code under ThreadSanitizer: jobs of threads on the simulators, with the shim and them compiled for it. A race is a
+# failure. What it cannot see is in scripts/tsan.supp.
+#
+#   ./scripts/tsan.sh          groups, life cycles, control, statistics, every code
+#   ./scripts/tsan.sh --long   every test on the simulators (an hour)
+#
+# The standard library stays as it is shipped, so that its locks and channels are not seen: host code takes those of parking_lot
+# and once_cell, which are compiled here, and tests join the threads that they start. -Z options are a nightly's; RUSTC_BOOTSTRAP
+# lets the project's own toolchain take them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Its one test preloads the shim, also into the program that names the functions of a report.
+leave_out="test(what_nccl_calls_of_itself_is_not_taken_twice)"
+case ${1:-} in
+    "")
+        tests=(--test sim_groups --test sim_lifecycle --test sim_control --test sim_stats --test sim_allreduce)
+        filter="(not binary(sim_allreduce) or test(every_code)) and not test(ten_thousand) and not $leave_out"
+        ;;
+    --long)
+        tests=(--test 'sim_*')
+        filter="not $leave_out"
+        ;;
+    *)
+        echo "tsan: unknown argument '$1'; usage: ./scripts/tsan.sh [--long]" >&2
+        exit 1
+        ;;
+esac
+if ! compgen -G "$(rustc --print target-libdir)/librustc*_rt.tsan.a" >/dev/null; then
+    echo "SKIPPED: this Rust toolchain has no ThreadSanitizer"
+    exit 0
+fi
+
+CARGO_BUILD_TARGET=$(rustc -vV | sed -n 's/^host: //p')
+# The libraries find the sanitizer's functions in the program that opens them.
+RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer -Clink-arg=-Wl,--export-dynamic-symbol=__tsan*"
+export CARGO_BUILD_TARGET RUSTFLAGS RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$PWD/target/tsan FLASHCOMM_CUDA_ARCHS=90
+reports=$(mktemp -d)
+trap 'rm -rf "$reports"' EXIT
+export TSAN_OPTIONS="suppressions=$PWD/scripts/tsan.supp log_path=$reports/race exitcode=66 history_size=4"
+
+cargo build --lib -p flashcomm -p flashcomm-sim-cuda -p flashcomm-sim-nccl
+status=0
+cargo nextest run -p flashcomm --no-fail-fast "${tests[@]}" -E "$filter" || status=$?
+if compgen -G "$reports/race.*" >/dev/null; then
+    cat "$reports"/race.* >&2
+    exit 1
+fi
+exit "$status"
