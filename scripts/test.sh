@@ -4,7 +4,8 @@
 # simulators, some of these under ThreadSanitizer, and makes and tries the package for Python.
 #
 #   ./scripts/test.sh          what CI runs
-#   ./scripts/test.sh --long   then also Miri, every job under ThreadSanitizer, a rank killed at every single step, and ten more soaks (hours)
+#   ./scripts/test.sh --long   also Miri, every job under ThreadSanitizer, a rank killed at every single step, and ten more
+#                              soaks (hours)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 step() { printf '\n== %s\n' "$*"; }
