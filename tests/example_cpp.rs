@@ -61,7 +61,7 @@ fn the_cpp_example_changes_widths_on_the_simulators() {
         assert_eq!((code, stderr.as_str()), (Some(0), ""), "{stdout}");
         for line in [
             "switched off                       relative error 0.00000",
-            &format!("rank 0 of {ranks}: 4:8 bits over peer, from 4194304 bytes up"),
+            &format!("rank 0 of {ranks}: 4:8 bits (blocks) over peer, from 4194304 bytes up"),
             "4 all-reduces compressed, 32.0 MiB as ",
             "forwarded: switched_off 1",
             "as expected",

@@ -69,7 +69,8 @@ impl<'a> Rank<'a> {
     fn set(&self, reduce: i32, gather: i32) {
         assert_eq!(call!(flashcommSetCommBits(self.comm, reduce, gather)), 0, "{}", last_error(self.comm));
         let info = Info::of(self.comm);
-        assert_eq!((info.state, info.reduce_bits, info.gather_bits), (1, reduce, gather));
+        let code = if reduce == gather || (reduce, gather) == (4, 8) { "blocks" } else { "plain" };
+        assert_eq!((info.state, info.reduce_bits, info.gather_bits, info.code()), (1, reduce, gather, code));
     }
 
     fn switch(&self, on: bool) {
@@ -85,7 +86,7 @@ fn changes(exchange: &str, rank: &Rank<'_>, world: usize) {
     rank.gives(&rank.sums.at(8, 8), "as FLASHCOMM_BITS has it");
     let info = Info::of(rank.comm);
     assert_eq!((info.state, info.reduce_bits, info.n_ranks, info.min_bytes), (1, 8, world as i32, 0));
-    assert_eq!(info.exchange(), exchange);
+    assert_eq!((info.exchange(), info.code()), (exchange, "blocks"));
     for round in 0..2 {
         for (reduce, gather) in [(4, 4), (2, 8), (8, 8), (4, 4)] {
             rank.set(reduce, gather);

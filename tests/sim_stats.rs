@@ -93,6 +93,7 @@ fn check_communicator(communicator: &Value, rank: usize, ended: bool) {
         ("rank", json!(rank)),
         ("world", json!(WORLD)),
         ("bits", json!("4")),
+        ("code", json!("blocks")),
         ("exchange", json!("peer")),
         ("ended", json!(ended)),
         ("all_reduces_compressed", json!(6)),
@@ -132,9 +133,10 @@ fn every_process_leaves_a_file_named_by_its_rank() {
         ok!(ncclCommDestroy(first));
     });
     let Some(ends) = ends else { return };
-    for line in
-        ["communicator 1, rank 0 of 2 (4 bits, peer) ended: 6 all-reduces compressed", "process ends: 12 all-reduces"]
-    {
+    for line in [
+        "communicator 1, rank 0 of 2 (4 bits, blocks, peer) ended: 6 all-reduces compressed",
+        "process ends: 12 all-reduces",
+    ] {
         assert_eq!(ends[0].1.matches(line).count(), 1, "{}", ends[0].1);
     }
     assert_eq!(ends[1].1, "", "nothing is said uninvited");

@@ -135,8 +135,8 @@ struct Rank {
     stats.size = sizeof stats;
     CHECK(flashcommGetCommStats(comm, &stats));
     if (rank == 0) {
-      std::printf("rank %d of %d: %d:%d bits over %s, from %llu bytes up\n", info.rank, info.nRanks, info.reduceBits,
-                  info.gatherBits, info.exchange, (unsigned long long)info.minBytes);
+      std::printf("rank %d of %d: %d:%d bits (%s) over %s, from %llu bytes up\n", info.rank, info.nRanks, info.reduceBits,
+                  info.gatherBits, info.code, info.exchange, (unsigned long long)info.minBytes);
       std::printf("%llu all-reduces compressed, %.1f MiB as %.1f MiB on the wire; forwarded:",
                   (unsigned long long)stats.allReducesCompressed, stats.bytesIn / 1048576.0,
                   stats.bytesOnWire / 1048576.0);

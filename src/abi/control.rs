@@ -7,10 +7,10 @@
 #![allow(non_camel_case_types, non_snake_case, reason = "C's names")]
 
 use std::cell::RefCell;
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use flashcomm_wire::Width;
+use flashcomm_wire::{Code, Width};
 
 use super::{group, guarded};
 use crate::comm::attach::Change;
@@ -64,6 +64,9 @@ pub struct flashcommCommInfo_t {
     pub minBytes: u64,
     /// What carries the payloads: "peer", "host", "nccl"; empty where the state is not FLASHCOMM_ON.
     pub exchange: *const c_char,
+    /// What the bits say: "plain", "spikes", "rotated", "rotated-spikes" or "blocks"; before the ranks have met, that of
+    /// FLASHCOMM_CODE.
+    pub code: *const c_char,
 }
 
 /// Size classes of flashcommStats_t: class 0 has the all-reduces below 1 KiB, class i those from 512 << i bytes on, and
@@ -321,6 +324,18 @@ fn info_of(handle: CommPtr) -> flashcommCommInfo_t {
         nRanks: attached.map_or(0, |attached| attached.world as c_int),
         minBytes: attached.map_or(u64::MAX, |attached| attached.min_bytes),
         exchange: attached.map_or(c"", |attached| attached.exchange.c_name()).as_ptr(),
+        code: code_name(legs.code()).as_ptr(),
+    }
+}
+
+/// [`Code::name`] for C.
+const fn code_name(code: Code) -> &'static CStr {
+    match code {
+        Code::Plain => c"plain",
+        Code::Spikes => c"spikes",
+        Code::Rotated => c"rotated",
+        Code::RotatedSpikes => c"rotated-spikes",
+        Code::Blocks => c"blocks",
     }
 }
 

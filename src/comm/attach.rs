@@ -146,7 +146,8 @@ fn put_on(comm: &Comm, attached: Box<Attached>, wish: Wish) {
 
 fn describe(comm: &Comm) {
     if let Some(on) = comm.attached() {
-        stats::describe(comm.handle(), on.rank, on.world, Some((on.legs.to_string(), on.exchange.name())));
+        let (bits, code, exchange) = (on.legs.to_string(), on.legs.code().name(), on.exchange.name());
+        stats::describe(comm.handle(), on.rank, on.world, Some(stats::Attached { bits, code, exchange }));
     }
 }
 

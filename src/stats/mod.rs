@@ -189,8 +189,19 @@ pub struct About {
     pub number: u64,
     /// Rank and world size, where known.
     pub identity: Option<(usize, usize)>,
-    /// Widths and exchange, once it has attached and is on.
-    pub attached: Option<(String, &'static str)>,
+    /// Once it has attached and is on.
+    pub attached: Option<Attached>,
+}
+
+/// What an attached communicator does.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    /// As `FLASHCOMM_BITS` has it.
+    pub bits: String,
+    /// As `FLASHCOMM_CODE` has it.
+    pub code: &'static str,
+    /// As `FLASHCOMM_EXCHANGE` has it.
+    pub exchange: &'static str,
 }
 
 struct Entry {
@@ -225,7 +236,7 @@ impl Registry {
 }
 
 /// Notes what a communicator is, for the report.
-pub fn describe(comm: CommPtr, rank: usize, world: usize, attached: Option<(String, &'static str)>) {
+pub fn describe(comm: CommPtr, rank: usize, world: usize, attached: Option<Attached>) {
     let mut registry = REGISTRY.lock();
     let about = &mut registry.entry(comm, Some((rank, world))).about;
     about.attached = attached;

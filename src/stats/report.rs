@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use parking_lot::Once;
 use serde_json::{Map, Value, json};
 
-use super::{About, Call, Counters, N_CALLS, N_REASONS, REGISTRY, SIZE_CLASSES, class_start};
+use super::{About, Attached, Call, Counters, N_CALLS, N_REASONS, REGISTRY, SIZE_CLASSES, class_start};
 use crate::config::Config;
 use crate::nccl::CommPtr;
 use crate::route::Reason;
@@ -198,20 +198,21 @@ pub(super) fn name(about: &About) -> String {
         text += &format!(", rank {rank} of {world}");
     }
     match &about.attached {
-        Some((bits, exchange)) => text + &format!(" ({bits} bits, {exchange})"),
+        Some(Attached { bits, code, exchange }) => text + &format!(" ({bits} bits, {code}, {exchange})"),
         None => text,
     }
 }
 
 fn communicator_json(about: &About, counts: &Counts, ended: bool) -> Value {
     let (rank, world) = about.identity.unzip();
-    let (bits, exchange) = about.attached.as_ref().map(|(bits, exchange)| (bits, exchange)).unzip();
+    let attached = about.attached.as_ref();
     let Value::Object(mut object) = json!({
         "number": about.number,
         "rank": rank,
         "world": world,
-        "bits": bits,
-        "exchange": exchange,
+        "bits": attached.map(|on| &on.bits),
+        "code": attached.map(|on| on.code),
+        "exchange": attached.map(|on| on.exchange),
         "ended": ended,
     }) else {
         unreachable!("an object")

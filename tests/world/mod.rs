@@ -79,6 +79,7 @@ pub struct Info {
     pub n_ranks: c_int,
     pub min_bytes: u64,
     exchange: *const std::ffi::c_char,
+    code: *const std::ffi::c_char,
 }
 
 impl Info {
@@ -90,6 +91,11 @@ impl Info {
         // SAFETY: `size` is set.
         assert_eq!(unsafe { (api().flashcommGetCommInfo)(comm, &mut info) }, 0);
         info
+    }
+
+    pub fn code(&self) -> &str {
+        // SAFETY: as below.
+        unsafe { CStr::from_ptr(self.code) }.to_str().unwrap()
     }
 
     pub fn exchange(&self) -> &str {
