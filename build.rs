@@ -6,6 +6,7 @@
 
 use std::env;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
@@ -62,18 +63,9 @@ impl Kept {
             return None;
         }
         let version = Command::new(nvcc.get_program()).arg("--version").output().ok()?.stdout;
-        // The unit and the kernels' folder stand in OUT_DIR and in the checkout, which say nothing of what is compiled.
-        let flags: Vec<String> = architectures();
+        let flags = architectures();
         let mut now = format!("{version:?} {flags:?} {:?}\n", fs::read(root.join("build.rs")).ok()?);
-        for folder in ["kernels", "kernels/codec"] {
-            let mut files: Vec<PathBuf> =
-                fs::read_dir(root.join(folder)).ok()?.map(|entry| Some(entry.ok()?.path())).collect::<Option<_>>()?;
-            files.retain(|file| file.is_file());
-            files.sort();
-            for file in &files {
-                now += &format!("{:?}\n{}\n", file.file_name(), fs::read_to_string(file).ok()?);
-            }
-        }
+        add_sources(&root.join("kernels"), &mut now).ok()?;
         let name = flags.iter().filter_map(|flag| flag.rsplit_once("code=")).map(|(_, code)| code).collect::<Vec<_>>();
         let at = folder.join(format!("kernels-{}", name.join("-")));
         Some(Self { fatbin: at.with_extension("fatbin"), key: at.with_extension("key"), now })
@@ -90,6 +82,17 @@ impl Kept {
             let _ = fs::write(&self.key, &self.now);
         }
     }
+}
+
+/// Names and texts of everything below a folder, in an order that is always the same.
+fn add_sources(folder: &Path, to: &mut String) -> io::Result<()> {
+    let mut paths: Vec<PathBuf> = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
+    paths.sort();
+    for path in &paths {
+        *to += &format!("{:?}\n", path.file_name());
+        if path.is_dir() { add_sources(path, to)? } else { *to += &fs::read_to_string(path)? }
+    }
+    Ok(())
 }
 
 /// A unit that includes every kernel file.
