@@ -92,11 +92,8 @@ struct InputStream {
   }
 
   // The tile that was fetched before the last. The next fetch takes its place.
-  __device__ void take(ThreadVecs& v) const {
-    cp_async_wait<1>();
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) v[row] = stages[stage][row][threadIdx.x];
-  }
+  __device__ void wait() const { cp_async_wait<1>(); }
+  __device__ Vec16 row(int row) const { return stages[stage][row][threadIdx.x]; }
 };
 
 template <class T, class Reduce, class Gather>
@@ -149,25 +146,20 @@ struct AllReduce {
     stream.fetch(is_aligned16(args.input) && is_whole(t) ? input + t.start : nullptr);
   }
 
-  // This thread's elements of tile t, whose turn it is.
-  __device__ void take(const Tile& t, ThreadVecs& x) const {
+  // Waits until this thread's elements of tile t, whose turn it is, are in the stream.
+  __device__ void take(const Tile& t) const {
     if (is_aligned16(args.input) && is_whole(t)) {
-      stream.take(x);
+      stream.wait();
     } else {
-      const SlowVecs slow = load_slowly(input + t.start, t.n_elems);
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) x[row] = slow.rows[row];
+      fill_slowly(stream.stages[stream.stage], input + t.start, t.n_elems);
     }
   }
-
   // Kept out of the way of the usual case, which then fits the instruction cache.
-  struct SlowVecs {
-    ThreadVecs rows;
-  };
-  __device__ __noinline__ static SlowVecs load_slowly(const T* tile_ptr, int n_elems) {
-    SlowVecs slow;
-    load_vecs(tile_ptr, n_elems, slow.rows);
-    return slow;
+  __device__ __noinline__ static void fill_slowly(Vec16 (&rows)[kRows][kTileThreads], const T* tile_ptr, int n_elems) {
+    ThreadVecs v;
+    load_vecs(tile_ptr, n_elems, v);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) rows[row][threadIdx.x] = v[row];
   }
 
   // ---- the output -----------------------------------------------------------------------------------------------
@@ -205,8 +197,10 @@ struct AllReduce {
       const unsigned owner = other(step);
       const Tile t = tile(owner, round);
       if (t.n_elems != 0) {
+        take(t);
         ThreadVecs x;
-        take(t, x);
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) x[row] = stream.row(row);
         Reduce::store(slot(owner, 0, args.rank, round), args.group_shift, Reduce::encode_input(x, args.group_shift));
       }
     }
@@ -232,9 +226,9 @@ struct AllReduce {
       start_sum(sum);
 #pragma unroll 1
       for (unsigned rank = 0; rank < args.rank; ++rank) add_hop1(rank, round, sum);
-      ThreadVecs own;
-      take(t, own);
-      Reduce::add_input(own, args.group_shift, sum);
+      take(t);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) Reduce::add_input(stream.row(row), args.group_shift, sum[row]);
 #pragma unroll 1
       for (unsigned rank = args.rank + 1; rank < args.world; ++rank) add_hop1(rank, round, sum);
       scale_sum(args.scale, sum);
@@ -293,28 +287,34 @@ struct AllReduce {
     return true;
   }
 
+  // What the loop asks for once in an iteration is worked out then: kept, it would take registers.
+  __device__ bool is_short() const { return recomputed(n_rounds) <= kShortRounds; }
+  __device__ unsigned lag() const { return is_short() ? 2 : 3; }
+  __device__ static unsigned recomputed(unsigned x) {
+    asm volatile("" : "+r"(x));
+    return x;
+  }
+
   __device__ void run() {
     uint32_t done = args.iterations[channel];  // iterations
     fetch(tile(other(0), 0));
-    const bool is_short = n_rounds <= kShortRounds;
-    const unsigned lag = is_short ? 2 : 3, n_iterations = n_rounds + lag;
 #pragma unroll 1
-    for (unsigned i = 0; i < n_iterations; ++i, ++done) {
+    for (unsigned i = 0; i < n_rounds + lag(); ++i, ++done) {
       if (i <= n_rounds) push(i);
       const bool heard = i == 0 || threadIdx.x / 32 != kHearingWarp || hear(done, i);
       if (!barrier_and(1 + threadIdx.y, kTileThreads, heard)) return;
       // Nobody waits for the last signal, and it would come when the area may serve another communicator already.
-      const bool tells = threadIdx.x / 32 == kTellingWarp && i + 1 < n_iterations;
-      if (!is_short && tells) tell(done + 1);
+      if (!is_short() && tells(i)) tell(done + 1);
       if (i <= n_rounds) reduce(i - 1);
-      if (is_short) {
+      if (is_short()) {
         barrier_and(1 + threadIdx.y, kTileThreads, true);
-        if (tells) tell(done + 1);
+        if (tells(i)) tell(done + 1);
       }
-      if (i >= lag) decode(i - lag);
+      if (i >= lag()) decode(i - lag());
     }
     if (threadIdx.x == 0) args.iterations[channel] = done;
   }
+  __device__ bool tells(unsigned i) const { return threadIdx.x / 32 == kTellingWarp && i + 1 < n_rounds + lag(); }
 };
 
 template <class T, class Reduce, class Gather>
@@ -342,9 +342,7 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
 constexpr unsigned block_channels([[maybe_unused]] Code code, [[maybe_unused]] int reduce_bits,
                                   [[maybe_unused]] int gather_bits) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-  const int bits = reduce_bits > gather_bits ? reduce_bits : gather_bits;
-  if (code == Code::plain) return bits <= 5 ? 7 : bits <= 7 ? 6 : 5;
-  if (code == Code::blocks) return bits <= 4 ? 6 : 5;
+  if (code == Code::plain || code == Code::blocks) return reduce_bits == gather_bits || code == Code::blocks ? 7 : 6;
   return code == Code::rotated ? 5 : 4;
 #else
   return code == Code::plain ? 5 : 4;

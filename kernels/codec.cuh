@@ -6,7 +6,7 @@
 //   Thread                          what one thread holds of an encoded tile
 //   bytes(shift)                    of a payload
 //   encode_input(x, shift)          x: this thread's elements as they are stored; may be overwritten
-//   add_input(x, shift, sum)        adds them to a sum, as they would be if they were not quantized
+//   add_input(row, shift, sum)      adds a row of them to a row of a sum, as they would be if they were not quantized
 //   encode(sum, shift)
 //   add(thread, shift, sum)         adds what they decode to
 //   decode_row(thread, row, shift)  a row as the output has it

@@ -44,7 +44,8 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
     if (rank == args.rank) {
       ThreadVecs own;
       load_vecs(input, tile.n_elems, own);
-      In::add_input(own, shift, sum);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) In::add_input(own[row], shift, sum[row]);
     } else {
       In::add(In::load(incoming + rank * args.slot_bytes, shift), shift, sum);
     }

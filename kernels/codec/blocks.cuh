@@ -66,10 +66,10 @@ struct Blocks {
 
   // x: turned into its transform.
   __device__ static Thread encode_input(ThreadVecs& x, unsigned group_shift) {
-    enter(x);
     float largest[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
+      enter(x[row]);
       const uint32_t(&w)[4] = x[row].words;
       const uint32_t two = Pairs<T>::abs_max(Pairs<T>::abs_max(w[0], w[1]), Pairs<T>::abs_max(w[2], w[3]));
       largest[row] = max_nan(Element<T>::to_float(uint16_t(two)), Element<T>::to_float(uint16_t(two >> 16)));
@@ -102,10 +102,9 @@ struct Blocks {
     return out;
   }
 
-  // x: turned into its transform.
-  __device__ static void add_input(ThreadVecs& x, unsigned, ThreadElems& sum) {
+  __device__ static void add_input(Vec16 x, unsigned, float (&sum)[kLaneElems]) {
     enter(x);
-    add_vecs<T>(x, sum);
+    add_vec<T>(x, sum);
   }
 
   __device__ static void add(const Thread& in, unsigned, ThreadElems& sum) {
@@ -183,19 +182,16 @@ struct Blocks {
  private:
   static constexpr int kLevelsAt = P::kBytes, kUnitsAt = kLevelsAt + kTileThreads * 2;
 
-  __device__ static void enter(ThreadVecs& x) {
+  __device__ static void enter(Vec16& x) {
     using X = Pairs<T>;
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      uint32_t(&w)[4] = x[row].words;
-      const uint32_t a0 = X::mul(w[0], X::kEighth), a1 = X::mul(w[1], X::kEighth);
-      const uint32_t t0 = X::fma(w[2], X::kEighth, a0), t2 = X::fma(w[2], X::kMinusEighth, a0);
-      const uint32_t t1 = X::fma(w[3], X::kEighth, a1), t3 = X::fma(w[3], X::kMinusEighth, a1);
-      w[0] = X::butterfly(X::fma(t1, X::kPlusMinus, t0));
-      w[1] = X::butterfly(X::fma(t1, X::kMinusPlus, t0));
-      w[2] = X::butterfly(X::fma(t3, X::kPlusMinus, t2));
-      w[3] = X::butterfly(X::fma(t3, X::kMinusPlus, t2));
-    }
+    uint32_t(&w)[4] = x.words;
+    const uint32_t a0 = X::mul(w[0], X::kEighth), a1 = X::mul(w[1], X::kEighth);
+    const uint32_t t0 = X::fma(w[2], X::kEighth, a0), t2 = X::fma(w[2], X::kMinusEighth, a0);
+    const uint32_t t1 = X::fma(w[3], X::kEighth, a1), t3 = X::fma(w[3], X::kMinusEighth, a1);
+    w[0] = X::butterfly(X::fma(t1, X::kPlusMinus, t0));
+    w[1] = X::butterfly(X::fma(t1, X::kMinusPlus, t0));
+    w[2] = X::butterfly(X::fma(t3, X::kPlusMinus, t2));
+    w[3] = X::butterfly(X::fma(t3, X::kMinusPlus, t2));
   }
 
   // About 1 / x.

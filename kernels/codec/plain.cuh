@@ -60,9 +60,7 @@ struct Plain {
     return out;
   }
 
-  __device__ static void add_input(const ThreadVecs& x, unsigned, ThreadElems& sum) {
-    add_vecs<T>(x, sum);
-  }
+  __device__ static void add_input(const Vec16& x, unsigned, float (&sum)[kLaneElems]) { add_vec<T>(x, sum); }
 
   __device__ static void add(const Thread& in, unsigned group_shift, ThreadElems& sum) {
 #pragma unroll

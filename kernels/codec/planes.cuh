@@ -168,15 +168,12 @@ __device__ __forceinline__ void add_row(const float (&term)[kLaneElems], float (
   for (int e = 0; e < kLaneElems; ++e) sum[e] = __fadd_rn(sum[e], term[e]);
 }
 
-// Adds elements as they are stored.
+// Adds a row of elements as they are stored.
 template <class T>
-__device__ __forceinline__ void add_vecs(const ThreadVecs& x, ThreadElems& sum) {
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    float term[kLaneElems];
-    widen<T>(x[row], term);
-    add_row(term, sum[row]);
-  }
+__device__ __forceinline__ void add_vec(const Vec16& x, float (&sum)[kLaneElems]) {
+  float term[kLaneElems];
+  widen<T>(x, term);
+  add_row(term, sum);
 }
 
 __device__ __forceinline__ void scale_sum(float scale, ThreadElems& sum) {

@@ -19,13 +19,10 @@ struct Rotated {
     return Inner::encode(rotated, group_shift);
   }
 
-  __device__ static void add_input(const ThreadVecs& x, unsigned group_shift, ThreadElems& sum) {
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      float term[kLaneElems];
-      enter(x[row], group_shift, term);
-      add_row(term, sum[row]);
-    }
+  __device__ static void add_input(const Vec16& x, unsigned group_shift, float (&sum)[kLaneElems]) {
+    float term[kLaneElems];
+    enter(x, group_shift, term);
+    add_row(term, sum);
   }
   __device__ static void add(const Thread& in, unsigned group_shift, ThreadElems& sum) {
     Inner::add(in, group_shift, sum);

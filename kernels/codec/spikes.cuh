@@ -28,9 +28,7 @@ struct Spikes {
     return encode_rows([&](int row, float(&wide)[kLaneElems]) { widen<T>(x[row], wide); }, group_shift);
   }
 
-  __device__ static void add_input(const ThreadVecs& x, unsigned group_shift, ThreadElems& sum) {
-    Plain<T, kBits>::add_input(x, group_shift, sum);
-  }
+  __device__ static void add_input(const Vec16& x, unsigned, float (&sum)[kLaneElems]) { add_vec<T>(x, sum); }
   __device__ static void add(const Thread& in, unsigned group_shift, ThreadElems& sum) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {

@@ -29,11 +29,10 @@ struct Stored {
     return out;
   }
 
-  __device__ static void add_input(const ThreadVecs& x, unsigned, ThreadElems& sum) {
-    add_vecs<T>(x, sum);
-  }
+  __device__ static void add_input(const Vec16& x, unsigned, float (&sum)[kLaneElems]) { add_vec<T>(x, sum); }
   __device__ static void add(const Thread& in, unsigned group_shift, ThreadElems& sum) {
-    add_input(in.vecs, group_shift, sum);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) add_input(in.vecs[row], group_shift, sum[row]);
   }
   __device__ static Vec16 decode_row(const Thread& in, int row, unsigned) { return in.vecs[row]; }
 
