@@ -10,24 +10,23 @@
 // block of a kernel, and blocks of other kernels find others. A channel works in iterations; iteration i
 //
 //     pushes    tile i of every other rank's chunk, quantized, to its owner,
-//     waits     for the signals that each peer gave in iteration i - 1,
-//     signals   each peer that its stores so far are there: tile i pushed, the sum of tile i - 2,
-//     reduces   tile i - 1 of its own chunk, pushes the sum to everyone, decodes it to the output,
-//     decodes   tile i - 3 of every other chunk to the output.
+//     reduces   tile i - lag of its own chunk, pushes the sum to everyone, decodes it to the output,
+//     decodes   tile i - 2 lag of every other chunk to the output.
 //
-// So it waits for what peers did an iteration ago, and while it waits the SM runs other channels. Where there are few
-// rounds, nothing else is there to do meanwhile: then it signals after it reduces, which takes a barrier more but a wait
-// less, and decodes tile i - 2.
+// With a lag of 1 it signals once in an iteration, after it has reduced: each peer then knows that its tile i is there,
+// and the sum of tile i - 1. It waits for its peers' signals of the iteration before when it has pushed, so decoding and
+// pushing hide the way of a signal. A ring of three slots takes a hop's tiles from each peer: when a channel pushes tile i it
+// has heard that its peers reduced tile i - 3, and when it pushes the sum of tile i - 1 that they decoded that of tile i - 4.
 //
-// The receive slots are a ring of kSlots rounds. No credits travel. When a channel pushes tile i it has heard a peer's
-// signal of iteration i - 2, and when it pushes the sum of tile i - 1 that of iteration i - 1. To give its signal of
-// iteration i a peer has reduced tile i - 2 and decoded tile i - 4. Hence tile i - 4 of hop 1 and tile i - 5 of hop 2 are
-// read when their slots are written again. (With few rounds: reduced tile i - 1, decoded tile i - 3.) A test in
-// wire/src/rings.rs goes through every interleaving of the steps.
+// With a lag of 0 it signals after each hop and waits at once; only the other channels hide that. But one slot a hop and
+// peer will do, and what is under way between many ranks that share a GPU, in proportion to the square of their number,
+// stays in its L2: at 8 ranks and 4 bits 22 MB instead of 66.
+//
+// No credits travel. A test in wire/src/rings.rs goes through every interleaving of the steps.
 //
 // Memory order. A channel's stores, a barrier of the channel, a system fence by each signalling lane, the relaxed store of the signal;
-// on the other side an acquiring load, a barrier of the channel, the loads. A signal is the count of a channel's iterations ever
-// run, kept in device memory, so that graph replays and eager calls go on from one another.
+// on the other side an acquiring load, a barrier of the channel, the loads. A signal is the count of those that a channel ever
+// gave, kept in device memory, so that graph replays and eager calls go on from one another.
 //
 // Bytes through memory per element: 2 read, 2 written, and the payloads, (b/8 + 4/g) written and read in each hop, which
 // stay in L2 where the ring is small. 64 MiB of fp16 over 2 ranks of one GPU: 268 MB, 68 us at 3.94 TB/s.
@@ -38,8 +37,7 @@ namespace flashcomm {
 
 constexpr unsigned kMaxWorld = 16;
 constexpr unsigned kSignalWords = 32;  // of a channel: 128 bytes, a line of its own
-constexpr unsigned kSlots = 4;         // rounds of a ring
-constexpr unsigned kShortRounds = 2;   // up to here a channel signals after it reduces
+constexpr unsigned kLaggingWorld = 4;  // ranks up to which the lag is 1
 constexpr unsigned kStages = 2;        // input tiles on their way to a channel
 constexpr unsigned kHearingWarp = 0, kTellingWarp = 3;
 
@@ -60,7 +58,7 @@ struct AllReduceArgs {
   uint64_t count;
   uint64_t chunk_tiles;
   uint8_t* areas[kMaxWorld];  // every rank's receive area, as mapped here
-  uint32_t* iterations;       // of each channel, ever run
+  uint32_t* signals;          // that each channel ever gave
   const uint32_t* abort;      // host memory: not 0 once the communicator is aborted
   Report* report;             // host memory
   uint64_t timeout_ns;        // 0: none
@@ -104,7 +102,6 @@ struct AllReduce {
   T* output;
   uint32_t slot_bytes;
   unsigned channel;
-  uint32_t rings_at;  // of this channel, in every area
   unsigned n_rounds;
   InputStream stream;
 
@@ -116,6 +113,13 @@ struct AllReduce {
 
   // Recomputed where it is needed, it takes no register elsewhere.
   __device__ static unsigned n_channels() { return gridDim.x * blockDim.y; }
+
+  // Iterations from a push to the use of what was pushed. Worked out where it is asked for: kept, it takes a register.
+  __device__ unsigned lag() const {
+    unsigned world = args.world;
+    asm volatile("" : "+r"(world));
+    return world <= kLaggingWorld ? 1 : 0;
+  }
 
   // ---- where things are -----------------------------------------------------------------------------------------
 
@@ -135,8 +139,9 @@ struct AllReduce {
     return reinterpret_cast<uint32_t*>(args.areas[at_rank]) + channel * kSignalWords + from;
   }
   __device__ uint8_t* slot(unsigned at_rank, unsigned hop, unsigned from, unsigned round) const {
-    const uint32_t ring = hop * args.world + from;
-    return args.areas[at_rank] + (rings_at + (ring * kSlots + round % kSlots) * slot_bytes);
+    const uint32_t ring = (channel * 2 + hop) * args.world + from;
+    const uint32_t slot = lag() == 0 ? ring : ring * 3 + round % 3;
+    return args.areas[at_rank] + (args.max_channels * kSignalWords * 4 + slot * slot_bytes);
   }
 
   // ---- the input ------------------------------------------------------------------------------------------------
@@ -193,7 +198,7 @@ struct AllReduce {
   __device__ void push(unsigned round) {
 #pragma unroll 1
     for (unsigned step = 0; step + 1 < args.world; ++step) {
-      fetch(step + 2 < args.world ? tile(other(step + 1), round) : tile(args.rank, round - 1));
+      fetch(step + 2 < args.world ? tile(other(step + 1), round) : tile(args.rank, round - lag()));
       const unsigned owner = other(step);
       const Tile t = tile(owner, round);
       if (t.n_elems != 0) {
@@ -219,7 +224,7 @@ struct AllReduce {
   }
 
   __device__ void reduce(unsigned round) {
-    fetch(tile(other(0), round + 2));
+    fetch(tile(other(0), round + lag() + 1));
     const Tile t = tile(args.rank, round);
     if (t.n_elems != 0) {
       ThreadElems sum;
@@ -247,25 +252,28 @@ struct AllReduce {
 
   // ---- signals --------------------------------------------------------------------------------------------------
 
-  // By one warp, a lane for each peer: tells it that this many iterations are done.
-  __device__ void tell(uint32_t n_iterations) const {
+  // Tells each peer, by a lane of one warp, that what this channel did so far is done.
+  __device__ void tell(uint32_t n_signals) const {
+    barrier_and(1 + threadIdx.y, kTileThreads, true);
     const unsigned peer = threadIdx.x % 32;
-    if (peer < args.world && peer != args.rank) {
+    if (threadIdx.x / 32 == kTellingWarp && peer < args.world && peer != args.rank) {
       fence_acq_rel_sys();
-      st_relaxed_sys(signal(peer, args.rank), n_iterations);
+      st_relaxed_sys(signal(peer, args.rank), n_signals);
     }
   }
 
-  // By one warp, a lane for each peer: waits until it has told of this many. False when given up.
-  __device__ bool hear(uint32_t n_iterations, unsigned iteration) const {
+  // Waits until each peer has given so many signals, by a lane of one warp. False when given up.
+  __device__ bool hear(uint32_t n_signals, unsigned iteration) const {
     const unsigned peer = threadIdx.x % 32;
-    if (peer >= args.world || peer == args.rank) return true;
-    const uint32_t* from = signal(args.rank, peer);
-    uint64_t start = 0;
-    for (unsigned spins = 1; int32_t(ld_acquire_sys(from) - n_iterations) < 0; ++spins) {
-      if (spins % 1024 == 0 && given_up(start, iteration)) return false;
+    bool is_heard = true;
+    if (threadIdx.x / 32 == kHearingWarp && peer < args.world && peer != args.rank) {
+      const uint32_t* from = signal(args.rank, peer);
+      uint64_t start = 0;
+      for (unsigned spins = 1; is_heard && int32_t(ld_acquire_sys(from) - n_signals) < 0; ++spins) {
+        if (spins % 1024 == 0) is_heard = !given_up(start, iteration);
+      }
     }
-    return true;
+    return barrier_and(1 + threadIdx.y, kTileThreads, is_heard);
   }
 
   __device__ bool given_up(uint64_t& start, unsigned iteration) const {
@@ -287,34 +295,25 @@ struct AllReduce {
     return true;
   }
 
-  // What the loop asks for once in an iteration is worked out then: kept, it would take registers.
-  __device__ bool is_short() const { return recomputed(n_rounds) <= kShortRounds; }
-  __device__ unsigned lag() const { return is_short() ? 2 : 3; }
-  __device__ static unsigned recomputed(unsigned x) {
-    asm volatile("" : "+r"(x));
-    return x;
-  }
-
   __device__ void run() {
-    uint32_t done = args.iterations[channel];  // iterations
+    uint32_t n_signals = args.signals[channel];
     fetch(tile(other(0), 0));
 #pragma unroll 1
-    for (unsigned i = 0; i < n_rounds + lag(); ++i, ++done) {
-      if (i <= n_rounds) push(i);
-      const bool heard = i == 0 || threadIdx.x / 32 != kHearingWarp || hear(done, i);
-      if (!barrier_and(1 + threadIdx.y, kTileThreads, heard)) return;
-      // Nobody waits for the last signal, and it would come when the area may serve another communicator already.
-      if (!is_short() && tells(i)) tell(done + 1);
-      if (i <= n_rounds) reduce(i - 1);
-      if (is_short()) {
-        barrier_and(1 + threadIdx.y, kTileThreads, true);
-        if (tells(i)) tell(done + 1);
+    for (unsigned i = 0; i < n_rounds + 2 * lag(); ++i) {
+      push(i);
+      if (lag() == 0) tell(++n_signals);
+      if (i >= lag() && !hear(n_signals, i)) return;
+      // With a lag, nobody waits for a signal of the last iteration, and it would come when the area may serve another
+      // communicator already.
+      if (i < n_rounds + lag()) {
+        reduce(i - lag());
+        tell(++n_signals);
       }
-      if (i >= lag()) decode(i - lag());
+      if (lag() == 0 && !hear(n_signals, i)) return;
+      if (i >= 2 * lag()) decode(i - 2 * lag());
     }
-    if (threadIdx.x == 0) args.iterations[channel] = done;
+    if (threadIdx.x == 0) args.signals[channel] = n_signals;
   }
-  __device__ bool tells(unsigned i) const { return threadIdx.x / 32 == kTellingWarp && i + 1 < n_rounds + lag(); }
 };
 
 template <class T, class Reduce, class Gather>
@@ -331,7 +330,6 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
       static_cast<T*>(args.output),
       slot_bytes,
       channel,
-      args.max_channels * kSignalWords * 4 + channel * 2 * args.world * kSlots * slot_bytes,
       unsigned((args.chunk_tiles + Self::n_channels() - 1 - channel) / Self::n_channels()),
       {stages[threadIdx.y]}};
   self.run();
@@ -339,11 +337,9 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
 
 // Channels of a block at most: as many as share the registers of an SM without spilling. (Tried out on sm_90; 5 leave
 // the plain code enough room on every architecture, 4 the others.)
-constexpr unsigned block_channels([[maybe_unused]] Code code, [[maybe_unused]] int reduce_bits,
-                                  [[maybe_unused]] int gather_bits) {
+constexpr unsigned block_channels([[maybe_unused]] Code code) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-  if (code == Code::plain || code == Code::blocks) return reduce_bits == gather_bits || code == Code::blocks ? 7 : 6;
-  return code == Code::rotated ? 5 : 4;
+  return code == Code::blocks ? 7 : code == Code::plain ? 6 : code == Code::rotated ? 5 : 4;
 #else
   return code == Code::plain ? 5 : 4;
 #endif
@@ -351,7 +347,7 @@ constexpr unsigned block_channels([[maybe_unused]] Code code, [[maybe_unused]] i
 
 // One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
 #define FLASHCOMM_DEFINE(suffix, T, code, in, out)                                                            \
-  extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(Code::code, in, out), 1)          \
+  extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(Code::code), 1)                   \
       flashcomm_allreduce_##suffix##_##code##in##_##code##out(const __grid_constant__ AllReduceArgs args) {   \
     all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>>(args);                                 \
   }

@@ -118,8 +118,8 @@ pub struct AllReduceArgs {
     pub chunk_tiles: u64,
     /// Every rank's receive area ([`flashcomm_wire::Rings`]), as this rank's kernels reach it.
     pub areas: [*mut c_void; rings::MAX_WORLD],
-    /// Device memory: iterations ever run, of each channel.
-    pub iterations: *mut c_void,
+    /// Device memory: signals that each channel ever gave.
+    pub signals: *mut c_void,
     /// Host memory: a 32-bit word, not 0 once the communicator is aborted.
     pub abort: *const c_void,
     /// Host memory: a [`Report`].

@@ -123,7 +123,7 @@ pub struct Prepared {
     rings: Rings,
     area: Area,
     offer: Offer,
-    iterations: DeviceMemory,
+    signals: DeviceMemory,
     control: PinnedMemory,
 }
 
@@ -138,7 +138,7 @@ pub struct Fused {
     areas: [*mut c_void; rings::MAX_WORLD],
     mine: Area,
     _theirs: Vec<HostArea>,
-    iterations: DeviceMemory,
+    signals: DeviceMemory,
     control: PinnedMemory,
     timeout: Option<Duration>,
     is_reported: AtomicBool,
@@ -203,11 +203,11 @@ impl Prepared {
                 Area::Host(HostArea::new(shared)?)
             }
         };
-        let iterations =
+        let signals =
             DeviceMemory::new(rings.channels * 4).map_err(Error::cuda("allocating the channels' counters"))?;
-        iterations.clear(stream).map_err(Error::cuda("clearing the channels' counters"))?;
+        signals.clear(stream).map_err(Error::cuda("clearing the channels' counters"))?;
         let control = PinnedMemory::new(CONTROL_BYTES).map_err(Error::cuda("allocating the abort word"))?;
-        Ok(Self { kind, rings, area, offer, iterations, control })
+        Ok(Self { kind, rings, area, offer, signals, control })
     }
 
     /// What the others need to map the area.
@@ -259,7 +259,7 @@ impl Prepared {
             areas,
             mine: self.area,
             _theirs: theirs,
-            iterations: self.iterations,
+            signals: self.signals,
             control: self.control,
             timeout,
             is_reported: AtomicBool::new(false),
@@ -343,7 +343,7 @@ impl Fused {
             count: 0,
             chunk_tiles: 0,
             areas: self.areas,
-            iterations: self.iterations.at(0),
+            signals: self.signals.at(0),
             abort: self.control.address(),
             report: self.control.address().wrapping_byte_add(REPORT_AT),
             timeout_ns: self.timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)),

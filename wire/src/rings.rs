@@ -1,7 +1,7 @@
 //! Where the fused kernel's receive areas have what.
 //!
 //! Every rank has an *area* that all ranks can write: for each channel a row of signals, [`SIGNAL_BYTES`] with a 32-bit
-//! word for each sender; behind them, for each channel, hop and sender, a *ring* of [`SLOTS`] slots of one tile's payload.
+//! word for each sender; behind them, for each channel, hop and sender, a *ring* of [`slots`] slots of one tile's payload.
 //! The rings are as many and as long whatever the size of an operation, so an area is small enough for a GPU's L2 cache.
 //! `kernels/all_reduce.cu` computes the same offsets.
 
@@ -10,8 +10,18 @@ use crate::codec::Legs;
 /// Ranks that a fused all-reduce takes at most.
 pub const MAX_WORLD: usize = 16;
 
-/// Tiles that a ring holds.
-pub const SLOTS: usize = 4;
+/// Iterations of a channel from the push of a tile to the use of what peers pushed.
+///
+/// `world`: number of ranks. Among few an iteration is short, and other work must hide the way of a signal; among many
+/// it is long, and what is under way should stay in the L2 cache.
+pub const fn lag(world: usize) -> usize {
+    if world <= 4 { 1 } else { 0 }
+}
+
+/// Tiles that a ring holds among `world` ranks.
+pub const fn slots(world: usize) -> usize {
+    1 + 2 * lag(world)
+}
 
 /// Bytes of a channel's row of signals.
 pub const SIGNAL_BYTES: usize = 128;
@@ -38,7 +48,7 @@ impl Rings {
 
     /// Bytes of the area, a multiple of 128.
     pub fn area_bytes(&self) -> usize {
-        self.channels * (SIGNAL_BYTES + 2 * self.world * SLOTS * self.slot_bytes())
+        self.channels * (SIGNAL_BYTES + 2 * self.world * slots(self.world) * self.slot_bytes())
     }
 
     /// Bytes of a slot: a tile's payload in the wider leg, and the rest of its last cache line.
@@ -54,7 +64,7 @@ impl Rings {
     /// Offset of the slot of `round` for what `sender` sends in `hop`, 0 or 1, over `channel`.
     pub fn slot(&self, channel: usize, hop: usize, sender: usize, round: usize) -> usize {
         let ring = (channel * 2 + hop) * self.world + sender;
-        self.channels * SIGNAL_BYTES + (ring * SLOTS + round % SLOTS) * self.slot_bytes()
+        self.channels * SIGNAL_BYTES + (ring * slots(self.world) + round % slots(self.world)) * self.slot_bytes()
     }
 }
 
@@ -70,24 +80,26 @@ mod tests {
 
     #[test]
     fn signals_and_slots_do_not_overlap_and_fill_the_area() {
-        let rings = Rings { world: 3, legs: legs(4, 8), channels: 5 };
-        let mut ranges = Vec::new();
-        for channel in 0..5 {
-            for sender in 0..3 {
-                ranges.push((rings.signal(channel, sender), 4));
-                for hop in 0..2 {
-                    for round in 0..SLOTS {
-                        ranges.push((rings.slot(channel, hop, sender, round), rings.slot_bytes()));
-                        assert_eq!(rings.slot(channel, hop, sender, round) % 128, 0);
+        for world in [3, 5] {
+            let (rings, slots) = (Rings { world, legs: legs(4, 8), channels: 5 }, slots(world));
+            let mut ranges = Vec::new();
+            for channel in 0..5 {
+                for sender in 0..world {
+                    ranges.push((rings.signal(channel, sender), 4));
+                    for hop in 0..2 {
+                        for round in 0..slots {
+                            ranges.push((rings.slot(channel, hop, sender, round), rings.slot_bytes()));
+                            assert_eq!(rings.slot(channel, hop, sender, round) % 128, 0);
+                        }
+                        assert_eq!(rings.slot(channel, hop, sender, 1), rings.slot(channel, hop, sender, 1 + slots));
                     }
-                    assert_eq!(rings.slot(channel, hop, sender, 1), rings.slot(channel, hop, sender, 1 + SLOTS));
                 }
             }
+            ranges.sort_unstable();
+            assert!(ranges.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0));
+            let (at, n_bytes) = ranges[ranges.len() - 1];
+            assert_eq!(at + n_bytes, rings.area_bytes());
         }
-        ranges.sort_unstable();
-        assert!(ranges.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0));
-        let (at, n_bytes) = ranges[ranges.len() - 1];
-        assert_eq!(at + n_bytes, rings.area_bytes());
     }
 
     #[test]
@@ -108,8 +120,6 @@ mod tests {
 mod protocol {
     use std::collections::{BTreeSet, HashSet};
 
-    use super::SLOTS;
-
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]
     enum Step {
         /// Writes what is told of a round to a ring of each peer.
@@ -129,36 +139,46 @@ mod protocol {
     }
     use Step::{Hear, Read, Tell, Write};
 
-    /// What one rank does in operations of so many rounds. Up to `short_rounds` it signals after it reduces.
-    fn program(operations: &[usize], short_rounds: usize) -> Vec<Step> {
-        let (mut steps, mut done) = (Vec::new(), 0u8);
+    /// What one rank does in operations of so many rounds.
+    fn program(operations: &[usize], lag: usize) -> Vec<Step> {
+        let (mut steps, mut n_signals) = (Vec::new(), 0u8);
+        let mut tell = |steps: &mut Vec<Step>| {
+            n_signals += 1;
+            steps.push(Tell(n_signals));
+            n_signals
+        };
+        let mut told = 0;
         for (operation, &n_rounds) in operations.iter().enumerate() {
             let tag = |round: usize| (operation * 32 + round + 1) as u8;
-            let is_short = n_rounds <= short_rounds;
-            let lag = if is_short { 2 } else { 3 };
-            for i in 0..n_rounds + lag {
-                let tell = (i + 1 < n_rounds + lag).then_some(Tell(done + 1));
+            for i in 0..n_rounds + 2 * lag {
                 steps.extend((i < n_rounds).then(|| Write { hop: 0, round: i, tag: tag(i) }));
-                steps.extend((i > 0).then_some(Hear(done)));
-                steps.extend(tell.filter(|_| !is_short));
-                if (1..=n_rounds).contains(&i) {
-                    steps.push(Read { hop: 0, round: i - 1, tag: tag(i - 1) });
-                    steps.push(Write { hop: 1, round: i - 1, tag: tag(i - 1) });
+                if lag == 0 {
+                    told = tell(&mut steps);
                 }
-                steps.extend(tell.filter(|_| is_short));
-                steps.extend((i >= lag).then(|| Read { hop: 1, round: i - lag, tag: tag(i - lag) }));
-                done += 1;
+                steps.extend((i >= lag).then_some(Hear(told)));
+                if i < n_rounds + lag {
+                    if let Some(round) = i.checked_sub(lag) {
+                        steps.push(Read { hop: 0, round, tag: tag(round) });
+                        steps.push(Write { hop: 1, round, tag: tag(round) });
+                    }
+                    told = tell(&mut steps);
+                }
+                steps.extend((lag == 0).then_some(Hear(told)));
+                steps.extend(i.checked_sub(2 * lag).map(|round| Read { hop: 1, round, tag: tag(round) }));
             }
         }
         steps
     }
+
+    /// Of any lag.
+    const MAX_SLOTS: usize = 3;
 
     /// Where each rank is, and its memory: signals by sender, and by sender, hop and slot what was written last.
     #[derive(Clone, PartialEq, Eq, Hash)]
     struct State {
         at: Vec<usize>,
         signals: Vec<Vec<u8>>,
-        rings: Vec<Vec<[[u8; SLOTS]; 2]>>,
+        rings: Vec<Vec<[[u8; MAX_SLOTS]; 2]>>,
     }
 
     impl State {
@@ -189,7 +209,7 @@ mod protocol {
         let start = State {
             at: vec![0; world],
             signals: vec![vec![0; world]; world],
-            rings: vec![vec![[[0; SLOTS]; 2]; world]; world],
+            rings: vec![vec![[[0; MAX_SLOTS]; 2]; world]; world],
         };
         let (mut open, mut seen) = (vec![start.clone()], HashSet::from([start]));
         while let Some(state) = open.pop() {
@@ -212,30 +232,34 @@ mod protocol {
     #[test]
     #[cfg_attr(miri, ignore = "thousands of states")]
     fn no_slot_is_written_before_it_has_been_read() {
-        // Both ways of signalling, and operations that follow one another.
+        // Operations that follow one another.
         let operations: BTreeSet<Vec<usize>> = [1, 2, 3, 7]
             .iter()
             .flat_map(|a| [1, 2, 3, 6].map(|b| vec![*a, b]))
             .chain([vec![9], vec![1, 4, 2]])
             .collect();
         for operations in operations {
-            for short_rounds in [0, 2, usize::MAX] {
-                let result = explore(2, &program(&operations, short_rounds), SLOTS);
-                assert_eq!(result, Ok(()), "{operations:?}, short up to {short_rounds}");
+            for lag in [0, 1] {
+                let result = explore(2, &program(&operations, lag), 1 + 2 * lag);
+                assert_eq!(result, Ok(()), "{operations:?}, lag {lag}");
             }
         }
-        for operations in [vec![1, 3], vec![7, 2], vec![4, 5]] {
-            assert_eq!(explore(3, &program(&operations, 2), SLOTS), Ok(()), "{operations:?} of 3 ranks");
+        for lag in [0, 1] {
+            for operations in [vec![1, 3], vec![7, 2], vec![4, 5]] {
+                let result = explore(3, &program(&operations, lag), 1 + 2 * lag);
+                assert_eq!(result, Ok(()), "{operations:?} of 3 ranks, lag {lag}");
+            }
+            assert_eq!(explore(4, &program(&[2, 3], lag), 1 + 2 * lag), Ok(()), "of 4 ranks, lag {lag}");
         }
-        assert_eq!(explore(4, &program(&[2, 4], 2), SLOTS), Ok(()), "of 4 ranks");
     }
 
     #[test]
     #[cfg_attr(miri, ignore = "thousands of states")]
     fn fewer_slots_or_a_wait_less_would_not_do() {
-        assert!(explore(2, &program(&[6], 0), 2).is_err());
-        assert!(explore(2, &program(&[6], usize::MAX), 2).is_err());
-        let deaf: Vec<Step> = program(&[6], 2).into_iter().filter(|step| *step != Hear(3)).collect();
-        assert!(explore(2, &deaf, SLOTS).is_err());
+        assert!(explore(2, &program(&[6], 1), 2).is_err());
+        for lag in [0, 1] {
+            let deaf: Vec<Step> = program(&[6], lag).into_iter().filter(|step| *step != Hear(3)).collect();
+            assert!(explore(2, &deaf, 1 + 2 * lag).is_err(), "lag {lag}");
+        }
     }
 }

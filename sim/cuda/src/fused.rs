@@ -17,9 +17,6 @@ use crate::memory;
 /// Channels of a block at most.
 pub const MAX_BLOCK_CHANNELS: u32 = 7;
 
-/// Operations of so many rounds signal after the reduction of an iteration instead of before it.
-const SHORT_ROUNDS: usize = 2;
-
 /// `AllReduceArgs` of `kernels/all_reduce.cu`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -29,7 +26,7 @@ pub struct AllReduceArgs {
     count: u64,
     chunk_tiles: u64,
     areas: [usize; rings::MAX_WORLD],
-    iterations: usize,
+    signals: usize,
     abort: usize,
     report: usize,
     timeout_ns: u64,
@@ -48,6 +45,14 @@ enum Progress {
     Waits(usize),
 }
 
+/// The parts of an iteration: up to where it may have to wait, and on.
+#[derive(Clone, Copy)]
+enum Part {
+    Push,
+    Reduce,
+    Decode,
+}
+
 /// What the channels of a launch share.
 struct Launch {
     args: AllReduceArgs,
@@ -58,10 +63,11 @@ struct Launch {
 struct Channel {
     number: usize,
     n_rounds: usize,
-    /// Iterations ever run before this operation.
-    before: u32,
+    /// Signals ever given.
+    n_signals: u32,
     iteration: usize,
-    has_pushed: bool,
+    /// What comes next in it.
+    part: Part,
     waits_since: Option<Instant>,
 }
 
@@ -84,9 +90,9 @@ pub fn run<E: Element>(kernel: &Kernel, bytes: &[u8], shape: Shape) -> Result<()
     }
     let launch = Launch { args, rings, n_channels };
     let new = |number: usize| {
-        let before = word(args.iterations + number * 4)?.load(Ordering::Relaxed);
+        let n_signals = word(args.signals + number * 4)?.load(Ordering::Relaxed);
         let n_rounds = (n_tiles - number).div_ceil(n_channels);
-        Ok(Channel { number, n_rounds, before, iteration: 0, has_pushed: false, waits_since: None })
+        Ok(Channel { number, n_rounds, n_signals, iteration: 0, part: Part::Push, waits_since: None })
     };
     let mut channels = (0..n_channels.min(n_tiles)).map(new).collect::<Result<Vec<Channel>>>()?;
     let mut idle_turns = 0;
@@ -98,8 +104,7 @@ pub fn run<E: Element>(kernel: &Kernel, bytes: &[u8], shape: Shape) -> Result<()
             match channel.step::<E>(&launch)? {
                 Progress::Done => {
                     has_advanced = true;
-                    let n_iterations = channel.before.wrapping_add(channel.n_iterations() as u32);
-                    word(args.iterations + channel.number * 4)?.store(n_iterations, Ordering::Relaxed);
+                    word(args.signals + channel.number * 4)?.store(channel.n_signals, Ordering::Relaxed);
                 }
                 Progress::Advanced => {
                     has_advanced = true;
@@ -160,70 +165,74 @@ impl Launch {
 }
 
 impl Channel {
-    /// One iteration, or as much of it as goes without waiting.
+    /// One part of an iteration, if it need not wait.
     fn step<E: Element>(&mut self, launch: &Launch) -> Result<Progress> {
-        let (args, i) = (&launch.args, self.iteration);
-        let rank = args.rank as usize;
-        if i == self.n_iterations() {
+        let (i, lag) = (self.iteration, rings::lag(launch.rings.world));
+        if i == self.n_rounds + 2 * lag {
             return Ok(Progress::Done);
         }
-        if !self.has_pushed {
-            for owner in launch.others() {
-                self.push::<E>(launch, owner)?;
+        self.part = match self.part {
+            Part::Push => {
+                for owner in launch.others() {
+                    self.push::<E>(launch, owner)?;
+                }
+                if lag == 0 {
+                    self.tell(launch)?;
+                }
+                Part::Reduce
             }
-            self.has_pushed = true;
-        }
-        if i > 0 {
-            let needed = self.before.wrapping_add(i as u32);
-            for peer in launch.others() {
-                let told = word(args.areas[rank] + launch.rings.signal(self.number, peer))?.load(Ordering::Acquire);
-                if (told.wrapping_sub(needed) as i32) < 0 {
+            Part::Reduce => {
+                if i >= lag
+                    && let Some(peer) = self.not_heard(launch)?
+                {
                     return Ok(Progress::Waits(peer));
                 }
+                if i < self.n_rounds + lag {
+                    if let Some(round) = i.checked_sub(lag) {
+                        self.reduce::<E>(launch, round)?;
+                    }
+                    self.tell(launch)?;
+                }
+                Part::Decode
             }
-        }
+            Part::Decode => {
+                if lag == 0
+                    && let Some(peer) = self.not_heard(launch)?
+                {
+                    return Ok(Progress::Waits(peer));
+                }
+                if let Some(round) = i.checked_sub(2 * lag) {
+                    for owner in launch.others() {
+                        self.decode::<E>(launch, owner, round)?;
+                    }
+                }
+                self.iteration += 1;
+                Part::Push
+            }
+        };
         self.waits_since = None;
-        if !self.is_short() {
-            self.tell(launch)?;
-        }
-        if (1..=self.n_rounds).contains(&i) {
-            self.reduce::<E>(launch, i - 1)?;
-        }
-        if self.is_short() {
-            self.tell(launch)?;
-        }
-        if let Some(round) = i.checked_sub(self.lag()) {
-            for owner in launch.others() {
-                self.decode::<E>(launch, owner, round)?;
-            }
-        }
-        self.iteration += 1;
-        self.has_pushed = false;
         Ok(Progress::Advanced)
     }
 
-    fn is_short(&self) -> bool {
-        self.n_rounds <= SHORT_ROUNDS
-    }
-
-    /// Iterations from a push to the decoding of its sum.
-    fn lag(&self) -> usize {
-        if self.is_short() { 2 } else { 3 }
-    }
-
-    fn n_iterations(&self) -> usize {
-        self.n_rounds + self.lag()
-    }
-
-    /// Signals each peer, unless nobody waits for it.
-    fn tell(&self, launch: &Launch) -> Result<()> {
-        if self.iteration + 1 == self.n_iterations() {
-            return Ok(());
+    /// A peer that has not given as many signals as this rank.
+    fn not_heard(&self, launch: &Launch) -> Result<Option<usize>> {
+        let mine = launch.args.areas[launch.args.rank as usize];
+        for peer in launch.others() {
+            let told = word(mine + launch.rings.signal(self.number, peer))?.load(Ordering::Acquire);
+            if (told.wrapping_sub(self.n_signals) as i32) < 0 {
+                return Ok(Some(peer));
+            }
         }
+        Ok(None)
+    }
+
+    /// Signals each peer.
+    fn tell(&mut self, launch: &Launch) -> Result<()> {
+        self.n_signals = self.n_signals.wrapping_add(1);
         fence(Ordering::SeqCst);
         for peer in launch.others() {
             let signal = word(launch.args.areas[peer] + launch.rings.signal(self.number, launch.args.rank as usize))?;
-            signal.store(self.before.wrapping_add(self.iteration as u32 + 1), Ordering::Release);
+            signal.store(self.n_signals, Ordering::Release);
         }
         Ok(())
     }
