@@ -17,9 +17,10 @@ failed=()
 check() {
     local name=$1
     shift
+    local start=$SECONDS
     echo "== $name" >&2 # what it prints itself may go to a file
-    if "$@"; then echo "ok: $name" >&2; else
-        echo "FAILED: $name" >&2
+    if "$@"; then echo "ok: $name, $((SECONDS - start)) s" >&2; else
+        echo "FAILED: $name, after $((SECONDS - start)) s" >&2
         failed+=("$name")
     fi
 }
@@ -206,11 +207,12 @@ sanitize() {
 
 if wants sanitize; then
     check "memcheck of the kernels" sanitize memcheck kernels .gpu/gpu_kernels
-    # The fused kernel with ranks that share the GPU, one small job of it: under these tools everything takes a hundred times as long.
+    # The fused kernel with ranks that share the GPU, small jobs of it: under these tools everything takes a hundred times as long.
     check "the packed NCCL" unpack_nccl
     export FLASHCOMM_TEST_REAL=1 FLASHCOMM_TEST_NCCL=$PWD/.gpu/libnccl.so.2
     for tool in memcheck racecheck; do
         check "$tool of the fused kernel" sanitize $tool fused .gpu/sim_groups --test-threads 1 --exact a_simulated_end_discards_the_group
+        check "$tool of its rings" sanitize $tool rings .gpu/sim_allreduce --test-threads 1 --exact rings_go_round_among_two_and_five_ranks
     done
     unset FLASHCOMM_TEST_REAL FLASHCOMM_TEST_NCCL
 fi
@@ -237,7 +239,8 @@ if wants jobs; then
     check "groups and captures" timeout 60 .gpu/sim_groups --test-threads 1
     check "children, revocation, addresses used again" timeout 60 .gpu/sim_lifecycle --test-threads 1 \
         children revoked address another_thread_captures
-    check "sizes at every border" timeout 60 .gpu/sim_allreduce --test-threads 1 two_to_five replays
+    check "sizes at every border" timeout 60 .gpu/sim_allreduce --test-threads 1 two_to_five rings_go replays
+    check "what is not finite, in every code" timeout 60 .gpu/sim_allreduce --test-threads 1 every_code_shows
     check "recorded inputs" timeout 60 .gpu/sim_record --test-threads 1 threads_save
     check "statistics" timeout 60 .gpu/sim_stats --test-threads 1 counts_are_its_calls
     check "widths that change" timeout 100 .gpu/sim_control --test-threads 1 \

@@ -69,6 +69,23 @@ fn two_to_five_ranks_equal_the_reference_over_host_memory_fp16_int6_int4() {
     equals_the_reference::<f16>("host", &[2, 3, 4, 5], 6, 4);
 }
 
+/// With one block a rank its channels go through their rings again and again, in either lag.
+#[test]
+fn rings_go_round_among_two_and_five_ranks() {
+    in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", "peer"), ("FLASHCOMM_MAX_CTAS", "1")], || {
+        for world in [2, 5] {
+            let case = Case::<f16>::new(world * 40 * TILE_ELEMS - 77, 3, world, legs(4, 4));
+            let id = unique_id();
+            threads(world, |rank| {
+                let (comm, stream) = (init(world, id, rank), Stream::new());
+                reduce_both_ways(comm, &stream, rank, &case);
+                ok!(ncclCommDestroy(comm));
+            });
+        }
+        assert_eq!(n_compressed(), 2 * (2 + 5));
+    });
+}
+
 /// Runs a test in every code there is, with groups of all sizes.
 fn in_every_code(exchange: &str, test: impl Fn(Code, Legs)) {
     let codes = Code::ALL.into_iter().zip([(4, 4, 32), (3, 3, 64), (8, 8, 128), (4, 8, 128), (5, 5, 64)]);
