@@ -405,8 +405,11 @@ fn wait(children: &mut [Guard], limit: Duration) -> Vec<ExitStatus> {
     children.iter_mut().map(one).collect()
 }
 
-/// How long a job may take.
-pub const LIMIT: Duration = Duration::from_secs(240);
+/// How long a job may take: 240 s, or `FLASHCOMM_TEST_LIMIT_S`.
+fn limit() -> Duration {
+    let set = std::env::var("FLASHCOMM_TEST_LIMIT_S").ok();
+    Duration::from_secs(set.map_or(240, |text| text.parse().expect("FLASHCOMM_TEST_LIMIT_S is a number of seconds")))
+}
 
 /// Runs `body` in one process of its own, with these settings.
 pub fn in_process(settings: Settings<'_>, body: impl FnOnce()) {
@@ -415,7 +418,7 @@ pub fn in_process(settings: Settings<'_>, body: impl FnOnce()) {
     }
     let dir = simulators();
     let child = again(dir.path(), settings).env("WORLD_INNER", "1").spawn().unwrap();
-    let statuses = wait(&mut [Guard(child)], LIMIT);
+    let statuses = wait(&mut [Guard(child)], limit());
     assert!(statuses[0].success(), "{:?}", statuses[0]);
 }
 
@@ -498,7 +501,7 @@ pub fn processes(
             Guard(command.stderr(stderr).stdout(Stdio::null()).spawn().unwrap())
         })
         .collect();
-    let statuses = wait(&mut children, LIMIT);
+    let statuses = wait(&mut children, limit());
     let stderr = |rank: usize| std::fs::read_to_string(meeting.path().join(format!("stderr{rank}"))).unwrap();
     Some(statuses.into_iter().enumerate().map(|(rank, status)| (status, stderr(rank))).collect())
 }
