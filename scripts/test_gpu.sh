@@ -4,13 +4,15 @@
 # scripts/pack_gpu.sh. Results go to the folder named by OUT (default: .gpu/results).
 #
 #   ./scripts/test_gpu.sh [kernels] [sanitize] [torch-nccl] [torch-peer] [torch-host] [worlds] [soak] [settings] [lifecycle] [kill]
-#                         [jobs] [example] [clients] [bench] [speed] [ttft]                         default: all
+#                         [jobs] [example] [clients] [bench] [speed] [ttft] [gpus]                  default: all
+#
+# `gpus` gives each rank a GPU of its own, where there are several; the ranks of all other parts share one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-.gpu/results}
 mkdir -p "$out"
 [[ -f .gpu/libflashcomm.so ]] || { echo "run ./scripts/pack_gpu.sh first, where cargo is, and bring .gpu/ along" >&2; exit 1; }
-parts=${*:-kernels sanitize torch-nccl torch-peer torch-host worlds soak settings lifecycle kill jobs example clients bench speed ttft}
+parts=${*:-kernels sanitize torch-nccl torch-peer torch-host worlds soak settings lifecycle kill jobs example clients bench speed ttft gpus}
 wants() { [[ " $parts " == *" $1 "* ]]; }
 failed=()
 # check NAME COMMAND...: runs, reports, remembers a failure, goes on.
@@ -161,6 +163,33 @@ kill_job() {
     return $status
 }
 
+# gpu_each RANKS BITS EXCHANGE PROGRAM ARGUMENT...: a PyTorch job as users start it, with a GPU for each rank.
+gpu_each() {
+    local ranks=$1 bits=$2 exchange=$3 status=0
+    shift 3
+    FLASHCOMM_SCRATCH=$(mktemp -d -p /dev/shm) || return
+    export FLASHCOMM_SCRATCH
+    timeout 150 .gpu/flashcomm run --quiet --engine torch --bits "$bits" --exchange "$exchange" --min-bytes 0 -- \
+        python3 -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$@" || status=$?
+    rm -rf "$FLASHCOMM_SCRATCH"
+    return $status
+}
+
+gpus() {
+    local n exchange ranks_are
+    n=$(nvidia-smi --list-gpus | grep -c ^GPU) || true
+    ((n > 1)) || { echo "a GPU for each rank: not run, there is only one" >&2; return; }
+    nvidia-smi topo -m
+    check "doctor" .gpu/flashcomm doctor
+    check "the packed NCCL" unpack_nccl
+    for exchange in auto host; do check "a GPU each, PyTorch, 4 bits, $exchange" gpu_each "$n" 4 $exchange scripts/gpu/torch_job.py; done
+    check "a GPU each, random operations" gpu_each "$n" 4:8 auto scripts/gpu/soak_job.py 20000
+    for ranks_are in "" --processes; do
+        check "a GPU each, beside NCCL $ranks_are" timeout 100 .gpu/flashcomm bench --nccl .gpu/libnccl.so.2 --worlds "$n" \
+            --sizes 1M,4M,16M,64M --rounds 1 --batches 7 $ranks_are --json "$out/gpus$ranks_are.json"
+    done
+}
+
 # The C++ example with two ranks that share the GPU, over an exchange.
 example() {
     unpack_nccl || return
@@ -255,6 +284,7 @@ fi
 if wants example; then
     for exchange in peer host nccl; do check "the C++ example, $exchange" example "$exchange"; done
 fi
+if wants gpus; then gpus; fi
 if wants bench; then
     check "all-reduces beside NCCL" bench
 fi

@@ -42,7 +42,7 @@ class Case:
 
 
 def main():
-    torch.cuda.set_device(0)
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     groups = [dist.group.WORLD, dist.new_group()]
     draw = random.Random(SEED)

@@ -1,7 +1,7 @@
 """One rank of a PyTorch job whose all-reduces go through the shim, checked against the reference.
 
-Started by scripts/gpu/launch.py with LD_PRELOAD of the shim; the program itself is plain torch.distributed. All ranks
-share GPU 0 and run with different NCCL_HOSTIDs. Needs FLASHCOMM_LIB (for the counts), FLASHCOMM_REFERENCE (the
+Started by scripts/gpu/launch.py with LD_PRELOAD of the shim; the program itself is plain torch.distributed. The
+ranks share GPU 0 and run with different NCCL_HOSTIDs, or are torchrun's with a GPU each. Needs FLASHCOMM_LIB (for the counts), FLASHCOMM_REFERENCE (the
 program of wire/examples) and FLASHCOMM_BITS. Exits with an assertion where something is off.
 """
 
@@ -176,7 +176,7 @@ def check_groups_and_streams():
 
 def main():
     warnings.simplefilter("ignore")
-    torch.cuda.set_device(0)
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     counts = [1, 7, 4096, 4097, 100_003, 1 << 20, 32 << 20]
     for dtype in [torch.float16, torch.bfloat16]:
