@@ -74,8 +74,8 @@ pub const fn default_min_bytes(kind: Option<fused::Kind>, one_host: bool) -> u64
     match kind {
         None if one_host => u64::MAX,
         None => 1 << 20,
-        // Where ranks share a GPU, peer memory is never slower from here on (docs/tuning.md); between GPUs, and over host
-        // memory, where it begins to be faster has not been measured.
+        // Where ranks share a GPU, peer memory is never slower from here on (docs/tuning.md); between two GPUs neither. Where
+        // it begins to be faster between more, and over host memory, has not been measured.
         Some(_) => 4 << 20,
     }
 }
