@@ -175,7 +175,15 @@ proptest! {
 }
 
 fn blob(rank: u32, config: &Config) -> Blob {
-    let place = Place { host: 7, process: 8, device: 3, device_uuid: [9; 16], multiprocessors: 132, block_channels: 7 };
+    let place = Place {
+        host: 7,
+        process: 8,
+        device: 3,
+        device_uuid: [9; 16],
+        multiprocessors: 132,
+        block_channels: 7,
+        is_first: true,
+    };
     let offer = std::array::from_fn(|i| i as u8);
     Blob { rank, agreement: Agreement::from(config), place, attach: 9, ready: true, offer }
 }

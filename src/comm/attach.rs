@@ -36,7 +36,7 @@ use super::{Attached, Comm, MAX_SETUPS, Order};
 use crate::config::{Config, ExchangeChoice};
 use crate::cuda::{self, Context, DeviceMemory, Event, RelaxedCapture, Stream};
 use crate::error::{self, Error, Result};
-use crate::exchange::fused::{self, Fused, Kind, Offer, Peer};
+use crate::exchange::fused::{self, Fused, Kind, Offer, Peer, Seat};
 use crate::exchange::nccl::Staging;
 use crate::exchange::{self, Exchange, Transfer};
 use crate::kernels::Kernels;
@@ -217,11 +217,12 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
     let _relaxed = RelaxedCapture::enter().map_err(Error::cuda("leaving the capture mode"))?;
     let nothing = [0; fused::OFFER_BYTES];
     let order = comm.setups().next().map(|first| first.order.clone());
+    let seat = comm.setups().find_map(|setup| setup.seat.clone()).unwrap_or_else(|| Arc::new(Seat::take(device)));
     let mut rounds = match &order {
         // What is loaded or allocated may wait for work on the GPU; so first all ranks come, and have issued what they
         // were to issue before, then that work ends.
         Some(_) => {
-            let place = place(device, &context, 0)?;
+            let place = place(device, &context, 0, &seat)?;
             let blob =
                 Blob { rank: rank as u32, agreement, place, attach: number_of_attach(), ready: true, offer: nothing };
             let wire = Wire::new(comm, device, rank, world)?;
@@ -248,7 +249,7 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
         log::warn!("rank {rank} cannot compress: {error}");
     }
     let ready = loaded.is_ok();
-    let place = place(device, &context, loaded.as_ref().map_or(0, |loaded| loaded.block_channels))?;
+    let place = place(device, &context, loaded.as_ref().map_or(0, |loaded| loaded.block_channels), &seat)?;
     let mut rounds = match rounds.take() {
         Some(rounds) => Rounds { blob: Blob { place, ready, ..rounds.blob }, ..rounds },
         None => {
@@ -276,14 +277,16 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
         u64::MAX => "nothing unless FLASHCOMM_MIN_BYTES says so".into(),
         min_bytes => format!("from {min_bytes} bytes up"),
     };
-    log::info!(
-        "rank {rank} of {world}: on, {legs} bits ({}), exchange {}, {from}",
-        legs.code().name(),
-        exchange.name()
-    );
+    let blocks = match &exchange {
+        Exchange::Fused(fused) => format!(" {} blocks,", fused.max_blocks()),
+        Exchange::Nccl(_) => String::new(),
+    };
+    let (code, name) = (legs.code().name(), exchange.name());
+    log::info!("rank {rank} of {world}: on, {legs} bits ({code}), exchange {name},{blocks} {from}");
     let order = order.unwrap_or_else(|| Arc::new(Mutex::new(Order { last, captured: None })));
+    let seat = matches!(exchange, Exchange::Fused(_)).then_some(seat);
     let exchange = ManuallyDrop::new(exchange);
-    let attached = Attached { rank, world, legs, min_bytes, context, kernels, exchange, order };
+    let attached = Attached { rank, world, legs, min_bytes, context, kernels, exchange, order, seat };
     Ok(Outcome::New(Box::new(attached)))
 }
 
@@ -302,7 +305,7 @@ fn load(device: i32, context: &Context, legs: Legs) -> Result<Loaded> {
     Ok(Loaded { kernels, block_channels, last })
 }
 
-fn place(device: i32, context: &Context, block_channels: usize) -> Result<Place> {
+fn place(device: i32, context: &Context, block_channels: usize, seat: &Seat) -> Result<Place> {
     let multiprocessors = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
     Ok(Place {
         host: host(),
@@ -311,6 +314,7 @@ fn place(device: i32, context: &Context, block_channels: usize) -> Result<Place>
         device_uuid: context.device_uuid().map_err(Error::cuda("asking for the device's UUID"))?,
         multiprocessors: context.attribute(multiprocessors).map_err(Error::cuda("asking for an attribute"))?,
         block_channels,
+        is_first: seat.is_first,
     })
 }
 
@@ -361,7 +365,8 @@ fn fused_rings(peers: &[Blob]) -> Option<Rings> {
     let sharing = peers.iter().map(sharing).max()?;
     let multiprocessors = peers.iter().map(|peer| peer.place.multiprocessors).min()?;
     let block_channels = block_channels(peers);
-    let n_channels = fused::block_limit(multiprocessors, sharing, agreement.max_ctas) * block_channels;
+    let is_first = peers.iter().all(|peer| peer.place.is_first);
+    let n_channels = fused::block_limit(multiprocessors, sharing, is_first, agreement.max_ctas) * block_channels;
     Rings::within(peers.len(), agreement.legs, n_channels, agreement.buffer_bytes)
 }
 

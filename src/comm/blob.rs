@@ -15,7 +15,7 @@ use crate::exchange::fused::{OFFER_BYTES, Offer};
 pub const BLOB_BYTES: usize = 256;
 
 /// Where the offer begins; before it, fields of 8 bytes.
-const OFFER_AT: usize = 168;
+const OFFER_AT: usize = 176;
 
 /// Marks a blob: "flashcom" in ASCII.
 const MAGIC: u64 = u64::from_le_bytes(*b"flashcom");
@@ -85,6 +85,8 @@ pub struct Place {
     pub multiprocessors: usize,
     /// Channels that a block of the fused kernel may have there.
     pub block_channels: usize,
+    /// Whether the communicator is the first there, of its process's with a fused exchange.
+    pub is_first: bool,
 }
 
 /// Why a communicator stays off.
@@ -177,6 +179,7 @@ impl Blob {
             place.block_channels as u64,
             self.attach,
             legs.code() as u64,
+            u64::from(place.is_first),
         ];
         let mut bytes = [0; BLOB_BYTES];
         for (place, field) in bytes[..OFFER_AT].chunks_exact_mut(8).zip(fields) {
@@ -219,6 +222,7 @@ impl Blob {
                 device_uuid: [field(15).to_le_bytes(), field(16).to_le_bytes()].concat().try_into().ok()?,
                 multiprocessors: within(17, 0, 1 << 16)? as usize,
                 block_channels: within(18, 0, 1 << 16)? as usize,
+                is_first: within(21, 0, 1)? == 1,
             },
             agreement: Agreement {
                 legs: Legs::new(codec(width(5)?), codec(width(6)?))?,
@@ -291,7 +295,15 @@ mod tests {
 
     fn blob(rank: u32) -> Blob {
         let device_uuid = *b"0123456789abcdef";
-        let place = Place { host: 7, process: 8, device: 3, device_uuid, multiprocessors: 132, block_channels: 7 };
+        let place = Place {
+            host: 7,
+            process: 8,
+            device: 3,
+            device_uuid,
+            multiprocessors: 132,
+            block_channels: 7,
+            is_first: true,
+        };
         let offer = std::array::from_fn(|i| i as u8);
         Blob { rank, agreement: Agreement::from(&Config::default()), place, attach: 9, ready: true, offer }
     }

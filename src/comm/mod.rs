@@ -25,6 +25,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::cuda::{self, Capture, Context, CudaResult, Dependencies, Event, GraphNode, RelaxedCapture, StreamHandle};
 use crate::error::{self, Error};
 use crate::exchange::Exchange;
+use crate::exchange::fused::Seat;
 use crate::kernels::Kernels;
 use crate::nccl::CommPtr;
 use crate::record::Recording;
@@ -68,6 +69,8 @@ pub struct Attached {
     /// What carries the payloads.
     pub exchange: ManuallyDrop<Exchange>,
     order: Arc<Mutex<Order>>,
+    /// With a fused exchange: shared by the communicator's setups, which never run at once.
+    seat: Option<Arc<Seat>>,
 }
 
 /// The events that chain the communicator's operations, of whatever setup and on whatever stream.

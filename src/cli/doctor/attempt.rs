@@ -103,7 +103,8 @@ fn attempt(party: &Party) -> Result<Tried> {
     let places: Vec<Place> = party.meet(0, &place)?;
     let multiprocessors = places.iter().map(|place| place.multiprocessors).min().unwrap_or(0);
     let block_channels = places.iter().map(|place| place.block_channels).min().unwrap_or(0);
-    let n_channels = block_limit(multiprocessors, places.len().div_ceil(count), config.max_ctas) * block_channels;
+    let sharing = places.len().div_ceil(count);
+    let n_channels = block_limit(multiprocessors, sharing, true, config.max_ctas) * block_channels;
     let rings = Rings::within(places.len(), config.legs, n_channels, config.buffer_bytes);
     let stream = Stream::new()?;
     let exchange = |kind| set_up(party, kind, rings, (&context, &stream), &places, block_channels);
