@@ -186,8 +186,11 @@ gpus() {
     check "a GPU each, random operations" gpu_each "$n" 4:8 auto scripts/gpu/soak_job.py 20000
     for ranks_are in "" --processes; do
         check "a GPU each, beside NCCL $ranks_are" timeout 100 .gpu/flashcomm bench --nccl .gpu/libnccl.so.2 --worlds "$n" \
-            --sizes 1M,4M,16M,64M --rounds 1 --batches 7 $ranks_are --json "$out/gpus$ranks_are.json"
+            --exchanges peer --sizes 1M,4M,16M,64M --rounds 1 --batches 7 $ranks_are --json "$out/gpus$ranks_are.json"
     done
+    # As where GPUs cannot reach each other's memory: NCCL goes over shared memory of the host, too.
+    check "a GPU each, over host memory, beside NCCL" timeout 100 env NCCL_P2P_DISABLE=1 .gpu/flashcomm bench --nccl .gpu/libnccl.so.2 \
+        --worlds "$n" --exchanges host --bits 8,4,4-plain,16 --sizes 256K,1M,4M,16M,64M --rounds 1 --batches 7 --json "$out/gpus-host.json"
 }
 
 # The C++ example with two ranks that share the GPU, over an exchange.
