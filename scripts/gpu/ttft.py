@@ -178,6 +178,7 @@ def main():
             measured["logits_relative_error"] = float((logits - exact).norm() / exact.norm())
             measured["same_first_token"] = float((logits.argmax(-1) == exact.argmax(-1)).float().mean())
             jobs.append(measured)
+            print(f"{ranks} ranks, {bits}: {statistics.median(measured['ms']):.1f} ms, logits' error {measured['logits_relative_error']:.5f}", flush=True)
 
     size = args.prompt * args.batch * args.hidden * 2 >> 20
     print(f"\nTime to first token: Llama, {args.layers} layers of width {args.hidden}, random weights, fp16, {args.batch} prompts of "
