@@ -10,7 +10,15 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|data: &[u8]| {
     let [world, changes @ ..] = data else { return };
     let agreement = Agreement::from(&Config::default());
-    let place = Place { host: 7, process: 8, device: 3, device_uuid: [9; 16], multiprocessors: 132, block_channels: 7, is_first: true };
+    let place = Place {
+        host: 7,
+        process: 8,
+        device: 3,
+        device_uuid: [9; 16],
+        multiprocessors: 132,
+        block_channels: 7,
+        is_first: true,
+    };
     let blob = |rank| Blob { rank, agreement, place, attach: 9, ready: true, offer: std::array::from_fn(|i| i as u8) };
     let mut bytes: Vec<u8> = (0..u32::from(world % 8) + 1).flat_map(|rank| blob(rank).encode()).collect();
     let n_bytes = bytes.len();
