@@ -156,11 +156,37 @@ impl Context {
 
     /// The 16 bytes that identify the physical device.
     pub fn device_uuid(&self) -> CudaResult<[u8; 16]> {
-        let mut uuid = sys::CUuuid { bytes: [0; 16] };
-        // SAFETY: `uuid` is a valid place and the device came from the driver.
-        check(unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, self.device) })?;
-        Ok(uuid.bytes.map(|byte| byte as u8))
+        uuid_of(self.device)
     }
+
+    /// Whether this device could use the memory of the one with that UUID; not, as far as this process can tell, where it
+    /// does not see that (`CUDA_VISIBLE_DEVICES`).
+    pub fn reaches(&self, uuid: &[u8; 16]) -> CudaResult<bool> {
+        let mut count = 0;
+        // SAFETY: `count` is a valid place.
+        check(unsafe { sys::cuDeviceGetCount(&mut count) })?;
+        for ordinal in 0..count {
+            let mut device = 0;
+            // SAFETY: `device` is a valid place.
+            check(unsafe { sys::cuDeviceGet(&mut device, ordinal) })?;
+            if uuid_of(device)? == *uuid {
+                let mut can = c_int::from(device == self.device);
+                if can == 0 {
+                    // SAFETY: `can` is a valid place and the devices came from the driver.
+                    check(unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.device, device) })?;
+                }
+                return Ok(can != 0);
+            }
+        }
+        Ok(false)
+    }
+}
+
+fn uuid_of(device: sys::CUdevice) -> CudaResult<[u8; 16]> {
+    let mut uuid = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: `uuid` is a valid place and the device came from the driver.
+    check(unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, device) })?;
+    Ok(uuid.bytes.map(|byte| byte as u8))
 }
 
 impl Drop for Context {

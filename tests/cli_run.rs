@@ -313,11 +313,18 @@ fn doctor_says_what_auto_takes_and_why() {
     assert_eq!(exchanges["nccl"]["min_bytes_on_one_host"], Value::Null);
     assert_eq!(exchanges["nccl"]["min_bytes_between_hosts"], 1 << 20);
 
-    // CUDA IPC refused, as in some containers.
-    let (report, code) = json("1", &[("FLASHCOMM_SIM_FAIL", "ipc:1")]);
-    let exchanges = &report["exchanges"];
-    assert_eq!((code, &exchanges["takes"], &exchanges["cuda_ipc"]), (0, &"host".into(), &false.into()), "{report}");
-    assert!(exchanges["because"].as_str().unwrap().contains("CUDA IPC"), "{exchanges}");
+    // CUDA IPC refused, as in some containers; GPUs that do not reach each other.
+    let no_ipc = [("FLASHCOMM_SIM_FAIL", "ipc:1")];
+    for (devices, more, takes, because) in [
+        ("1", &no_ipc[..], "nccl", "reach each other's memory"),
+        ("2", &no_ipc[..], "nccl", "CUDA IPC"),
+        ("2", &[("FLASHCOMM_SIM_PEER_ACCESS", "0")][..], "host", "driver error 217"),
+    ] {
+        let (report, code) = json(devices, more);
+        let exchanges = &report["exchanges"];
+        assert_eq!((code, &exchanges["takes"], &exchanges["cuda_ipc"]), (0, &takes.into(), &false.into()), "{report}");
+        assert!(exchanges["because"].as_str().unwrap().contains(because), "{exchanges}");
+    }
     // And where only that is allowed.
     let (report, code) = json("1", &[("FLASHCOMM_SIM_FAIL", "ipc:1"), ("FLASHCOMM_EXCHANGE", "peer")]);
     assert_eq!((code, &report["fit"], &report["exchanges"]["takes"]), (1, &false.into(), &Value::Null), "{report}");

@@ -180,6 +180,34 @@ fn the_first_communicator_of_a_device_has_more_of_it_while_it_lasts() {
     all_succeed(Some(ends));
 }
 
+#[test]
+fn auto_takes_host_memory_only_where_gpus_do_not_reach_each_other() {
+    let cases: [(&[(&'static str, &str)], &str, &str); 3] = [
+        (&[], "exchange peer", ""),
+        // Refused, as in some containers, where the real NCCL has other ways.
+        (&[("FLASHCOMM_SIM_FAIL", "ipc:1")], "exchange nccl", "the GPUs reach each other's memory"),
+        (&[("FLASHCOMM_SIM_PEER_ACCESS", "0")], "exchange host", "driver error 217"),
+    ];
+    for (more, expected, because) in cases {
+        let settings = |_| {
+            let log_all = [("FLASHCOMM_BITS", "4".to_string()), ("FLASHCOMM_LOG", "info".into())];
+            log_all.into_iter().chain(more.iter().map(|(name, value)| (*name, value.to_string()))).collect()
+        };
+        let ends = processes(2, settings, |process| {
+            use_device(process.rank);
+            let case = Case::<f16>::new(5000, 1, 2, legs(4, 4));
+            let comm = init(2, process.unique_id(0), process.rank);
+            reduce(comm, &Stream::new(), process.rank, &case, "the sum");
+            ok!(ncclCommDestroy(comm));
+        });
+        let Some(ends) = ends else { return };
+        for (_, log) in &ends {
+            assert!(log.contains(expected) && log.contains(because), "{expected}: {log}");
+        }
+        all_succeed(Some(ends));
+    }
+}
+
 /// Two of three ranks call, the third does not; another thread aborts. `attached`: whether they have met before.
 fn an_abort_frees_the_peers(attached: bool) {
     let (world, id, after) = (3, unique_id(), unique_id());

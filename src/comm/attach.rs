@@ -34,7 +34,7 @@ use parking_lot::Mutex;
 use super::blob::{Agreement, BLOB_BYTES, Blob, Disagreement, Place, agree};
 use super::{Attached, Comm, MAX_SETUPS, Order};
 use crate::config::{Config, ExchangeChoice};
-use crate::cuda::{self, Context, DeviceMemory, Event, RelaxedCapture, Stream};
+use crate::cuda::{self, Context, CudaResult, DeviceMemory, Event, RelaxedCapture, Stream};
 use crate::error::{self, Error, Result};
 use crate::exchange::fused::{self, Fused, Kind, Offer, Peer, Seat};
 use crate::exchange::nccl::Staging;
@@ -272,7 +272,7 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
 
     rounds.end()?;
     let one_host = is_one_host(&peers);
-    let min_bytes = agreement.min_bytes.unwrap_or(exchange.default_min_bytes(one_host));
+    let min_bytes = agreement.min_bytes.unwrap_or(exchange.default_min_bytes(world, one_host));
     let from = match min_bytes {
         u64::MAX => "nothing unless FLASHCOMM_MIN_BYTES says so".into(),
         min_bytes => format!("from {min_bytes} bytes up"),
@@ -338,7 +338,7 @@ fn agree_on_exchange(
     let mut refusal = None;
     for kind in kinds {
         match fused_rings(peers) {
-            Some(rings) => match fused_exchange(rounds, context, kernels, *kind, rings)? {
+            Some(rings) => match fused_exchange(rounds, context, kernels, *kind, rings, peers)? {
                 Ok(fused) => return Ok(Ok(Exchange::Fused(fused))),
                 Err(disagreement) => refusal = Some(disagreement),
             },
@@ -374,6 +374,20 @@ fn block_channels(peers: &[Blob]) -> usize {
     peers.iter().map(|peer| peer.place.block_channels).min().unwrap_or(0)
 }
 
+/// Whether an exchange can be faster than the real NCCL, as far as this rank can tell. Host memory is not where NCCL has the
+/// memory of the GPUs: it can map that in ways that are not ours (CUDA IPC), where containers forbid those.
+fn is_worthwhile(kind: Kind, context: &Context, peers: &[Blob]) -> CudaResult<bool> {
+    if kind == Kind::Peer || peers[0].agreement.exchange != ExchangeChoice::Auto {
+        return Ok(true);
+    }
+    for peer in peers {
+        if !context.reaches(&peer.place.device_uuid)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Two rounds: everyone has made its area; everyone has mapped all of them.
 fn fused_exchange(
     rounds: &mut Rounds<'_>,
@@ -381,9 +395,16 @@ fn fused_exchange(
     kernels: &Kernels,
     kind: Kind,
     rings: Rings,
+    peers: &[Blob],
 ) -> Result<std::result::Result<Fused, Disagreement>> {
     let rank = rounds.blob.rank as usize;
-    let prepared = fused::Prepared::new(kind, rings, context, &rounds.wire.stream);
+    let prepared = match is_worthwhile(kind, context, peers) {
+        Ok(true) => fused::Prepared::new(kind, rings, context, &rounds.wire.stream),
+        Ok(false) => Err(Error::Unmappable(
+            "the GPUs reach each other's memory, over which the real NCCL is faster (FLASHCOMM_EXCHANGE=host takes it anyway)",
+        )),
+        Err(error) => Err(Error::cuda("asking what the GPU reaches")(error)),
+    };
     if let Err(error) = &prepared {
         log::log!(rounds.refusal(), "rank {rank} cannot offer memory for the exchange {}: {error}", kind.name());
     }

@@ -57,10 +57,10 @@ impl Exchange {
     }
 
     /// As [`default_min_bytes`].
-    pub const fn default_min_bytes(&self, one_host: bool) -> u64 {
+    pub const fn default_min_bytes(&self, world: usize, one_host: bool) -> u64 {
         match self {
-            Exchange::Fused(fused) => default_min_bytes(Some(fused.kind), one_host),
-            Exchange::Nccl(_) => default_min_bytes(None, one_host),
+            Exchange::Fused(fused) => default_min_bytes(Some(fused.kind), world, one_host),
+            Exchange::Nccl(_) => default_min_bytes(None, world, one_host),
         }
     }
 }
@@ -70,12 +70,15 @@ impl Exchange {
 /// Over the real NCCL, as measured (see docs/tuning.md): the bytes decide between hosts; between ranks of one host NCCL's own
 /// all-reduce is faster than three kernels with two of its calls between, so there it takes an explicit
 /// `FLASHCOMM_MIN_BYTES`.
-pub const fn default_min_bytes(kind: Option<fused::Kind>, one_host: bool) -> u64 {
+pub const fn default_min_bytes(kind: Option<fused::Kind>, world: usize, one_host: bool) -> u64 {
     match kind {
         None if one_host => u64::MAX,
         None => 1 << 20,
-        // Where ranks share a GPU, peer memory is never slower from here on (docs/tuning.md); between two GPUs neither. Where
-        // it begins to be faster between more, and over host memory, has not been measured.
-        Some(_) => 4 << 20,
+        // Peer memory is never slower from here on, whether ranks share a GPU or two have one each; between more GPUs it has
+        // not been measured, hence a reserve.
+        Some(fused::Kind::Peer) if world == 2 => 1 << 20,
+        Some(fused::Kind::Peer) => 4 << 20,
+        // Between two GPUs, where NCCL goes over host memory, too.
+        Some(fused::Kind::Host) => 256 << 10,
     }
 }

@@ -36,6 +36,12 @@ pub fn total_bytes() -> i64 {
     *TOTAL
 }
 
+/// Whether devices can use each other's memory.
+pub fn reach_each_other() -> bool {
+    static REACH: Lazy<bool> = Lazy::new(|| setting("FLASHCOMM_SIM_PEER_ACCESS", 1) != 0);
+    *REACH
+}
+
 /// Number of devices.
 pub fn count() -> i32 {
     DEVICES.len() as i32

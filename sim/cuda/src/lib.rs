@@ -10,7 +10,8 @@
 //!
 //! It is as strict as the driver where a program could go wrong: what synchronizes there does so here (freeing waits
 //! for the device), what a capture forbids is refused and invalidates the capture, a wrong access is sticky for the
-//! context. It says nothing about speed. Devices: `FLASHCOMM_SIM_DEVICES` (8), of `FLASHCOMM_SIM_MEMORY_MIB` (16384).
+//! context. It says nothing about speed. Devices: `FLASHCOMM_SIM_DEVICES` (8), of `FLASHCOMM_SIM_MEMORY_MIB` (16384); with
+//! `FLASHCOMM_SIM_PEER_ACCESS=0` they cannot use each other's memory.
 //! Delays and faults: `flashcomm-sim-schedule`; the kinds are alloc, hostalloc, register, ipc, module, stream, event,
 //! launch, copy.
 

@@ -64,7 +64,8 @@ pub struct IpcHandle {
     n_bytes: u64,
     /// Allocations of the owner before this one: a handle of freed memory is not one of what comes after it.
     serial: u64,
-    padding: [u64; 3],
+    device: i32,
+    padding: [u32; 5],
 }
 
 const IPC_MAGIC: u64 = u64::from_le_bytes(*b"simcuipc");
@@ -234,7 +235,8 @@ pub fn export(address: usize) -> Result<IpcHandle> {
         offset: (found.address - ARENA.fenced) as u64,
         n_bytes: found.n_bytes as u64,
         serial: table.serials[&found.address],
-        padding: [0; 3],
+        device: found.device,
+        padding: [0; 5],
     })
 }
 
@@ -242,6 +244,9 @@ pub fn export(address: usize) -> Result<IpcHandle> {
 pub fn import(handle: &IpcHandle, device: &Device) -> Result<usize> {
     if handle.magic != IPC_MAGIC || handle.process == std::process::id() {
         return Err(Code::INVALID_VALUE);
+    }
+    if handle.device != device.ordinal && !device::reach_each_other() {
+        return Err(Code::PEER_ACCESS_UNSUPPORTED);
     }
     let path = format!("/proc/{}/fd/{}", handle.process, handle.file);
     let file = File::options().read(true).write(true).open(path).map_err(|_| Code::INVALID_VALUE)?;

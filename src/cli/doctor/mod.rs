@@ -201,6 +201,14 @@ fn try_exchanges(machine: &Machine, report: &mut Report) -> Result<()> {
                 no_peer.clone().unwrap_or_default()
             ),
         ),
+        // As is_worthwhile in src/comm/attach.rs.
+        ExchangeChoice::Auto if report.gpus.iter().any(|gpu| gpu.reaches.iter().all(|reaches| *reaches)) => (
+            Some("nccl"),
+            format!(
+                "peer is impossible here ({}), and where GPUs reach each other's memory, NCCL is faster than over host memory",
+                no_peer.clone().unwrap_or_default()
+            ),
+        ),
         ExchangeChoice::Auto | ExchangeChoice::Host if no_host.is_none() => (
             Some("host"),
             match &no_peer {
@@ -229,9 +237,9 @@ fn try_exchanges(machine: &Machine, report: &mut Report) -> Result<()> {
     report.exchanges = Some(Exchanges {
         ranks: world,
         cuda_ipc: no_peer.is_none(),
-        peer: possible(Some(Kind::Peer), no_peer),
-        host: possible(Some(Kind::Host), no_host),
-        nccl: possible(None, report.nccl.is_none().then(|| "no real NCCL".to_string())),
+        peer: possible(Some(Kind::Peer), world, no_peer),
+        host: possible(Some(Kind::Host), world, no_host),
+        nccl: possible(None, world, report.nccl.is_none().then(|| "no real NCCL".to_string())),
         setting: choice_name(choice).into(),
         takes,
         because,
@@ -248,8 +256,8 @@ fn choice_name(choice: ExchangeChoice) -> &'static str {
     }
 }
 
-fn possible(kind: Option<Kind>, why_not: Option<String>) -> Possible {
-    let from = |one_host| Some(default_min_bytes(kind, one_host)).filter(|n_bytes| *n_bytes != u64::MAX);
+fn possible(kind: Option<Kind>, world: usize, why_not: Option<String>) -> Possible {
+    let from = |one_host| Some(default_min_bytes(kind, world, one_host)).filter(|n_bytes| *n_bytes != u64::MAX);
     Possible {
         possible: why_not.is_none(),
         why_not,

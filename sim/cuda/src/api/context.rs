@@ -111,11 +111,12 @@ driver! {
     }
     fn cuDeviceCanAccessPeer(can: *mut c_int, device: c_int, peer: c_int) {
         let (device, peer) = (device::of(device)?, device::of(peer)?);
-        put(can, c_int::from(device.ordinal != peer.ordinal))
+        put(can, c_int::from(device.ordinal != peer.ordinal && device::reach_each_other()))
     }
     fn cuCtxEnablePeerAccess(context: usize, flags: u32) {
         let current = device::current()?;
         match of_handle(context)? {
+            Some(_) if !device::reach_each_other() => Err(Code::PEER_ACCESS_UNSUPPORTED),
             Some(peer) if peer.ordinal != current.ordinal && flags == 0 => Ok(()),
             _ => Err(Code::INVALID_VALUE),
         }
