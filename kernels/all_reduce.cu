@@ -2,7 +2,7 @@
 // of the host can write (a peer's GPU memory, or pinned host memory).
 //
 //   grid   (blocks), all resident at once, beside those of every rank that shares the GPU
-//   block  (128 threads, channels): each row is a channel    dynamic shared memory: kStages tiles for each channel
+//   block  (128 threads, channels): each row is a channel    dynamic shared memory: a ChannelMemory for each
 //   reads  input   count elements of T, 2-byte aligned       writes  output  the same; may be the input
 //
 // Channel c serves tiles c, c + channels, ... of every chunk, one a round, and talks only to channel c of the other
@@ -40,6 +40,7 @@ constexpr unsigned kSignalWords = 32;  // of a channel: 128 bytes, a line of its
 constexpr unsigned kLaggingWorld = 4;  // ranks up to which the lag is 1
 constexpr unsigned kStages = 2;        // input tiles on their way to a channel
 constexpr unsigned kHearingWarp = 0, kTellingWarp = 3;
+constexpr unsigned kMaxParamsBytes = 1280;  // of a tile in any code: spikes, in groups of 32
 
 // Written by the first channel that gives up waiting, read by the host and by those that still wait. Mirrors Report in
 // src/kernels.rs.
@@ -69,10 +70,20 @@ struct AllReduceArgs {
   float scale;                // of the sum: 1, or 1 / world for an average
 };
 
+// Shared memory of a channel; CHANNEL_SHARED_BYTES in src/kernels.rs is its size.
+struct ChannelMemory {
+  Vec16 stages[kStages][kRows][kTileThreads];  // of the input
+  Vec16 params[kMaxParamsBytes / 16];          // of a tile, where they travel in bundles
+};
+// This thread's channel's. (Found anew where it is needed, it takes no register elsewhere.)
+__device__ __forceinline__ ChannelMemory& memory() {
+  extern __shared__ ChannelMemory channels[];
+  return channels[threadIdx.y];
+}
+
 // Tiles of the input on their way through shared memory, each fetched one ahead of the one that is taken. Each thread
 // fetches and reads its own elements, so nothing here synchronizes.
 struct InputStream {
-  Vec16 (*stages)[kRows][kTileThreads];
   unsigned stage = 0;
 
   // Starts to fetch a whole tile at a multiple of 16 bytes; null: nothing, but the turn passes.
@@ -82,7 +93,7 @@ struct InputStream {
       const uint64_t policy = policy_evict_first();
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        cp_async_16(&stages[stage][row][threadIdx.x], vecs + lane_first(row) / kLaneElems, policy);
+        cp_async_16(&memory().stages[stage][row][threadIdx.x], vecs + lane_first(row) / kLaneElems, policy);
       }
     }
     cp_async_commit();
@@ -91,10 +102,12 @@ struct InputStream {
 
   // The tile that was fetched before the last. The next fetch takes its place.
   __device__ void wait() const { cp_async_wait<1>(); }
-  __device__ Vec16 row(int row) const { return stages[stage][row][threadIdx.x]; }
+  __device__ Vec16 row(int row) const { return memory().stages[stage][row][threadIdx.x]; }
 };
 
-template <class T, class Reduce, class Gather>
+// kBundles: what a payload has for each group goes through shared memory, so that few large requests carry it instead of
+// many small ones, of which a link to the host takes no more a second than of large ones.
+template <class T, class Reduce, class Gather, bool kBundles>
 struct AllReduce {
 
   const AllReduceArgs& args;
@@ -156,7 +169,7 @@ struct AllReduce {
     if (is_aligned16(args.input) && is_whole(t)) {
       stream.wait();
     } else {
-      fill_slowly(stream.stages[stream.stage], input + t.start, t.n_elems);
+      fill_slowly(memory().stages[stream.stage], input + t.start, t.n_elems);
     }
   }
   // Kept out of the way of the usual case, which then fits the instruction cache.
@@ -193,6 +206,48 @@ struct AllReduce {
     decode_to(codes, group_shift, tile_ptr, n_elems, false);
   }
 
+  // ---- payloads -------------------------------------------------------------------------------------------------
+
+  template <class C>
+  __device__ void send(uint8_t* payload, const typename C::Thread& codes) const {
+    if constexpr (kBundles) {
+      C::store_params(params(), args.group_shift, codes);
+      copy_params<C>(payload + C::kCodesBytes, params());
+      C::store_codes(payload, codes);
+    } else {
+      store_payload<C>(payload, args.group_shift, codes);
+    }
+  }
+
+  template <class C>
+  __device__ typename C::Thread receive(const uint8_t* payload) const {
+    if constexpr (kBundles) {
+      copy_params<C>(params(), payload + C::kCodesBytes);
+      typename C::Thread codes;
+      C::load_codes(payload, codes);
+      C::load_params(params(), args.group_shift, codes);
+      return codes;
+    } else {
+      return load_payload<C>(payload, args.group_shift);
+    }
+  }
+
+  __device__ static uint8_t* params() { return reinterpret_cast<uint8_t*>(memory().params); }
+
+  // To or from shared memory, 16 bytes a thread.
+  template <class C>
+  __device__ void copy_params(void* to, const void* from) const {
+    barrier(true);  // what is there has been written, and what was there has been read
+    const unsigned at = threadIdx.x;
+    if (at * 16 < C::params_bytes(args.group_shift)) {
+      store_vec16(static_cast<Vec16*>(to) + at, load_vec16(static_cast<const Vec16*>(from) + at));
+    }
+    barrier(true);
+  }
+
+  // Of the channel's threads.
+  __device__ static bool barrier(bool value) { return barrier_and(1 + threadIdx.y, kTileThreads, value); }
+
   // ---- the steps ------------------------------------------------------------------------------------------------
 
   __device__ void push(unsigned round) {
@@ -206,18 +261,18 @@ struct AllReduce {
         ThreadVecs x;
 #pragma unroll
         for (int row = 0; row < kRows; ++row) x[row] = stream.row(row);
-        Reduce::store(slot(owner, 0, args.rank, round), args.group_shift, Reduce::encode_input(x, args.group_shift));
+        send<Reduce>(slot(owner, 0, args.rank, round), Reduce::encode_input(x, args.group_shift));
       }
     }
   }
 
   // Decodes the others' sums. The next payload is on its way while one is decoded.
   __device__ void decode(unsigned round) const {
-    typename Gather::Thread next = Gather::load(slot(args.rank, 1, other(0), round), args.group_shift);
+    typename Gather::Thread next = receive<Gather>(slot(args.rank, 1, other(0), round));
 #pragma unroll 1
     for (unsigned step = 0; step + 1 < args.world; ++step) {
       const typename Gather::Thread codes = next;
-      if (step + 2 < args.world) next = Gather::load(slot(args.rank, 1, other(step + 1), round), args.group_shift);
+      if (step + 2 < args.world) next = receive<Gather>(slot(args.rank, 1, other(step + 1), round));
       const Tile t = tile(other(step), round);
       if (t.n_elems != 0) write(codes, t);
     }
@@ -240,21 +295,26 @@ struct AllReduce {
       const typename Gather::Thread codes = Gather::encode(sum, args.group_shift);
 #pragma unroll 1
       for (unsigned step = 0; step + 1 < args.world; ++step) {
-        Gather::store(slot(other(step), 1, args.rank, round), args.group_shift, codes);
+        send<Gather>(slot(other(step), 1, args.rank, round), codes);
       }
-      write(codes, t);
+      if constexpr (kBundles) {
+        asm volatile("" : "+r"(round));  // worked out anew, the tile takes no registers from the sum
+        write(codes, tile(args.rank, round));
+      } else {
+        write(codes, t);
+      }
     }
   }
 
   __device__ void add_hop1(unsigned rank, unsigned round, ThreadElems& sum) const {
-    Reduce::add(Reduce::load(slot(args.rank, 0, rank, round), args.group_shift), args.group_shift, sum);
+    Reduce::add(receive<Reduce>(slot(args.rank, 0, rank, round)), args.group_shift, sum);
   }
 
   // ---- signals --------------------------------------------------------------------------------------------------
 
   // Tells each peer, by a lane of one warp, that what this channel did so far is done.
   __device__ void tell(uint32_t n_signals) const {
-    barrier_and(1 + threadIdx.y, kTileThreads, true);
+    barrier(true);
     const unsigned peer = threadIdx.x % 32;
     if (threadIdx.x / 32 == kTellingWarp && peer < args.world && peer != args.rank) {
       fence_acq_rel_sys();
@@ -273,7 +333,7 @@ struct AllReduce {
         if (spins % 1024 == 0) is_heard = !given_up(start, iteration);
       }
     }
-    return barrier_and(1 + threadIdx.y, kTileThreads, is_heard);
+    return barrier(is_heard);
   }
 
   __device__ bool given_up(uint64_t& start, unsigned iteration) const {
@@ -316,12 +376,11 @@ struct AllReduce {
   }
 };
 
-template <class T, class Reduce, class Gather>
+template <class T, class Reduce, class Gather, bool kBundles>
 __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
-  extern __shared__ Vec16 stages[][kStages][kRows][kTileThreads];
   // A payload, and the rest of its last cache line.
-  const uint32_t slot_bytes = (max(Reduce::bytes(args.group_shift), Gather::bytes(args.group_shift)) + 127) / 128 * 128;
-  using Self = AllReduce<T, Reduce, Gather>;
+  const uint32_t slot_bytes = (max(payload_bytes<Reduce>(args.group_shift), payload_bytes<Gather>(args.group_shift)) + 127) / 128 * 128;
+  using Self = AllReduce<T, Reduce, Gather, kBundles>;
   const unsigned channel = blockIdx.x * blockDim.y + threadIdx.y;
   if (channel >= args.chunk_tiles) return;
   Self self = {
@@ -330,8 +389,7 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
       static_cast<T*>(args.output),
       slot_bytes,
       channel,
-      unsigned((args.chunk_tiles + Self::n_channels() - 1 - channel) / Self::n_channels()),
-      {stages[threadIdx.y]}};
+      unsigned((args.chunk_tiles + Self::n_channels() - 1 - channel) / Self::n_channels())};
   self.run();
 }
 
@@ -345,13 +403,21 @@ constexpr unsigned block_channels([[maybe_unused]] Code code) {
 #endif
 }
 
-// One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
-#define FLASHCOMM_DEFINE(suffix, T, code, in, out)                                                            \
+#define FLASHCOMM_ENTRY(verb, suffix, T, code, in, out, bundles)                                              \
   extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(Code::code), 1)                   \
-      flashcomm_allreduce_##suffix##_##code##in##_##code##out(const __grid_constant__ AllReduceArgs args) {   \
-    all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>>(args);                                 \
+      flashcomm_##verb##_##suffix##_##code##in##_##code##out(const __grid_constant__ AllReduceArgs args) {    \
+    all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>, bundles>(args);                        \
   }
+
+// One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
+#define FLASHCOMM_DEFINE(suffix, T, code, in, out) FLASHCOMM_ENTRY(allreduce, suffix, T, code, in, out, false)
 FLASHCOMM_EACH_PAIR(FLASHCOMM_DEFINE)
 #undef FLASHCOMM_DEFINE
+
+// For areas in host memory. It goes through shared memory at the price of registers and barriers, which the link hides.
+#define FLASHCOMM_DEFINE(suffix, T, code, in, out) FLASHCOMM_ENTRY(hostallreduce, suffix, T, code, in, out, true)
+FLASHCOMM_EACH_HOST_PAIR(FLASHCOMM_DEFINE)
+#undef FLASHCOMM_DEFINE
+#undef FLASHCOMM_ENTRY
 
 }  // namespace flashcomm

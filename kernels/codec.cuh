@@ -4,13 +4,14 @@
 // A codec has
 //
 //   Thread                          what one thread holds of an encoded tile
-//   bytes(shift)                    of a payload
+//   kCodesBytes, params_bytes(shift)   of the two parts of a payload: codes, and behind them what there is for each group
 //   encode_input(x, shift)          x: this thread's elements as they are stored; may be overwritten
 //   add_input(row, shift, sum)      adds a row of them to a row of a sum, as they would be if they were not quantized
 //   encode(sum, shift)
 //   add(thread, shift, sum)         adds what they decode to
 //   decode_row(thread, row, shift)  a row as the output has it
-//   load(payload, shift), store(payload, shift, thread)   payload: 16-byte aligned
+//   load_codes(payload, thread), store_codes(payload, thread)
+//   load_params(params, shift, thread), store_params(params, shift, thread)   where either part is: 16-byte aligned
 //
 // where shift is log2 of the lanes that hold one quantization group in a row. A warp needs no other: its rows hold whole
 // groups. All its lanes call alike. Nothing here synchronizes a block.
@@ -56,6 +57,25 @@ struct CodecOf<T, Code::blocks, kBits> {
 template <class T, Code kCode, int kBits>
 using Codec = typename CodecOf<T, kCode, kBits>::Type;
 
+template <class C>
+__device__ __forceinline__ unsigned payload_bytes(unsigned group_shift) {
+  return C::kCodesBytes + C::params_bytes(group_shift);
+}
+
+template <class C>
+__device__ __forceinline__ typename C::Thread load_payload(const uint8_t* payload, unsigned group_shift) {
+  typename C::Thread t;
+  C::load_codes(payload, t);
+  C::load_params(payload + C::kCodesBytes, group_shift, t);
+  return t;
+}
+
+template <class C>
+__device__ __forceinline__ void store_payload(uint8_t* payload, unsigned group_shift, const typename C::Thread& t) {
+  C::store_codes(payload, t);
+  C::store_params(payload + C::kCodesBytes, group_shift, t);
+}
+
 // Calls X(suffix, type, code, bits) for each element type and codec.
 #define FLASHCOMM_EACH_WIDTH(X, suffix, T, code)                                                        \
   X(suffix, T, code, 2) X(suffix, T, code, 3) X(suffix, T, code, 4) X(suffix, T, code, 5)               \
@@ -67,7 +87,7 @@ using Codec = typename CodecOf<T, kCode, kBits>::Type;
 #define FLASHCOMM_EACH_CODEC(X) FLASHCOMM_EACH_CODE(X, fp16, __half) FLASHCOMM_EACH_CODE(X, bf16, __nv_bfloat16)
 
 // Calls PAIR(suffix, type, code, reduce bits, gather bits) for each pair of widths that there are kernels for (the same as
-// Legs::have_kernels in wire/src/codec.rs): of the plain code all, and 16 with itself; of the others each width with itself, and
+// Legs::choose in wire/src/codec.rs takes): of the plain code all, and 16 with itself; of the others each width with itself, and
 // 4:8.
 #define FLASHCOMM_EACH_GATHER(PAIR, suffix, T, in)                                                      \
   PAIR(suffix, T, plain, in, 2) PAIR(suffix, T, plain, in, 3) PAIR(suffix, T, plain, in, 4)             \
@@ -86,5 +106,12 @@ using Codec = typename CodecOf<T, kCode, kBits>::Type;
   FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, rotated_spikes) FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, blocks)
 #define FLASHCOMM_EACH_PAIR(PAIR) \
   FLASHCOMM_EACH_PAIR_OF(PAIR, fp16, __half) FLASHCOMM_EACH_PAIR_OF(PAIR, bf16, __nv_bfloat16)
+
+// The same for each pair of widths that has kernels of its own for areas in host memory (has_host_kernel in src/kernels.rs):
+// those of the plain code and of blocks that are likely.
+#define FLASHCOMM_EACH_HOST_PAIR_OF(PAIR, suffix, T)                                                    \
+  FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, plain) FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, blocks)
+#define FLASHCOMM_EACH_HOST_PAIR(PAIR) \
+  FLASHCOMM_EACH_HOST_PAIR_OF(PAIR, fp16, __half) FLASHCOMM_EACH_HOST_PAIR_OF(PAIR, bf16, __nv_bfloat16)
 
 }  // namespace flashcomm

@@ -27,8 +27,8 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
   if (tile.n_elems == 0) return;
 
   const unsigned shift = args.slice.group_shift;
-  const uint8_t* payload = args.payload + owner * args.slot_bytes + blockIdx.x * C::bytes(shift);
-  const typename C::Thread codes = C::load(payload, shift);
+  const uint8_t* payload = args.payload + owner * args.slot_bytes + blockIdx.x * payload_bytes<C>(shift);
+  const typename C::Thread codes = load_payload<C>(payload, shift);
   T* output = static_cast<T*>(args.output) + tile.start;
   const bool aligned = is_aligned16(output);
 #pragma unroll

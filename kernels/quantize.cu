@@ -32,8 +32,8 @@ __device__ __forceinline__ void quantize(const QuantizeArgs& args) {
   load_vecs(input, tile.n_elems, x);
 
   const unsigned shift = args.slice.group_shift;
-  uint8_t* payload = args.outgoing + slot * args.slot_bytes + blockIdx.x * C::bytes(shift);
-  C::store(payload, shift, C::encode_input(x, shift));
+  uint8_t* payload = args.outgoing + slot * args.slot_bytes + blockIdx.x * payload_bytes<C>(shift);
+  store_payload<C>(payload, shift, C::encode_input(x, shift));
 }
 
 #define FLASHCOMM_DEFINE(suffix, T, code, bits)                                               \

@@ -36,7 +36,7 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
 
   const unsigned shift = args.slice.group_shift;
   const T* input = static_cast<const T*>(args.input) + tile.start;
-  const uint8_t* incoming = args.incoming + blockIdx.x * In::bytes(shift);
+  const uint8_t* incoming = args.incoming + blockIdx.x * payload_bytes<In>(shift);
   ThreadElems sum;
   start_sum(sum);
 #pragma unroll 1  // unrolled, the senders' codes would take 150 registers
@@ -47,11 +47,11 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) In::add_input(own[row], shift, sum[row]);
     } else {
-      In::add(In::load(incoming + rank * args.slot_bytes, shift), shift, sum);
+      In::add(load_payload<In>(incoming + rank * args.slot_bytes, shift), shift, sum);
     }
   }
   scale_sum(args.scale, sum);
-  Out::store(args.outgoing + blockIdx.x * Out::bytes(shift), shift, Out::encode(sum, shift));
+  store_payload<Out>(args.outgoing + blockIdx.x * payload_bytes<Out>(shift), shift, Out::encode(sum, shift));
 }
 
 // One entry for each pair of widths.

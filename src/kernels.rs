@@ -6,11 +6,12 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 
-use flashcomm_wire::{Codec, Legs, Plan, TILE_ELEMS, rings};
+use flashcomm_wire::{Code, Codec, Legs, Plan, TILE_ELEMS, rings};
 use once_cell::sync::Lazy;
 use parking_lot::Mutex;
 
 use crate::cuda::{Context, CudaResult, Function, Module, Shape, StreamHandle};
+use crate::exchange::fused::Kind;
 
 /// Every kernel for every architecture, from build.rs.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbin"));
@@ -18,8 +19,8 @@ static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbi
 /// Threads that work on one tile.
 const TILE_THREADS: u32 = 128;
 
-/// Shared memory of a channel of the fused kernel: `kStages` tiles of input.
-pub const CHANNEL_SHARED_BYTES: usize = 2 * TILE_ELEMS * 2;
+/// Shared memory of a channel of the fused kernel, its `ChannelMemory`: `kStages` tiles of input, `kMaxParamsBytes`.
+pub const CHANNEL_SHARED_BYTES: usize = 2 * TILE_ELEMS * 2 + 1280;
 
 /// Storage type of the elements.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -144,7 +145,8 @@ struct Entries {
     quantize: Function,
     reduce: Function,
     dequantize: Function,
-    all_reduce: Function,
+    /// By [`Kind`].
+    all_reduce: [Function; 2],
 }
 
 /// One slice of one planned all-reduce: what every launch is about.
@@ -215,13 +217,17 @@ impl Kernels {
         let name = |codec: Codec| format!("{}{}", codec.code.name().replace('-', "_"), codec.width.bits());
         let (reduce, gather) = (name(legs.reduce), name(legs.gather));
         let function = |name: String| module.function(&CString::new(name).expect("kernel names hold no NUL"));
+        let host = if has_host_kernel(legs) { "hostallreduce" } else { "allreduce" };
         let entries = |element: ElementType| -> CudaResult<Entries> {
             let element = element.name();
             Ok(Entries {
                 quantize: function(format!("flashcomm_quantize_{element}_{reduce}"))?,
                 reduce: function(format!("flashcomm_reduce_{element}_{reduce}_{gather}"))?,
                 dequantize: function(format!("flashcomm_dequantize_{element}_{gather}"))?,
-                all_reduce: function(format!("flashcomm_allreduce_{element}_{reduce}_{gather}"))?,
+                all_reduce: [
+                    function(format!("flashcomm_allreduce_{element}_{reduce}_{gather}"))?,
+                    function(format!("flashcomm_{host}_{element}_{reduce}_{gather}"))?,
+                ],
             })
         };
         Ok(Self { entries: [entries(ElementType::ALL[0])?, entries(ElementType::ALL[1])?] })
@@ -234,20 +240,21 @@ impl Kernels {
     pub fn prepare_fused(&self, context: &Context) -> CudaResult<usize> {
         let optin = cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let mut channels = context.attribute(optin)? / CHANNEL_SHARED_BYTES;
-        for entries in &self.entries {
-            channels = channels.min(entries.all_reduce.max_threads()? / TILE_THREADS as usize);
+        let fused = || self.entries.iter().flat_map(|entries| entries.all_reduce);
+        for function in fused() {
+            channels = channels.min(function.max_threads()? / TILE_THREADS as usize);
         }
-        for entries in &self.entries {
-            entries.all_reduce.allow_shared(channels * CHANNEL_SHARED_BYTES)?;
+        for function in fused() {
+            function.allow_shared(channels * CHANNEL_SHARED_BYTES)?;
             let shape = fused_shape(1, channels);
-            if entries.all_reduce.occupancy(shape.block.0 * shape.block.1, shape.shared_bytes as usize)? == 0 {
+            if function.occupancy(shape.block.0 * shape.block.1, shape.shared_bytes as usize)? == 0 {
                 return Ok(0);
             }
         }
         Ok(channels)
     }
 
-    /// The whole all-reduce, over `n_blocks` blocks of `block_channels` channels.
+    /// The whole all-reduce over areas of `kind`, by `n_blocks` blocks of `block_channels` channels.
     ///
     /// # Safety
     /// The arguments are what they say until the kernel has run on `stream`, which is of the current context; every rank
@@ -255,12 +262,14 @@ impl Kernels {
     pub unsafe fn all_reduce(
         &self,
         element: ElementType,
+        kind: Kind,
         (n_blocks, block_channels): (usize, usize),
         args: &AllReduceArgs,
         stream: StreamHandle,
     ) -> CudaResult<()> {
+        let function = self.entries(element).all_reduce[kind as usize];
         // SAFETY: as the caller vouches; the struct is the kernel's.
-        unsafe { self.entries(element).all_reduce.launch(fused_shape(n_blocks, block_channels), stream, args) }
+        unsafe { function.launch(fused_shape(n_blocks, block_channels), stream, args) }
     }
 
     /// Quantizes the chunks of all ranks but `rank` into the slots of `outgoing`.
@@ -341,6 +350,14 @@ impl Kernels {
     fn entries(&self, element: ElementType) -> &Entries {
         &self.entries[element as usize]
     }
+}
+
+/// Whether these legs have a kernel of their own for areas in host memory: `FLASHCOMM_EACH_HOST_PAIR` in
+/// `kernels/codec.cuh`. The others take the one for GPU memory there, too.
+fn has_host_kernel(legs: Legs) -> bool {
+    let widths = (legs.reduce.width.bits(), legs.gather.width.bits());
+    matches!(legs.reduce.code, Code::Plain | Code::Blocks)
+        && (widths.0 == widths.1 && widths.0 <= 8 || widths == (4, 8))
 }
 
 /// A block for each tile.

@@ -62,7 +62,8 @@ struct Blocks {
     uint32_t units[2];  // of the group in each row
   };
 
-  __device__ static unsigned bytes(unsigned group_shift) { return kUnitsAt + n_groups(group_shift) * 2; }
+  static constexpr unsigned kCodesBytes = P::kBytes;
+  __device__ static unsigned params_bytes(unsigned group_shift) { return kTileThreads * 2 + n_groups(group_shift) * 2; }
 
   // x: turned into its transform.
   __device__ static Thread encode_input(ThreadVecs& x, unsigned group_shift) {
@@ -166,21 +167,19 @@ struct Blocks {
     return out;
   }
 
-  __device__ static Thread load(const uint8_t* payload, unsigned group_shift) {
-    Thread t;
-    P::load(payload, t.codes);
-    t.levels = *reinterpret_cast<const uint16_t*>(payload + kLevelsAt + threadIdx.x * 2);
-    get<2>(payload + kUnitsAt + my_groups(group_shift) * 8, t.units);
-    return t;
+  __device__ static void load_codes(const uint8_t* payload, Thread& t) { P::load(payload, t.codes); }
+  __device__ static void store_codes(uint8_t* payload, const Thread& t) { P::store(payload, t.codes); }
+  __device__ static void load_params(const uint8_t* params, unsigned group_shift, Thread& t) {
+    t.levels = *reinterpret_cast<const uint16_t*>(params + threadIdx.x * 2);
+    get<2>(params + kUnitsAt + my_groups(group_shift) * 8, t.units);
   }
-  __device__ static void store(uint8_t* payload, unsigned group_shift, const Thread& t) {
-    P::store(payload, t.codes);
-    *reinterpret_cast<uint16_t*>(payload + kLevelsAt + threadIdx.x * 2) = uint16_t(t.levels);
-    if (leads_groups(group_shift)) put<2>(payload + kUnitsAt + my_groups(group_shift) * 8, t.units);
+  __device__ static void store_params(uint8_t* params, unsigned group_shift, const Thread& t) {
+    *reinterpret_cast<uint16_t*>(params + threadIdx.x * 2) = uint16_t(t.levels);
+    if (leads_groups(group_shift)) put<2>(params + kUnitsAt + my_groups(group_shift) * 8, t.units);
   }
 
  private:
-  static constexpr int kLevelsAt = P::kBytes, kUnitsAt = kLevelsAt + kTileThreads * 2;
+  static constexpr unsigned kUnitsAt = kTileThreads * 2;  // behind the levels
 
   __device__ static void enter(Vec16& x) {
     using X = Pairs<T>;

@@ -18,7 +18,8 @@ struct Plain {
     uint32_t params[kRows];  // of the group in each row: scale, zero << 16
   };
 
-  __device__ static unsigned bytes(unsigned group_shift) { return P::kBytes + n_groups(group_shift) * 4; }
+  static constexpr unsigned kCodesBytes = P::kBytes;
+  __device__ static unsigned params_bytes(unsigned group_shift) { return n_groups(group_shift) * 4; }
 
   __device__ static Thread encode(const ThreadElems& x, unsigned group_shift) {
     float low[kRows], high[kRows], inverse[kRows];
@@ -108,21 +109,16 @@ struct Plain {
     return out;
   }
 
-  __device__ static Thread load(const uint8_t* payload, unsigned group_shift) {
-    Thread t;
-    P::load(payload, t.codes);
-    get<4>(payload + params_at(group_shift), t.params);
-    return t;
+  __device__ static void load_codes(const uint8_t* payload, Thread& t) { P::load(payload, t.codes); }
+  __device__ static void store_codes(uint8_t* payload, const Thread& t) { P::store(payload, t.codes); }
+  __device__ static void load_params(const uint8_t* params, unsigned group_shift, Thread& t) {
+    get<4>(params + my_groups(group_shift) * 16, t.params);
   }
-
-  __device__ static void store(uint8_t* payload, unsigned group_shift, const Thread& t) {
-    P::store(payload, t.codes);
-    if (leads_groups(group_shift)) put<4>(payload + params_at(group_shift), t.params);
+  __device__ static void store_params(uint8_t* params, unsigned group_shift, const Thread& t) {
+    if (leads_groups(group_shift)) put<4>(params + my_groups(group_shift) * 16, t.params);
   }
 
  private:
-  __device__ static size_t params_at(unsigned group_shift) { return P::kBytes + my_groups(group_shift) * 16; }
-
   // Adds a row's codes; its scale and zero stand in out.params.
   __device__ static void encode_row(const float (&x)[kLaneElems], int row, float inverse, Thread& out) {
     const float zero = Element<T>::to_float(uint16_t(out.params[row] >> 16));

@@ -9,7 +9,8 @@ template <class T, class Inner>
 struct Rotated {
   using Thread = typename Inner::Thread;
 
-  __device__ static unsigned bytes(unsigned group_shift) { return Inner::bytes(group_shift); }
+  static constexpr unsigned kCodesBytes = Inner::kCodesBytes;
+  __device__ static unsigned params_bytes(unsigned group_shift) { return Inner::params_bytes(group_shift); }
 
   __device__ static Thread encode(const ThreadElems& x, unsigned group_shift) { return Inner::encode(x, group_shift); }
   __device__ static Thread encode_input(const ThreadVecs& x, unsigned group_shift) {
@@ -37,9 +38,13 @@ struct Rotated {
     return out;
   }
 
-  __device__ static Thread load(const uint8_t* payload, unsigned group_shift) { return Inner::load(payload, group_shift); }
-  __device__ static void store(uint8_t* payload, unsigned group_shift, const Thread& t) {
-    Inner::store(payload, group_shift, t);
+  __device__ static void load_codes(const uint8_t* payload, Thread& t) { Inner::load_codes(payload, t); }
+  __device__ static void store_codes(uint8_t* payload, const Thread& t) { Inner::store_codes(payload, t); }
+  __device__ static void load_params(const uint8_t* params, unsigned group_shift, Thread& t) {
+    Inner::load_params(params, group_shift, t);
+  }
+  __device__ static void store_params(uint8_t* params, unsigned group_shift, const Thread& t) {
+    Inner::store_params(params, group_shift, t);
   }
 
  private:

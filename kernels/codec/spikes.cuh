@@ -16,7 +16,8 @@ struct Spikes {
     uint32_t places[2];                      // of the minimum and the maximum, a byte each, row after row
   };
 
-  __device__ static unsigned bytes(unsigned group_shift) { return P::kBytes + n_groups(group_shift) * 10; }
+  static constexpr unsigned kCodesBytes = P::kBytes;
+  __device__ static unsigned params_bytes(unsigned group_shift) { return n_groups(group_shift) * 10; }
 
   __device__ static Thread encode(const ThreadElems& x, unsigned group_shift) {
     return encode_rows([&](int row, float(&wide)[kLaneElems]) {
@@ -65,28 +66,24 @@ struct Spikes {
     return out;
   }
 
-  __device__ static Thread load(const uint8_t* payload, unsigned group_shift) {
-    Thread t;
-    t.plain = Plain<T, kBits>::load(payload, group_shift);
-    get<4>(payload + spikes_at(group_shift), t.spikes);
-    get<2>(payload + places_at(group_shift), t.places);
-    return t;
+  __device__ static void load_codes(const uint8_t* payload, Thread& t) { P::load(payload, t.plain.codes); }
+  __device__ static void store_codes(uint8_t* payload, const Thread& t) { P::store(payload, t.plain.codes); }
+  __device__ static void load_params(const uint8_t* params, unsigned group_shift, Thread& t) {
+    Plain<T, kBits>::load_params(params, group_shift, t.plain);
+    get<4>(params + spikes_at(group_shift), t.spikes);
+    get<2>(params + places_at(group_shift), t.places);
   }
-  __device__ static void store(uint8_t* payload, unsigned group_shift, const Thread& t) {
-    Plain<T, kBits>::store(payload, group_shift, t.plain);
+  __device__ static void store_params(uint8_t* params, unsigned group_shift, const Thread& t) {
+    Plain<T, kBits>::store_params(params, group_shift, t.plain);
     if (leads_groups(group_shift)) {
-      put<4>(payload + spikes_at(group_shift), t.spikes);
-      put<2>(payload + places_at(group_shift), t.places);
+      put<4>(params + spikes_at(group_shift), t.spikes);
+      put<2>(params + places_at(group_shift), t.places);
     }
   }
 
  private:
-  __device__ static size_t spikes_at(unsigned group_shift) {
-    return P::kBytes + n_groups(group_shift) * 4 + my_groups(group_shift) * 16;
-  }
-  __device__ static size_t places_at(unsigned group_shift) {
-    return P::kBytes + n_groups(group_shift) * 8 + my_groups(group_shift) * 8;
-  }
+  __device__ static size_t spikes_at(unsigned group_shift) { return n_groups(group_shift) * 4 + my_groups(group_shift) * 16; }
+  __device__ static size_t places_at(unsigned group_shift) { return n_groups(group_shift) * 8 + my_groups(group_shift) * 8; }
 
   // Element of the group that is the first of this thread's.
   __device__ static unsigned first_place(unsigned group_shift) {

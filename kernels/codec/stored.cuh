@@ -11,7 +11,8 @@ struct Stored {
     ThreadVecs vecs;
   };
 
-  __device__ static unsigned bytes(unsigned) { return kTileElems * 2; }
+  static constexpr unsigned kCodesBytes = kTileElems * 2;
+  __device__ static unsigned params_bytes(unsigned) { return 0; }
 
   __device__ static Thread encode(const ThreadElems& x, unsigned) {
     Thread out;
@@ -36,16 +37,16 @@ struct Stored {
   }
   __device__ static Vec16 decode_row(const Thread& in, int row, unsigned) { return in.vecs[row]; }
 
-  __device__ static Thread load(const uint8_t* payload, unsigned) {
-    Thread out;
+  __device__ static void load_codes(const uint8_t* payload, Thread& t) {
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) out.vecs[row] = load_vec16(payload + lane_first(row) * 2);
-    return out;
+    for (int row = 0; row < kRows; ++row) t.vecs[row] = load_vec16(payload + lane_first(row) * 2);
   }
-  __device__ static void store(uint8_t* payload, unsigned, const Thread& in) {
+  __device__ static void store_codes(uint8_t* payload, const Thread& t) {
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) store_vec16(payload + lane_first(row) * 2, in.vecs[row]);
+    for (int row = 0; row < kRows; ++row) store_vec16(payload + lane_first(row) * 2, t.vecs[row]);
   }
+  __device__ static void load_params(const uint8_t*, unsigned, Thread&) {}
+  __device__ static void store_params(uint8_t*, unsigned, const Thread&) {}
 };
 
 }  // namespace flashcomm

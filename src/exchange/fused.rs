@@ -160,6 +160,9 @@ static MAPPED: Lazy<Mutex<HashMap<(u64, IpcHandle, i32), usize>>> = Lazy::new(De
 /// Multiprocessors that are left to the kernels of the real NCCL, which fill one with each block and wait, too.
 const NCCL_MULTIPROCESSORS: usize = 32;
 
+/// The same for each of several ranks that share a device, of few: they have to cap NCCL's blocks by `NCCL_MAX_CTAS` anyway.
+const NCCL_MULTIPROCESSORS_SHARING: usize = 8;
+
 /// Blocks that a rank's kernel may have. Each may fill a multiprocessor.
 ///
 /// `multiprocessors` of the device, which `sharing` ranks of the communicator use; `is_first`: whether every rank's
@@ -168,7 +171,7 @@ const NCCL_MULTIPROCESSORS: usize = 32;
 pub fn block_limit(multiprocessors: usize, sharing: usize, is_first: bool, max_ctas: u32) -> usize {
     match max_ctas as usize {
         0 => {
-            let left = multiprocessors.saturating_sub(NCCL_MULTIPROCESSORS).max(multiprocessors / 2);
+            let left = multiprocessors.saturating_sub(nccl_multiprocessors(sharing)).max(multiprocessors / 2);
             let share = match (sharing, is_first) {
                 (1, true) => left * 2 / 3,
                 (1, false) => left / 3,
@@ -178,6 +181,11 @@ pub fn block_limit(multiprocessors: usize, sharing: usize, is_first: bool, max_c
         }
         max_ctas => max_ctas.min(multiprocessors / sharing).max(1),
     }
+}
+
+/// Multiprocessors of a device that are left to NCCL where so many ranks share it.
+fn nccl_multiprocessors(sharing: usize) -> usize {
+    if sharing == 1 { NCCL_MULTIPROCESSORS } else { NCCL_MULTIPROCESSORS.min(sharing * NCCL_MULTIPROCESSORS_SHARING) }
 }
 
 /// Communicators of this process with a fused exchange, or on the way to one, by device.
@@ -349,13 +357,14 @@ impl Fused {
             return Err(error);
         }
         let chunk_tiles = plan.chunk_tiles();
-        // Few tiles rather spread over multiprocessors than share one.
+        // Few tiles rather spread over multiprocessors than share one; many take as few blocks as do with as many rounds.
         let block_channels = chunk_tiles.div_ceil(self.max_blocks).min(self.block_channels);
-        let n_blocks = chunk_tiles.div_ceil(block_channels).min(self.max_blocks);
+        let n_rounds = chunk_tiles.div_ceil(self.max_blocks * block_channels);
+        let n_blocks = chunk_tiles.div_ceil(n_rounds * block_channels);
         let (count, chunk_tiles) = (plan.count() as u64, chunk_tiles as u64);
         let args = AllReduceArgs { input, output, count, chunk_tiles, scale, ..self.args() };
         // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `block_limit`.
-        unsafe { kernels.all_reduce(element, (n_blocks, block_channels), &args, stream) }
+        unsafe { kernels.all_reduce(element, self.kind, (n_blocks, block_channels), &args, stream) }
             .map_err(Error::cuda("launching the all-reduce"))
     }
 
@@ -369,7 +378,7 @@ impl Fused {
         for element in ElementType::ALL {
             let shape = (self.max_blocks, self.block_channels);
             // SAFETY: without tiles the kernel touches no memory.
-            unsafe { kernels.all_reduce(element, shape, &self.args(), stream.handle()) }
+            unsafe { kernels.all_reduce(element, self.kind, shape, &self.args(), stream.handle()) }
                 .map_err(Error::cuda("launching the all-reduce for the first time"))?;
         }
         stream.synchronize().map_err(Error::cuda("running the all-reduce for the first time"))
@@ -450,12 +459,12 @@ mod tests {
                 assert!(first >= later && later >= 1);
                 if multiprocessors >= 64 && later > 1 {
                     let all = if sharing == 1 { first + later } else { sharing * first };
-                    assert!(all + NCCL_MULTIPROCESSORS <= multiprocessors, "{multiprocessors} {sharing}");
+                    assert!(all + nccl_multiprocessors(sharing) <= multiprocessors, "{multiprocessors} {sharing}");
                 }
             }
         }
         assert_eq!([true, false].map(|is_first| block_limit(132, 1, is_first, 0)), [66, 33]);
-        assert_eq!(block_limit(132, 2, true, 0), 50);
+        assert_eq!([2, 4, 8].map(|sharing| block_limit(132, sharing, true, 0)), [58, 25, 12]);
     }
 
     #[test]

@@ -81,7 +81,7 @@ pub fn find(name: &str) -> Option<Kernel> {
             let run = by_type(Run::Blocks(dequantize::<f16>), Run::Blocks(dequantize::<bf16>));
             (run, size_of::<DequantizeArgs>(), 1, 1)
         }
-        "allreduce" => {
+        "allreduce" | "hostallreduce" => {
             let run = by_type(Run::Grid(fused::run::<f16>), Run::Grid(fused::run::<bf16>));
             (run, size_of::<fused::AllReduceArgs>(), 2, fused::MAX_BLOCK_CHANNELS)
         }
