@@ -244,7 +244,9 @@ if wants sanitize; then
     export FLASHCOMM_TEST_REAL=1 FLASHCOMM_TEST_NCCL=$PWD/.gpu/libnccl.so.2
     for tool in memcheck racecheck; do
         check "$tool of the fused kernel" sanitize $tool fused .gpu/sim_groups --test-threads 1 --exact a_simulated_end_discards_the_group
-        check "$tool of its rings" sanitize $tool rings .gpu/sim_allreduce --test-threads 1 --exact rings_go_round_among_two_and_five_ranks
+        for memory in gpu host; do
+            check "$tool of its rings in $memory memory" sanitize $tool rings-$memory .gpu/sim_allreduce --test-threads 1 --exact rings_go_round_in_${memory}_memory
+        done
     done
     unset FLASHCOMM_TEST_REAL FLASHCOMM_TEST_NCCL
 fi

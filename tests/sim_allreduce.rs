@@ -71,8 +71,18 @@ fn two_to_five_ranks_equal_the_reference_over_host_memory_fp16_int6_int4() {
 
 /// With one block a rank its channels go through their rings again and again, in either lag.
 #[test]
-fn rings_go_round_among_two_and_five_ranks() {
-    in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", "peer"), ("FLASHCOMM_MAX_CTAS", "1")], || {
+fn rings_go_round_in_gpu_memory() {
+    rings_go_round("peer");
+}
+
+#[test]
+fn rings_go_round_in_host_memory() {
+    rings_go_round("host");
+}
+
+/// Among two and five ranks: with and without a lag.
+fn rings_go_round(exchange: &str) {
+    in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", exchange), ("FLASHCOMM_MAX_CTAS", "1")], || {
         for world in [2, 5] {
             let case = Case::<f16>::new(world * 40 * TILE_ELEMS - 77, 3, world, legs(4, 4));
             let id = unique_id();

@@ -74,9 +74,9 @@ pub const fn default_min_bytes(kind: Option<fused::Kind>, world: usize, one_host
     match kind {
         None if one_host => u64::MAX,
         None => 1 << 20,
-        // Peer memory is never slower from here on, whether ranks share a GPU or two have one each; between more GPUs it has
-        // not been measured, hence a reserve.
-        Some(fused::Kind::Peer) if world == 2 => 1 << 20,
+        // Peer memory is never slower from half of that on, whether ranks share a GPU or two have one each, but for graphs of
+        // 2 ranks that share one; between more GPUs it has not been measured, hence a reserve.
+        Some(fused::Kind::Peer) if world == 2 => 2 << 20,
         Some(fused::Kind::Peer) => 4 << 20,
         // Between two GPUs, where NCCL goes over host memory, too.
         Some(fused::Kind::Host) => 256 << 10,
