@@ -1,11 +1,11 @@
 """Time to first token of a tensor-parallel Llama, random weights, fp16: plain NCCL beside `flashcomm run` at each width.
 
-usage: ttft.py [--ranks 2,4] [--bits 8,6,5,4] [--json FILE] ...      starts the jobs, one after the other
+usage: ttft.py [--ranks 2,4] [--bits 8,6,5,4] [--gpu-each] [--json FILE] ...      starts the jobs, one after the other
        (started by itself with RANK set: one rank)
 
 The model is transformers' own LlamaForCausalLM. Sharded as Megatron shards: attention heads and the inner width of the MLP over
 the ranks, an all-reduce behind o_proj and down_proj. Ranks share a GPU and believe to be on hosts of their own, so NCCL takes
-its sockets. With the defaults an all-reduce is 2048 x 8 x 4096 x 2 B = 128 MiB, 16 of them for a first token.
+its sockets; with --gpu-each they have a GPU each, and NCCL takes what it likes best. With the defaults an all-reduce is 2048 x 8 x 4096 x 2 B = 128 MiB, 16 of them for a first token.
 
 A time is that of the prefill and of the choice of the first token, on the slowest rank; communication is what lies between the
 issue and the end of an all-reduce on the rank's stream, waiting for the others included. Plain NCCL runs first and last, and its
@@ -40,6 +40,8 @@ def parse():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=150, help="that a job may take")
+    parser.add_argument("--gpu-each", action="store_true", help="a GPU for each rank, by torchrun")
+    parser.add_argument("--exchange", help="FLASHCOMM_EXCHANGE [default: nccl; with --gpu-each auto]")
     parser.add_argument("--flashcomm", default=".gpu/flashcomm")
     parser.add_argument("--device", default="cuda", help="cpu: tries the program out over gloo, without flashcomm")
     parser.add_argument("--json", help="writes everything to this file")
@@ -56,7 +58,7 @@ def rank_main(args):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = args.device == "cuda"
     if on_gpu:
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
     issued = Issued(rank, world)
     config = LlamaConfig(
@@ -145,9 +147,13 @@ def job(args, ranks, bits):
     import torch
 
     with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
-        command = [sys.executable, str(HERE / "launch.py"), str(ranks), str(args.seconds), str(HERE / "ttft.py"), *sys.argv[1:]]
+        launch = [sys.executable, str(HERE / "launch.py"), str(ranks), str(args.seconds)]
+        if args.gpu_each:
+            launch = ["timeout", str(args.seconds), sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*launch, str(HERE / "ttft.py"), *sys.argv[1:]]
         if bits != "plain" and args.device == "cuda":
-            run = [args.flashcomm, "run", "--quiet", "--engine", "torch", "--bits", bits, "--exchange", "nccl"]
+            exchange = args.exchange or ("auto" if args.gpu_each else "nccl")
+            run = [args.flashcomm, "run", "--quiet", "--engine", "torch", "--bits", bits, "--exchange", exchange]
             # Ranks of one machine have no default over NCCL: on one host NCCL's own way is faster than its sockets.
             command = [*run, "--min-bytes", "1M", "--stats-file", f"{scratch}/stats.%p.json", "--", *command]
         subprocess.run(command, env=dict(os.environ, FLASHCOMM_SCRATCH=scratch), check=True)
