@@ -191,9 +191,9 @@ gpus() {
     # As where GPUs cannot reach each other's memory: NCCL goes over shared memory of the host, too.
     check "a GPU each, over host memory, beside NCCL" timeout 100 env NCCL_P2P_DISABLE=1 .gpu/flashcomm bench --nccl .gpu/libnccl.so.2 \
         --worlds "$n" --exchanges host --bits 8,4,4-plain,16 --sizes 256K,1M,4M,16M,64M --rounds 1 --batches 7 --json "$out/gpus-host.json"
-    ttft_gpu_each() { timeout 300 python3 scripts/gpu/ttft.py --ranks "$n" --bits 8,4 --gpu-each --exchange "$1" --json "$out/gpus-ttft-$1.json"; }
-    check "a GPU each, time to first token" ttft_gpu_each auto
-    NCCL_P2P_DISABLE=1 check "a GPU each, time to first token, over host memory" ttft_gpu_each host
+    local ttft=(timeout 300 python3 scripts/gpu/ttft.py --ranks "$n" --bits 8,4 --gpu-each)
+    check "a GPU each, time to first token" "${ttft[@]}" --json "$out/gpus-ttft-auto.json"
+    check "a GPU each, time to first token, over host memory" env NCCL_P2P_DISABLE=1 "${ttft[@]}" --exchange host --json "$out/gpus-ttft-host.json"
 }
 
 # The C++ example with two ranks that share the GPU, over an exchange.

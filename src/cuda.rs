@@ -159,27 +159,33 @@ impl Context {
         uuid_of(self.device)
     }
 
-    /// Whether this device could use the memory of the one with that UUID; not, as far as this process can tell, where it
-    /// does not see that (`CUDA_VISIBLE_DEVICES`).
-    pub fn reaches(&self, uuid: &[u8; 16]) -> CudaResult<bool> {
-        let mut count = 0;
-        // SAFETY: `count` is a valid place.
-        check(unsafe { sys::cuDeviceGetCount(&mut count) })?;
-        for ordinal in 0..count {
-            let mut device = 0;
-            // SAFETY: `device` is a valid place.
-            check(unsafe { sys::cuDeviceGet(&mut device, ordinal) })?;
-            if uuid_of(device)? == *uuid {
-                let mut can = c_int::from(device == self.device);
-                if can == 0 {
-                    // SAFETY: `can` is a valid place and the devices came from the driver.
-                    check(unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.device, device) })?;
-                }
-                return Ok(can != 0);
-            }
+    /// Whether this device can use the memory of device `ordinal`, as it can its own.
+    pub fn reaches(&self, ordinal: c_int) -> CudaResult<bool> {
+        let (mut device, mut can) = (0, 1);
+        // SAFETY: `device` is a valid place.
+        check(unsafe { sys::cuDeviceGet(&mut device, ordinal) })?;
+        if device != self.device {
+            // SAFETY: `can` is a valid place and the devices came from the driver.
+            check(unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.device, device) })?;
         }
-        Ok(false)
+        Ok(can != 0)
     }
+}
+
+/// The number of the device with that UUID, if this process sees it (`CUDA_VISIBLE_DEVICES`).
+pub fn ordinal_of(uuid: &[u8; 16]) -> CudaResult<Option<c_int>> {
+    let mut count = 0;
+    // SAFETY: `count` is a valid place.
+    check(unsafe { sys::cuDeviceGetCount(&mut count) })?;
+    for ordinal in 0..count {
+        let mut device = 0;
+        // SAFETY: `device` is a valid place.
+        check(unsafe { sys::cuDeviceGet(&mut device, ordinal) })?;
+        if uuid_of(device)? == *uuid {
+            return Ok(Some(ordinal));
+        }
+    }
+    Ok(None)
 }
 
 fn uuid_of(device: sys::CUdevice) -> CudaResult<[u8; 16]> {

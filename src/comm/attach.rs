@@ -381,8 +381,9 @@ fn is_worthwhile(kind: Kind, context: &Context, peers: &[Blob]) -> CudaResult<bo
         return Ok(true);
     }
     for peer in peers {
-        if !context.reaches(&peer.place.device_uuid)? {
-            return Ok(true);
+        match cuda::ordinal_of(&peer.place.device_uuid)? {
+            Some(ordinal) if context.reaches(ordinal)? => {}
+            _ => return Ok(true),
         }
     }
     Ok(false)

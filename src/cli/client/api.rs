@@ -49,7 +49,6 @@ table! {
         cuDeviceGetCount(*mut c_int);
         cuDeviceGetName(*mut c_char, c_int, c_int);
         cuDeviceTotalMem_v2(*mut usize, c_int);
-        cuDeviceCanAccessPeer(*mut c_int, c_int, c_int);
         cuDevicePrimaryCtxRetain(*mut Ptr, c_int);
         cuCtxSetCurrent(Ptr);
         cuMemAlloc_v2(*mut Ptr, usize);

@@ -4,7 +4,7 @@
 use anyhow::{Result, anyhow, ensure};
 use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use flashcomm::config::Config;
-use flashcomm::cuda::{Context, Stream};
+use flashcomm::cuda::{Context, CudaResult, Stream};
 use flashcomm::exchange::fused::{Kind, Offer, Peer, Prepared, block_limit};
 use flashcomm::kernels::Kernels;
 use flashcomm_wire::Rings;
@@ -74,14 +74,7 @@ fn attempt(party: &Party) -> Result<Tried> {
 
     let mut memory_bytes = 0;
     call!(&cuda, cuDeviceTotalMem_v2(&mut memory_bytes, ordinal as i32))?;
-    let mut reaches = Vec::new();
-    for other in 0..count {
-        let mut can = 1;
-        if other != ordinal {
-            call!(&cuda, cuDeviceCanAccessPeer(&mut can, ordinal as i32, other as i32))?;
-        }
-        reaches.push(can != 0);
-    }
+    let reaches = (0..count).map(|other| context.reaches(other as i32)).collect::<CudaResult<_>>()?;
     let major = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     let minor = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
     let gpu = Gpu {
