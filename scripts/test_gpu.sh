@@ -277,6 +277,7 @@ if wants jobs; then
     check "children, revocation, addresses used again" timeout 60 .gpu/sim_lifecycle --test-threads 1 \
         children revoked address another_thread_captures
     check "sizes at every border" timeout 60 .gpu/sim_allreduce --test-threads 1 two_to_five rings_go replays
+    check "every code and width, host memory" timeout 60 .gpu/sim_allreduce --test-threads 1 every_code_equals_the_reference_over_host every_width
     check "what is not finite, in every code" timeout 60 .gpu/sim_allreduce --test-threads 1 every_code_shows
     check "recorded inputs" timeout 60 .gpu/sim_record --test-threads 1 threads_save
     check "statistics" timeout 60 .gpu/sim_stats --test-threads 1 counts_are_its_calls

@@ -206,6 +206,33 @@ fn every_code_equals_the_reference_over_host_memory_fp16() {
     codes_equal_the_reference::<f16>("host");
 }
 
+/// The kernels for host memory, those of the other widths: a GPU has others there than for peer memory.
+#[test]
+fn every_width_of_plain_and_blocks_equals_the_reference_over_host_memory() {
+    let widths = (2..=8).map(|bits| (bits, bits)).chain([(4, 8)]);
+    for (code, (reduce, gather)) in widths.flat_map(|pair| [(Code::Plain, pair), (Code::Blocks, pair)]) {
+        let group = if reduce % 2 == 0 { 32 } else { 128 };
+        let (bits, group_text) = (format!("{reduce}:{gather}"), group.to_string());
+        let part = format!("{} {bits}", code.name());
+        if std::env::var("WORLD_PART").is_ok_and(|mine| mine != part) {
+            continue;
+        }
+        let settings = [
+            ("FLASHCOMM_BITS", bits.as_str()),
+            ("FLASHCOMM_CODE", code.name()),
+            ("FLASHCOMM_GROUP", &group_text),
+            ("FLASHCOMM_EXCHANGE", "host"),
+            ("WORLD_PART", &part),
+        ];
+        in_process(&settings, || {
+            let legs = legs_of(Some(code), reduce, gather, group);
+            sums_and_averages(2, legs, &[4097, 40_000].map(|count| inputs::<f16>(count, 1, 2)), |_, _| {});
+            sums_and_averages(2, legs, &[4097, 40_000].map(|count| inputs::<bf16>(count, 2, 2)), |_, _| {});
+            assert_eq!(n_compressed(), 2 * 2 * 2 * 2, "none was forwarded");
+        });
+    }
+}
+
 #[test]
 fn six_to_nine_ranks_equal_the_reference_over_host_memory_bf16_int5() {
     equals_the_reference::<bf16>("host", &[6, 7, 8, 9], 5, 5);

@@ -264,9 +264,33 @@ fn operations_of_a_communicator_are_ordered_across_streams() {
     });
 }
 
+/// Where ranks share a device, to free memory waits for what other ranks have begun: when a refusal ends an attach, all must
+/// have freed what it needed before one goes on.
+#[test]
+fn a_refused_attach_frees_nothing_while_others_go_on() {
+    for seed in 1..=20 {
+        let (seed, part) = (seed.to_string(), format!("seed {seed}"));
+        if std::env::var("WORLD_PART").is_ok_and(|mine| mine != part) {
+            continue;
+        }
+        let settings = [
+            ("FLASHCOMM_BITS", "4"),
+            ("FLASHCOMM_EXCHANGE", "nccl"),
+            ("FLASHCOMM_SIM_DEVICES", "1"),
+            ("FLASHCOMM_SIM_SEED", &seed),
+            ("WORLD_PART", &part),
+        ];
+        do_not_block_with(&settings, 0, exact_sum);
+    }
+}
+
 /// A job of communicators that do not block; `expected` of the inputs by rank.
 fn do_not_block(exchange: &str, n_expected: u64, expected: fn(&[Vec<f16>]) -> Vec<f16>) {
-    in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", exchange)], || {
+    do_not_block_with(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", exchange)], n_expected, expected);
+}
+
+fn do_not_block_with(settings: &[(&str, &str)], n_expected: u64, expected: fn(&[Vec<f16>]) -> Vec<f16>) {
+    in_process(settings, || {
         let (world, count) = (3, 4000);
         let numbers: Vec<_> = (0..world).map(|rank| whole_numbers(count, 6, rank)).collect();
         let (expected, id) = (expected(&numbers), unique_id());
@@ -282,11 +306,13 @@ fn do_not_block(exchange: &str, n_expected: u64, expected: fn(&[Vec<f16>]) -> Ve
             };
             let first = call!(ncclCommInitRankConfig(&mut comm, world as i32, id, rank as i32, &config));
             settled(comm, first);
+            // Kept: to free it may wait for what another rank has begun already.
+            let memory = Memory::new(count * 2);
             for _ in 0..5 {
-                let memory = Memory::of(&numbers[rank], &stream);
+                memory.write(&numbers[rank], &stream);
                 let first = call!(ncclAllReduce(memory.at, memory.at, count, dtype::FP16, SUM, comm, stream.0));
                 settled(comm, first);
-                same_bits(&memory.read(count, &stream), &expected, exchange);
+                same_bits(&memory.read(count, &stream), &expected, "the sum");
             }
             let first = call!(ncclCommFinalize(comm));
             settled(comm, first);

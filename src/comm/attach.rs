@@ -267,7 +267,10 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
     let Loaded { kernels, last, .. } = loaded?;
     let exchange = match agree_on_exchange(&mut rounds, &context, &kernels, &peers)? {
         Ok(exchange) => exchange,
-        Err(disagreement) => return Ok(refused(comm, rank, disagreement)),
+        Err(disagreement) => {
+            rounds.end()?; // what the exchanges needed has been freed
+            return Ok(refused(comm, rank, disagreement));
+        }
     };
 
     rounds.end()?;
