@@ -273,7 +273,7 @@ if wants jobs; then
     # The simulators' jobs, threads as ranks of this GPU, on the real driver and the packed NCCL.
     export FLASHCOMM_TEST_REAL=1 FLASHCOMM_TEST_NCCL=$PWD/.gpu/libnccl.so.2 FLASHCOMM_TEST_SOAK_OPS=2000
     check "the packed NCCL" unpack_nccl
-    check "groups and captures" timeout 60 .gpu/sim_groups --test-threads 1
+    check "groups and captures" timeout 120 .gpu/sim_groups --test-threads 1
     check "children, revocation, addresses used again" timeout 60 .gpu/sim_lifecycle --test-threads 1 \
         children revoked address another_thread_captures
     check "sizes at every border" timeout 60 .gpu/sim_allreduce --test-threads 1 two_to_five rings_go replays
