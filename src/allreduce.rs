@@ -27,13 +27,14 @@ use crate::cuda::{self, Capture, Entered, StreamHandle};
 use crate::error::{self, Error, Result};
 use crate::exchange::fused::Fused;
 use crate::exchange::nccl::Staging;
-use crate::exchange::{self, Exchange, Transfer};
+use crate::exchange::nccl::{self as over_nccl, Transfer};
+use crate::exchange::Exchange;
 use crate::kernels::{ElementType, Piece};
-use crate::nccl::{self, NcclResult, RedOp, StreamPtr};
+use crate::nccl::{NcclResult, RedOp, StreamPtr};
 use crate::nvtx::Ranges;
 use crate::record::Input;
 use crate::route::{self, Reason, Request, Route};
-use crate::stats;
+use crate::{real, thread};
 
 /// An all-reduce as the application asked for it.
 pub struct Operation {
@@ -112,7 +113,9 @@ impl Operation {
         let count = self.request.count;
         let plan = Plan::new(count, attached.world, attached.legs, buffer_bytes)
             .map_err(|_| Error::BufferTooSmall { world: attached.world })?;
-        stats::compressed(self.request.n_bytes(), plan.wire_bytes() as u64, self.comm.handle());
+        thread::current()
+            .counters(self.comm.handle())
+            .count_compressed(self.request.n_bytes(), plan.wire_bytes() as u64);
         Ok(plan)
     }
 
@@ -126,7 +129,7 @@ impl Operation {
     fn mark(&self, attached: &Attached, ranges: &mut Ranges) {
         let Attached { legs, exchange, .. } = attached;
         ranges.push(self.request.n_bytes(), || {
-            format!("all-reduce {}, {legs} bits, {}", self.element.name(), exchange.name())
+            format!("all-reduce {}, {legs} bits, {}", self.element.name(), exchange.kind().name())
         });
     }
 
@@ -140,11 +143,11 @@ impl Operation {
         // SAFETY: the application's stream, of the communicator's context.
         let capture = unsafe { cuda::capture_of(stream) }.map_err(Error::cuda("asking for a capture"))?;
         // SAFETY: as above.
-        unsafe { attached.begin(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
+        unsafe { attached.order.begin(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
         // SAFETY: the application vouches for its buffers.
         unsafe { fused.all_reduce(&attached.kernels, &plan, self.element, self.scale(attached), buffers, stream) }?;
         // SAFETY: as above.
-        unsafe { attached.end(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))
+        unsafe { attached.order.end(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))
     }
 
     /// How it runs over the real NCCL, from `first_wave` on.
@@ -160,7 +163,7 @@ impl Operation {
     fn forward(&self) -> NcclResult {
         let Request { count, datatype, op } = self.request;
         // SAFETY: the application's own arguments.
-        unsafe { nccl::all_reduce(self.input, self.output, count, datatype, op, self.comm.handle(), self.stream) }
+        unsafe { real::all_reduce(self.input, self.output, count, datatype, op, self.comm.handle(), self.stream) }
     }
 }
 
@@ -197,7 +200,9 @@ fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
         let mut result = NcclResult::SUCCESS;
         batch.retain(|operation| match reason(operation) {
             Some(reason) if result == NcclResult::SUCCESS => {
-                stats::all_reduce_forwarded(reason, operation.request.n_bytes(), operation.comm.handle());
+                thread::current()
+                    .counters(operation.comm.handle())
+                    .count_forwarded(reason, operation.request.n_bytes());
                 result = operation.forward();
                 false
             }
@@ -206,7 +211,7 @@ fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
         result
     };
     // SAFETY: the application's own arguments.
-    match unsafe { exchange::nccl::grouped(issue) } {
+    match unsafe { over_nccl::grouped(issue) } {
         result @ (NcclResult::SUCCESS | NcclResult::IN_PROGRESS) => Ok(result),
         result => Err(Error::Nccl { function: "ncclAllReduce", result }),
     }
@@ -257,11 +262,11 @@ fn run_wave(batch: &[Operation], wave: usize) -> Result<()> {
     let steps = || batch.iter().filter_map(move |operation| Step::of(operation, wave));
     steps().try_for_each(|step| step.quantize())?;
     // SAFETY: the plans' areas and the application's streams.
-    let result = unsafe { exchange::nccl::all_to_all(steps().map(|step| step.hop1())) };
+    let result = unsafe { over_nccl::all_to_all(steps().map(|step| step.hop1())) };
     Error::check("hop 1 over the real NCCL", result)?;
     steps().try_for_each(|step| step.reduce())?;
     // SAFETY: as for hop 1.
-    let result = unsafe { exchange::nccl::all_gather(steps().map(|step| step.hop2())) };
+    let result = unsafe { over_nccl::all_gather(steps().map(|step| step.hop2())) };
     Error::check("hop 2 over the real NCCL", result)?;
     steps().try_for_each(|step| step.dequantize())
 }
@@ -290,7 +295,7 @@ impl<'a> Step<'a> {
         let (input, stream) = (self.operation.input, self.operation.stream());
         let _entered = enter(self.attached)?;
         // SAFETY: the application's stream, of the context just entered.
-        unsafe { self.attached.begin(stream, self.capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
+        unsafe { self.attached.order.begin(stream, self.capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
         // SAFETY: the application vouches for its input, the plan for the staging area.
         unsafe {
             self.attached.kernels.quantize(self.piece(), self.attached.rank, input, self.staging.outgoing(), stream)
@@ -348,7 +353,7 @@ impl<'a> Step<'a> {
         unsafe { self.attached.kernels.dequantize(self.piece(), self.staging.incoming(), output, stream) }
             .map_err(Error::cuda("launching dequantize"))?;
         // SAFETY: the application's stream, of the context just entered.
-        unsafe { self.attached.end(stream, self.capture) }.map_err(Error::cuda("ordering the all-reduce"))
+        unsafe { self.attached.order.end(stream, self.capture) }.map_err(Error::cuda("ordering the all-reduce"))
     }
 
     fn piece(&self) -> Piece<'_> {

@@ -5,7 +5,7 @@
 //! the default holds.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{CStr, OsString};
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -89,15 +89,40 @@ const fn setting(
 
 /// What carries the payloads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum ExchangeChoice {
-    /// The best that all ranks can.
-    Auto,
+pub enum ExchangeKind {
     /// GPU memory that peers write.
     Peer,
     /// Pinned host memory that all ranks of a host share.
     Host,
     /// The real NCCL's send, receive and all-gather.
     Nccl,
+}
+
+impl ExchangeKind {
+    /// Every kind, the best first.
+    pub const ALL: [ExchangeKind; 3] = [ExchangeKind::Peer, ExchangeKind::Host, ExchangeKind::Nccl];
+
+    /// The kind of a name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// As in settings and in the log.
+    pub const fn name(self) -> &'static str {
+        match self.c_name().to_str() {
+            Ok(name) => name,
+            Err(_) => unreachable!(),
+        }
+    }
+
+    /// The same for C.
+    pub const fn c_name(self) -> &'static CStr {
+        match self {
+            ExchangeKind::Peer => c"peer",
+            ExchangeKind::Host => c"host",
+            ExchangeKind::Nccl => c"nccl",
+        }
+    }
 }
 
 /// The settings, typed.
@@ -115,8 +140,8 @@ pub struct Config {
     pub fp16: bool,
     /// `FLASHCOMM_DTYPES`: whether bf16 is compressed.
     pub bf16: bool,
-    /// `FLASHCOMM_EXCHANGE`.
-    pub exchange: ExchangeChoice,
+    /// `FLASHCOMM_EXCHANGE`; `None`: auto, the best that all ranks can.
+    pub exchange: Option<ExchangeKind>,
     /// `FLASHCOMM_BUFFER_MIB`, in bytes.
     pub buffer_bytes: usize,
     /// `FLASHCOMM_MAX_CTAS`.
@@ -198,11 +223,8 @@ impl Config {
             fp16,
             bf16,
             exchange: reader.read("FLASHCOMM_EXCHANGE", |text| match text {
-                "auto" => Some(ExchangeChoice::Auto),
-                "peer" => Some(ExchangeChoice::Peer),
-                "host" => Some(ExchangeChoice::Host),
-                "nccl" => Some(ExchangeChoice::Nccl),
-                _ => None,
+                "auto" => Some(None),
+                name => ExchangeKind::by_name(name).map(Some),
             }),
             buffer_bytes: reader.read("FLASHCOMM_BUFFER_MIB", |text| parse_within(text, 1, 16384)) as usize * (1 << 20),
             max_ctas: reader.read("FLASHCOMM_MAX_CTAS", |text| parse_within(text, 0, 1024)) as u32,
@@ -327,7 +349,7 @@ mod tests {
         assert!(config.enable && config.fp16 && config.bf16);
         assert_eq!(config.legs.to_string(), "8");
         assert_eq!((config.legs.reduce.group.n_elems(), config.code, config.legs.code()), (128, None, Code::Blocks));
-        assert_eq!((config.min_bytes, config.exchange), (None, ExchangeChoice::Auto));
+        assert_eq!((config.min_bytes, config.exchange), (None, None));
         assert_eq!(config.buffer_bytes, 64 << 20);
         assert_eq!((config.max_ctas, config.timeout), (0, None));
         assert_eq!(config.attach_timeout, Duration::from_secs(60));
@@ -355,10 +377,9 @@ mod tests {
         assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "auto").0.min_bytes, None);
         let bf16_only = parse_one("FLASHCOMM_DTYPES", "bf16").0;
         assert!(!bf16_only.compresses(ElementType::Fp16) && bf16_only.compresses(ElementType::Bf16));
-        for (name, choice) in
-            [("peer", ExchangeChoice::Peer), ("host", ExchangeChoice::Host), ("nccl", ExchangeChoice::Nccl)]
-        {
-            assert_eq!(parse_one("FLASHCOMM_EXCHANGE", name).0.exchange, choice);
+        assert_eq!(parse_one("FLASHCOMM_EXCHANGE", "auto").0.exchange, None);
+        for (name, kind) in [("peer", ExchangeKind::Peer), ("host", ExchangeKind::Host), ("nccl", ExchangeKind::Nccl)] {
+            assert_eq!(parse_one("FLASHCOMM_EXCHANGE", name).0.exchange, Some(kind));
         }
         assert_eq!(parse_one("FLASHCOMM_BUFFER_MIB", "2").0.buffer_bytes, 2 << 20);
         assert_eq!(parse_one("FLASHCOMM_MAX_CTAS", "16").0.max_ctas, 16);

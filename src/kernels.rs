@@ -11,7 +11,6 @@ use once_cell::sync::Lazy;
 use parking_lot::Mutex;
 
 use crate::cuda::{Context, CudaResult, Function, Module, Shape, StreamHandle};
-use crate::exchange::fused::Kind;
 
 /// Every kernel for every architecture, from build.rs.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbin"));
@@ -47,6 +46,15 @@ impl ElementType {
     pub const fn n_bytes(self) -> usize {
         2
     }
+}
+
+/// Where the receive areas of a fused all-reduce live; each has a kernel of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AreaMemory {
+    /// GPU memory of the receiver.
+    Gpu,
+    /// Pinned host memory.
+    Host,
 }
 
 /// Mirrors `Slice` in `kernels/layout.cuh`.
@@ -145,7 +153,7 @@ struct Entries {
     quantize: Function,
     reduce: Function,
     dequantize: Function,
-    /// By [`Kind`].
+    /// By [`AreaMemory`].
     all_reduce: [Function; 2],
 }
 
@@ -254,7 +262,7 @@ impl Kernels {
         Ok(channels)
     }
 
-    /// The whole all-reduce over areas of `kind`, by `n_blocks` blocks of `block_channels` channels.
+    /// The whole all-reduce over areas in `memory`, by `n_blocks` blocks of `block_channels` channels.
     ///
     /// # Safety
     /// The arguments are what they say until the kernel has run on `stream`, which is of the current context; every rank
@@ -262,12 +270,12 @@ impl Kernels {
     pub unsafe fn all_reduce(
         &self,
         element: ElementType,
-        kind: Kind,
+        memory: AreaMemory,
         (n_blocks, block_channels): (usize, usize),
         args: &AllReduceArgs,
         stream: StreamHandle,
     ) -> CudaResult<()> {
-        let function = self.entries(element).all_reduce[kind as usize];
+        let function = self.entries(element).all_reduce[memory as usize];
         // SAFETY: as the caller vouches; the struct is the kernel's.
         unsafe { function.launch(fused_shape(n_blocks, block_channels), stream, args) }
     }

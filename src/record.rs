@@ -35,7 +35,7 @@ use parking_lot::Once;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 
 use crate::config::Config;
-use crate::cuda::{self, Capture, Context, CudaResult, Event, PinnedMemory, RelaxedCapture, StreamHandle};
+use crate::cuda::{self, Capture, Context, CudaResult, Event, Lent, PinnedMemory, RelaxedCapture, StreamHandle};
 use crate::kernels::ElementType;
 
 /// Bytes of a sample at most: 128 tiles.
@@ -63,8 +63,7 @@ struct Identity {
 /// Where samples wait until they are written.
 struct Room {
     context: Context,
-    /// There until this is dropped.
-    memory: Option<PinnedMemory>,
+    memory: Lent<PinnedMemory>,
     /// The ends of the copies, one for each place.
     events: Vec<Event>,
     /// Places taken.
@@ -72,9 +71,6 @@ struct Room {
     /// A copy may be under way of which no event tells.
     is_lost: AtomicBool,
 }
-
-/// Memory of recordings that have ended. All of it has one size.
-static SPARE: Mutex<Vec<PinnedMemory>> = Mutex::new(Vec::new());
 
 /// A candidate whose input is to be saved.
 pub struct Input {
@@ -201,14 +197,9 @@ impl Room {
     fn new(device: i32, n_samples: usize) -> CudaResult<Self> {
         let context = Context::retain(device)?;
         let events = (0..n_samples).map(|_| Event::new()).collect::<CudaResult<Vec<_>>>()?;
-        let spare = SPARE.lock().pop();
-        let memory = spare.map_or_else(|| PinnedMemory::new(n_samples * SAMPLE_BYTES), Ok)?;
+        let memory = Lent::new(device, n_samples * SAMPLE_BYTES)?;
         let (taken, is_lost) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Ok(Self { context, memory: Some(memory), events, taken, is_lost })
-    }
-
-    fn memory(&self) -> &PinnedMemory {
-        self.memory.as_ref().expect("there until dropped")
+        Ok(Self { context, memory, events, taken, is_lost })
     }
 
     /// Issues the copy of an input to a place of its own; none while the stream captures, or where all are taken.
@@ -224,7 +215,7 @@ impl Room {
         let place = self.taken.fetch_add(1, Relaxed);
         let Some(event) = self.events.get(place) else { return Ok(None) };
         // SAFETY: the place is this sample's alone; the rest as the caller vouches.
-        unsafe { self.memory().read_later(place * SAMPLE_BYTES, input.at, n_bytes, input.stream) }?;
+        unsafe { self.memory.read_later(place * SAMPLE_BYTES, input.at, n_bytes, input.stream) }?;
         // SAFETY: as the caller vouches.
         unsafe { event.record(input.stream, false) }.inspect_err(|_| self.is_lost.store(true, Relaxed))?;
         Ok(Some(place))
@@ -233,8 +224,9 @@ impl Room {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        let Some(memory) = self.memory.take() else { return };
-        if self.is_lost.load(Relaxed) { std::mem::forget(memory) } else { SPARE.lock().push(memory) }
+        if self.is_lost.load(Relaxed) {
+            self.memory.lose();
+        }
     }
 }
 
@@ -299,7 +291,7 @@ impl Sample {
 
     fn write_to(&self, path: &std::path::Path) -> Result<(), String> {
         let Identity { number, rank, world } = self.identity;
-        let start = self.room.memory().address().wrapping_byte_add(self.place * SAMPLE_BYTES).cast::<u8>();
+        let start = self.room.memory.address().wrapping_byte_add(self.place * SAMPLE_BYTES).cast::<u8>();
         // SAFETY: the place is this sample's, at least as long, and its copy has run.
         let bytes = unsafe { std::slice::from_raw_parts(start, self.n_bytes) };
         let dtype = match self.element {

@@ -9,6 +9,7 @@ use std::ffi::CStr;
 use crate::config::Config;
 use crate::kernels::ElementType;
 use crate::nccl::{DataType, RedOp};
+use crate::verdict::Verdict;
 
 /// What one call asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -26,22 +27,6 @@ impl Request {
     pub fn n_bytes(&self) -> u64 {
         (self.count as u64).saturating_mul(self.datatype.n_bytes())
     }
-}
-
-/// What the ranks of a communicator have agreed on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Verdict {
-    /// Not asked yet.
-    Open,
-    /// Every rank compresses operations of this many bytes and more.
-    On {
-        /// The threshold.
-        min_bytes: u64,
-    },
-    /// Every rank forwards.
-    Off,
-    /// Every rank forwards until an engine switches it on again.
-    SwitchedOff,
 }
 
 /// Where an all-reduce goes.

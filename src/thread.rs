@@ -4,14 +4,24 @@
 use std::cell::Cell;
 use std::ptr;
 
-use crate::stats::Known;
+use crate::nccl::CommPtr;
+use crate::real;
+use crate::stats::{Counters, Known};
 
 /// A thread's own.
 pub struct Thread {
     /// How many of our exports it is in the real library through.
     pub real_depth: Cell<u32>,
     /// Counters that it has used.
-    pub known: Known,
+    known: Known,
+}
+
+impl Thread {
+    /// The counters of a communicator that this thread uses.
+    #[inline]
+    pub fn counters(&self, comm: CommPtr) -> &'static Counters {
+        self.known.of(comm, real::identity)
+    }
 }
 
 /// The calling thread's.

@@ -6,9 +6,11 @@ use super::{group, guarded, in_real_nccl, in_real_nccl_after, is_reentered};
 use crate::allreduce::Operation;
 use crate::comm;
 use crate::config::Config;
-use crate::nccl::{CollConfig, CommPtr, DataType, NcclResult, RedOp, StreamPtr, Symbol, real};
+use crate::nccl::{CollConfig, CommPtr, DataType, NcclResult, RedOp, StreamPtr, Symbol};
+use crate::real::real;
 use crate::route::{self, Reason, Request, Route};
-use crate::stats::{self, Call};
+use crate::stats::Call;
+use crate::thread::{self, Thread};
 
 /// What an all-reduce call is to become.
 enum Decision {
@@ -47,7 +49,7 @@ fn all_reduce(
 }
 
 fn forward(reason: Reason, request: Request, comm: CommPtr) -> Decision {
-    stats::all_reduce_forwarded(reason, request.n_bytes(), comm);
+    thread::current().counters(comm).count_forwarded(reason, request.n_bytes());
     Decision::Forward
 }
 
@@ -152,7 +154,7 @@ macro_rules! counted {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) -> NcclResult {
             // Nothing here can panic, so this needs no guard; it must cost next to nothing.
-            let count = |thread: &_| stats::forwarded(thread, Call::$call, $comm);
+            let count = |thread: &Thread| thread.counters($comm).count(Call::$call);
             // SAFETY: the caller's own arguments.
             in_real_nccl_after(count, || unsafe { real!($name, fn($($type),*))($($arg),*) })
         }

@@ -16,9 +16,9 @@ use super::{group, guarded};
 use crate::comm::attach::Change;
 use crate::config::Config;
 use crate::nccl::CommPtr;
-use crate::route::{Reason, Verdict};
-use crate::stats::SIZE_CLASSES;
-use crate::stats::report::Counts;
+use crate::route::Reason;
+use crate::verdict::Verdict;
+use crate::stats::{Counts, SIZE_CLASSES};
 use crate::{comm, error};
 
 /// Result of a flashcomm call, with the values of ncclResult_t.
@@ -323,7 +323,7 @@ fn info_of(handle: CommPtr) -> flashcommCommInfo_t {
         rank: attached.map_or(-1, |attached| attached.rank as c_int),
         nRanks: attached.map_or(0, |attached| attached.world as c_int),
         minBytes: attached.map_or(u64::MAX, |attached| attached.min_bytes),
-        exchange: attached.map_or(c"", |attached| attached.exchange.c_name()).as_ptr(),
+        exchange: attached.map_or(c"", |attached| attached.exchange.kind().c_name()).as_ptr(),
         code: code_name(legs.code()).as_ptr(),
     }
 }

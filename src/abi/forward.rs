@@ -5,7 +5,7 @@ use std::arch::naked_asm;
 
 use crate::nccl::Symbol;
 use crate::nccl::symbols::for_each_symbol;
-use crate::nccl::table::TABLE;
+use crate::real::table::TABLE;
 
 macro_rules! define_jumps {
     ($($how:ident $name:ident $twin:ident $kind:ident $major:literal $minor:literal $patch:literal;)*) => {

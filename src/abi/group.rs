@@ -11,7 +11,8 @@ use super::{guarded, in_real_nccl, is_reentered};
 use crate::allreduce::{self, Operation};
 use crate::comm::attach::{self, Change};
 use crate::error;
-use crate::nccl::{NcclResult, SimInfo, Symbol, real};
+use crate::nccl::{NcclResult, SimInfo, Symbol};
+use crate::real::real;
 
 thread_local! {
     static DEPTH: Cell<u32> = const { Cell::new(0) };

@@ -8,7 +8,8 @@
 use std::ffi::c_int;
 
 use super::{guarded, in_real_nccl, is_reentered};
-use crate::nccl::{CommConfig, CommPtr, NcclResult, Symbol, real};
+use crate::nccl::{CommConfig, CommPtr, NcclResult, Symbol};
+use crate::real::real;
 use crate::{comm, error, record, stats};
 
 macro_rules! end_exports {

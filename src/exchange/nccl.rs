@@ -5,10 +5,10 @@ use std::ffi::c_void;
 
 use flashcomm_wire::{Legs, Plan};
 
-use super::Transfer;
-use crate::cuda::DeviceMemory;
+use crate::cuda::{DeviceMemory, StreamHandle};
 use crate::error::{Error, Result};
-use crate::nccl::{self, DataType, NcclResult};
+use crate::nccl::{CommPtr, DataType, NcclResult};
+use crate::real;
 
 /// Where payloads lie before and after a hop: the two areas of [`Plan`].
 pub struct Staging {
@@ -44,19 +44,38 @@ impl Staging {
     }
 }
 
+/// One hop of one rank.
+#[derive(Clone, Copy, Debug)]
+pub struct Transfer {
+    /// The communicator.
+    pub comm: CommPtr,
+    /// This rank in it.
+    pub rank: usize,
+    /// Ranks in it.
+    pub world: usize,
+    /// In hop 1 a slot for each other rank; in hop 2 one slot, for all.
+    pub outgoing: *mut c_void,
+    /// A slot from each rank; the rank's own holds nothing to be read after hop 1.
+    pub incoming: *mut c_void,
+    /// Bytes of every slot.
+    pub slot_bytes: usize,
+    /// The stream.
+    pub stream: StreamHandle,
+}
+
 /// Runs `issue` between the real group calls; the first error of it or of them.
 ///
 /// # Safety
 /// As for the calls that `issue` makes.
 pub unsafe fn grouped(issue: impl FnOnce() -> NcclResult) -> NcclResult {
     // SAFETY: takes nothing.
-    let started = unsafe { nccl::group_start() };
+    let started = unsafe { real::group_start() };
     if started != NcclResult::SUCCESS {
         return started;
     }
     let issued = issue();
     // SAFETY: ends the group just started.
-    let ended = unsafe { nccl::group_end() };
+    let ended = unsafe { real::group_end() };
     if issued == NcclResult::SUCCESS { ended } else { issued }
 }
 
@@ -86,7 +105,7 @@ pub unsafe fn all_gather(hops: impl Iterator<Item = Transfer>) -> NcclResult {
 unsafe fn gather(hop: Transfer) -> NcclResult {
     let Transfer { comm, outgoing, incoming, slot_bytes, stream, .. } = hop;
     // SAFETY: as the caller vouches.
-    unsafe { nccl::all_gather(outgoing, incoming, slot_bytes, DataType::UINT8, comm, stream.cast()) }
+    unsafe { real::all_gather(outgoing, incoming, slot_bytes, DataType::UINT8, comm, stream.cast()) }
 }
 
 unsafe fn send_and_receive(hop: Transfer) -> NcclResult {
@@ -96,9 +115,9 @@ unsafe fn send_and_receive(hop: Transfer) -> NcclResult {
         let receive = incoming.wrapping_byte_add(peer * slot_bytes);
         let (peer, stream) = (peer as i32, stream.cast());
         // SAFETY: as the caller vouches.
-        match unsafe { nccl::send(send, slot_bytes, DataType::UINT8, peer, comm, stream) } {
+        match unsafe { real::send(send, slot_bytes, DataType::UINT8, peer, comm, stream) } {
             // SAFETY: as the caller vouches.
-            NcclResult::SUCCESS => unsafe { nccl::recv(receive, slot_bytes, DataType::UINT8, peer, comm, stream) },
+            NcclResult::SUCCESS => unsafe { real::recv(receive, slot_bytes, DataType::UINT8, peer, comm, stream) },
             error => error,
         }
     }))

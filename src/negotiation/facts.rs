@@ -1,4 +1,4 @@
-//! What ranks tell each other when they attach, and the verdict that every rank derives from it alike.
+//! What ranks tell each other when they attach, and what of it keeps them from going on.
 //!
 //! A blob is [`BLOB_BYTES`] bytes, little-endian. Peers' blobs are checked like any input: a rank may run another
 //! version, or garbage.
@@ -7,12 +7,14 @@ use std::fmt;
 
 use flashcomm_wire::{Code, Codec, GroupSize, Legs, WIRE_VERSION, Width};
 
-use super::MAX_SETUPS;
-use crate::config::{Config, ExchangeChoice};
-use crate::exchange::fused::{OFFER_BYTES, Offer};
+use crate::config::{Config, ExchangeKind};
+use crate::exchange::area::{OFFER_BYTES, Offer};
 
 /// Bytes of a blob.
 pub const BLOB_BYTES: usize = 256;
+
+/// Pairs of widths that a communicator may have in its life: each keeps its memory.
+pub const MAX_SETUPS: usize = 8;
 
 /// Where the offer begins; before it, fields of 8 bytes.
 const OFFER_AT: usize = 176;
@@ -29,8 +31,8 @@ pub struct Agreement {
     pub min_bytes: Option<u64>,
     /// `FLASHCOMM_DTYPES`: fp16, bf16.
     pub dtypes: (bool, bool),
-    /// `FLASHCOMM_EXCHANGE`.
-    pub exchange: ExchangeChoice,
+    /// `FLASHCOMM_EXCHANGE`; `None`: auto.
+    pub exchange: Option<ExchangeKind>,
     /// `FLASHCOMM_BUFFER_MIB`, in bytes.
     pub buffer_bytes: usize,
     /// `FLASHCOMM_MAX_CTAS`.
@@ -61,7 +63,9 @@ pub struct Blob {
     /// Its settings.
     pub agreement: Agreement,
     /// Where it runs.
-    pub place: Place,
+    pub location: Location,
+    /// The ranks whose GPU's memory its own GPU reaches, as bits; 0 before it knows where they are.
+    pub reaches: u16,
     /// The number of its attach; that of rank 0 names the communicator among the ranks of a process.
     pub attach: u64,
     /// Whether it could do what this round is about.
@@ -72,7 +76,7 @@ pub struct Blob {
 
 /// Where a rank runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Place {
+pub struct Location {
     /// A hash of the host's boot id: equal on ranks of one host.
     pub host: u64,
     /// Tells processes of the host apart.
@@ -155,31 +159,31 @@ impl Blob {
     /// The bytes that travel.
     pub fn encode(&self) -> [u8; BLOB_BYTES] {
         let Agreement { legs, min_bytes, dtypes, exchange, buffer_bytes, max_ctas, switched_off } = self.agreement;
-        let place = &self.place;
-        let (uuid, _) = place.device_uuid.as_chunks::<8>();
+        let location = &self.location;
+        let (uuid, _) = location.device_uuid.as_chunks::<8>();
         let fields = [
             MAGIC,
             u64::from(WIRE_VERSION),
             u64::from(self.rank),
             u64::from(self.ready),
-            place.host,
+            location.host,
             u64::from(legs.reduce.width.bits()),
             u64::from(legs.gather.width.bits()),
             legs.reduce.group.n_elems() as u64,
             min_bytes.unwrap_or(u64::MAX),
-            u64::from(dtypes.0) | u64::from(dtypes.1) << 1 | u64::from(switched_off) << 2,
-            exchange as u64,
+            flags([dtypes.0, dtypes.1, switched_off, location.is_first]),
+            exchange.map_or(0, |kind| 1 + kind as u64),
             buffer_bytes as u64,
             u64::from(max_ctas),
-            place.process,
-            u64::from(place.device as u32),
+            location.process,
+            u64::from(location.device as u32),
             u64::from_le_bytes(uuid[0]),
             u64::from_le_bytes(uuid[1]),
-            place.multiprocessors as u64,
-            place.block_channels as u64,
+            location.multiprocessors as u64,
+            location.block_channels as u64,
             self.attach,
             legs.code() as u64,
-            u64::from(place.is_first),
+            u64::from(self.reaches),
         ];
         let mut bytes = [0; BLOB_BYTES];
         for (place, field) in bytes[..OFFER_AT].chunks_exact_mut(8).zip(fields) {
@@ -209,20 +213,21 @@ impl Blob {
         let codec = |width| Codec { width, group, code };
         // What no settings and no device give is not ours; and settings that look alike when told are alike.
         let within = |i, min: u64, max: u64| Some(field(i)).filter(|value| (min..=max).contains(value));
-        let flags = within(9, 0, 7).filter(|flags| flags & 3 != 0)?;
+        let flags = within(9, 0, 15).filter(|flags| flags & 3 != 0)?;
         Some(Self {
             rank: u32::try_from(field(2)).ok()?,
             ready: within(3, 0, 1)? == 1,
             offer,
             attach: field(19),
-            place: Place {
+            reaches: u16::try_from(field(21)).ok()?,
+            location: Location {
                 host: field(4),
                 process: field(13),
                 device: i32::try_from(field(14)).ok()?,
                 device_uuid: [field(15).to_le_bytes(), field(16).to_le_bytes()].concat().try_into().ok()?,
                 multiprocessors: within(17, 0, 1 << 16)? as usize,
                 block_channels: within(18, 0, 1 << 16)? as usize,
-                is_first: within(21, 0, 1)? == 1,
+                is_first: flags & 8 != 0,
             },
             agreement: Agreement {
                 legs: Legs::new(codec(width(5)?), codec(width(6)?))?,
@@ -230,17 +235,19 @@ impl Blob {
                 dtypes: (flags & 1 != 0, flags & 2 != 0),
                 switched_off: flags & 4 != 0,
                 exchange: match field(10) {
-                    0 => ExchangeChoice::Auto,
-                    1 => ExchangeChoice::Peer,
-                    2 => ExchangeChoice::Host,
-                    3 => ExchangeChoice::Nccl,
-                    _ => return None,
+                    0 => None,
+                    number => Some(*ExchangeKind::ALL.get(usize::try_from(number - 1).ok()?)?),
                 },
                 buffer_bytes: within(11, 1 << 20, 16384 << 20).filter(|n_bytes| n_bytes % (1 << 20) == 0)? as usize,
                 max_ctas: within(12, 0, 1024)? as u32,
             },
         })
     }
+}
+
+/// Bits, the first one lowest.
+fn flags(bits: [bool; 4]) -> u64 {
+    bits.into_iter().enumerate().map(|(i, bit)| u64::from(bit) << i).sum()
 }
 
 /// The verdict over all ranks' blobs, in rank order: the blobs, or the first thing that keeps the communicator off.
@@ -277,7 +284,7 @@ fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, Stri
             (true, false) => "fp16".into(),
             _ => "bf16".into(),
         }),
-        ("FLASHCOMM_EXCHANGE", |a| format!("{:?}", a.exchange).to_lowercase()),
+        ("FLASHCOMM_EXCHANGE", |a| a.exchange.map_or("auto", ExchangeKind::name).into()),
         ("FLASHCOMM_BUFFER_MIB", |a| (a.buffer_bytes >> 20).to_string()),
         ("FLASHCOMM_MAX_CTAS", |a| a.max_ctas.to_string()),
         ("flashcommSetCommEnabled", |a| u8::from(!a.switched_off).to_string()),
@@ -295,7 +302,7 @@ mod tests {
 
     fn blob(rank: u32) -> Blob {
         let device_uuid = *b"0123456789abcdef";
-        let place = Place {
+        let location = Location {
             host: 7,
             process: 8,
             device: 3,
@@ -305,7 +312,7 @@ mod tests {
             is_first: true,
         };
         let offer = std::array::from_fn(|i| i as u8);
-        Blob { rank, agreement: Agreement::from(&Config::default()), place, attach: 9, ready: true, offer }
+        Blob { rank, agreement: Agreement::from(&Config::default()), location, reaches: 5, attach: 9, ready: true, offer }
     }
 
     fn gather(blobs: &[Blob]) -> Vec<u8> {

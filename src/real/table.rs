@@ -9,9 +9,9 @@ use std::ffi::{c_char, c_int};
 use std::panic::catch_unwind;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use super::load;
-use super::symbols::{Kind, SYMBOLS, Symbol, for_each_symbol};
-use super::types::NcclResult;
+use crate::nccl::symbols::{Kind, SYMBOLS, Symbol, for_each_symbol};
+use crate::nccl::{NcclResult, load};
+use crate::{logging, stats};
 
 /// Address of each function, or of its stub.
 pub(crate) static TABLE: [AtomicPtr<()>; SYMBOLS.len()] = initial_table();
@@ -19,7 +19,7 @@ pub(crate) static TABLE: [AtomicPtr<()>; SYMBOLS.len()] = initial_table();
 /// The real function of this symbol, as a function pointer: `real!(ncclCommCount, fn(CommPtr, *mut c_int))`.
 macro_rules! real {
     ($symbol:ident, fn($($arg:ty),*)) => {{
-        let slot = $crate::nccl::table::TABLE[Symbol::$symbol as usize].load(std::sync::atomic::Ordering::Relaxed);
+        let slot = $crate::real::table::TABLE[Symbol::$symbol as usize].load(std::sync::atomic::Ordering::Relaxed);
         #[allow(unused_unsafe, reason = "callers mostly are in an unsafe block, to call it")]
         // SAFETY: the slot holds a function of this C signature or a stub that passes everything on to it.
         let function = unsafe {
@@ -151,8 +151,8 @@ extern "C" fn resolve(slot: u32) -> *const () {
     let (name, kind, _) = SYMBOLS[slot as usize];
     // The first call of NCCL in this process comes through here, whichever it is.
     let address = catch_unwind(|| {
-        crate::logging::init();
-        crate::stats::report::init();
+        logging::init();
+        stats::report::init();
         let (_, _, since) = SYMBOLS[slot as usize];
         match load::real_library() {
             None => absent(name, kind),

@@ -1,0 +1,210 @@
+//! One communicator: its verdict, and what it holds to compress.
+//!
+//! Its verdict is settled once, by [`super::attach`]; what it then holds is freed with it, as soon as the last operation that
+//! uses it has run.
+//!
+//! An engine may change the widths later, at points that all ranks agree on. Each pair of widths has a *setup* of its own,
+//! as if it were another communicator's: kernels, receive areas, counters. The setups of earlier widths stay as long as the
+//! communicator, since graphs that were captured with them may be replayed whenever the application likes.
+
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use flashcomm_wire::Legs;
+use once_cell::sync::OnceCell;
+
+use super::order::Order;
+use crate::cuda::{Context, RelaxedCapture};
+use crate::error::Error;
+use crate::exchange::Exchange;
+use crate::exchange::residency::Seat;
+use crate::kernels::Kernels;
+use crate::nccl::CommPtr;
+use crate::negotiation::facts::MAX_SETUPS;
+use crate::record::Recording;
+use crate::verdict::Verdict;
+
+/// One communicator of this process, one rank of it.
+pub struct Comm {
+    handle: CommHandle,
+    aborted: AtomicBool,
+    /// [`OPEN`], [`OFF`], or the number of the setup in use.
+    state: AtomicUsize,
+    /// An engine has switched it off, on all ranks.
+    switched_off: AtomicBool,
+    setups: [OnceCell<Box<Attached>>; MAX_SETUPS],
+    /// Its inputs that are to be saved.
+    pub recording: Recording,
+}
+
+/// The ranks have not met yet.
+const OPEN: usize = usize::MAX;
+/// All ranks forward, for good.
+const OFF: usize = usize::MAX - 1;
+
+/// What an attached communicator holds for a pair of widths.
+pub struct Attached {
+    /// This rank.
+    pub rank: usize,
+    /// Ranks of the communicator.
+    pub world: usize,
+    /// The agreed codecs.
+    pub legs: Legs,
+    /// The agreed threshold.
+    pub min_bytes: u64,
+    /// The context of the communicator's device.
+    pub context: Context,
+    /// Kernels of the agreed codecs, in that context.
+    pub kernels: Kernels,
+    /// What carries the payloads.
+    pub exchange: ManuallyDrop<Exchange>,
+    /// Shared by the communicator's setups.
+    pub order: Arc<Order>,
+    /// With a fused exchange: shared by the communicator's setups, which never run at once.
+    pub seat: Option<Arc<Seat>>,
+}
+
+/// The application's `ncclComm_t`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct CommHandle(pub CommPtr);
+
+// SAFETY: NCCL's handles may be passed between threads; that they are used by one at a time is the application's duty.
+unsafe impl Send for CommHandle {}
+// SAFETY: as above.
+unsafe impl Sync for CommHandle {}
+
+impl Comm {
+    /// Of a live handle; its ranks have not met yet.
+    pub fn new(handle: CommPtr) -> Self {
+        Comm {
+            handle: CommHandle(handle),
+            aborted: AtomicBool::new(false),
+            state: AtomicUsize::new(OPEN),
+            switched_off: AtomicBool::new(false),
+            setups: Default::default(),
+            recording: Recording::default(),
+        }
+    }
+
+    /// The real handle.
+    pub fn handle(&self) -> CommPtr {
+        self.handle.0
+    }
+
+    /// What the ranks agreed on.
+    pub fn verdict(&self) -> Verdict {
+        match self.state.load(Ordering::Acquire) {
+            OPEN => Verdict::Open,
+            OFF => Verdict::Off,
+            _ if self.switched_off.load(Ordering::Relaxed) => Verdict::SwitchedOff,
+            setup => self.setups[setup].get().map_or(Verdict::Off, |on| Verdict::On { min_bytes: on.min_bytes }),
+        }
+    }
+
+    /// The setup in use, when the verdict is on (or was, before it was switched off).
+    pub fn attached(&self) -> Option<&Attached> {
+        self.setups.get(self.state.load(Ordering::Acquire))?.get().map(|attached| &**attached)
+    }
+
+    /// The setup of a pair of widths, if it has ever been in use.
+    pub fn attached_with(&self, legs: Legs) -> Option<&Attached> {
+        self.setups().find(|attached| attached.legs == legs)
+    }
+
+    /// Every setup, the oldest first.
+    pub fn setups(&self) -> impl Iterator<Item = &Attached> {
+        self.setups.iter().map_while(|setup| setup.get().map(|attached| &**attached))
+    }
+
+    /// Whether the application has aborted or destroyed the communicator. Its handle must not be used any more.
+    pub fn is_aborted(&self) -> bool {
+        self.aborted.load(Ordering::Acquire)
+    }
+
+    /// As [`Comm::is_aborted`], for those who wait with an eye on it.
+    pub fn aborted(&self) -> &AtomicBool {
+        &self.aborted
+    }
+
+    /// The application destroys the communicator.
+    pub fn retire(&self) {
+        self.aborted.store(true, Ordering::Release);
+    }
+
+    /// Frees the kernels that wait for other ranks (invariant I5).
+    pub fn abort(&self) {
+        self.aborted.store(true, Ordering::Release);
+        for attached in self.setups() {
+            if let Exchange::Fused(fused) = &*attached.exchange {
+                fused.abort();
+            }
+        }
+    }
+
+    /// Its device, where it was ever attached.
+    pub fn device(&self) -> Option<i32> {
+        self.setups().next().map(|attached| attached.context.device())
+    }
+
+    /// What went wrong on the GPU, if anything.
+    pub fn failure(&self) -> Option<Error> {
+        self.setups().find_map(Attached::failure)
+    }
+
+    /// Whether all of its operations have run.
+    pub fn is_idle(&self) -> bool {
+        self.setups().next().is_none_or(|first| first.order.is_idle())
+    }
+
+    /// All ranks forward from now on. Does nothing once the verdict is settled: a settlement that comes late is that of a
+    /// thread that nobody waited for.
+    pub fn settle_off(&self) {
+        let _ = self.state.compare_exchange(OPEN, OFF, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Takes a setup into use, at a point that all ranks agree on.
+    pub fn settle(&self, attached: Box<Attached>, switched_off: bool) {
+        if self.state.load(Ordering::Acquire) == OFF {
+            return; // too late, as above
+        }
+        let legs = attached.legs;
+        let mut place = Some(attached);
+        for setup in &self.setups {
+            if let Some(attached) = place.take()
+                && let Err(attached) = setup.set(attached)
+            {
+                place = Some(attached);
+            }
+        }
+        self.use_setup(legs, switched_off);
+    }
+
+    /// As [`Comm::settle`], for widths that have been in use before.
+    pub fn use_setup(&self, legs: Legs, switched_off: bool) {
+        if let Some(setup) = self.setups().position(|attached| attached.legs == legs) {
+            self.switched_off.store(switched_off, Ordering::Relaxed);
+            self.state.store(setup, Ordering::Release);
+        }
+    }
+}
+
+impl Attached {
+    /// The error of a kernel that gave up waiting for another rank.
+    pub fn failure(&self) -> Option<Error> {
+        match &*self.exchange {
+            Exchange::Fused(fused) => fused.failure(),
+            Exchange::Nccl(_) => None,
+        }
+    }
+}
+
+impl Drop for Attached {
+    /// Whoever lets go of it last may have another context or none: a thread that attached, or one that aborts.
+    fn drop(&mut self) {
+        let _relaxed = RelaxedCapture::enter();
+        let _entered = self.context.enter();
+        // SAFETY: not used any more; dropped here only.
+        unsafe { ManuallyDrop::drop(&mut self.exchange) };
+    }
+}

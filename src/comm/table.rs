@@ -1,0 +1,102 @@
+//! The side table: communicators by handle, and those that are gone but still at work.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
+
+use once_cell::sync::Lazy;
+use parking_lot::{Mutex, RwLock};
+
+use super::communicator::{Comm, CommHandle};
+use crate::cuda::RelaxedCapture;
+use crate::error::{self, Error};
+use crate::nccl::CommPtr;
+
+type Table = HashMap<CommHandle, Arc<Comm>, BuildHasherDefault<AddressHasher>>;
+
+static TABLE: Lazy<RwLock<Table>> = Lazy::new(Default::default);
+
+/// Spreads the bits of an address (Fibonacci hashing): a look-up is on the path of every candidate all-reduce.
+#[derive(Default)]
+struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_usize(usize::from(*byte)));
+    }
+    fn write_usize(&mut self, address: usize) {
+        self.0 = (self.0 ^ address as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    }
+}
+
+/// Communicators that are gone but whose last operation has not run yet.
+static RETIRED: Mutex<Vec<Arc<Comm>>> = Mutex::new(Vec::new());
+
+/// The entry of a communicator, made at its first use. `handle` is not null.
+pub fn of(handle: CommPtr) -> Arc<Comm> {
+    let handle = CommHandle(handle);
+    if let Some(comm) = TABLE.read().get(&handle) {
+        return comm.clone();
+    }
+    TABLE.write().entry(handle).or_insert_with(|| Arc::new(Comm::new(handle.0))).clone()
+}
+
+/// The entry of a communicator, if it has one.
+pub fn known(handle: CommPtr) -> Option<Arc<Comm>> {
+    TABLE.read().get(&CommHandle(handle)).cloned()
+}
+
+/// Drops the entry of a communicator that is about to be destroyed. What it holds stays until [`reap`] finds that its
+/// last operation has run.
+/// Its device, where it was attached.
+pub fn retire(handle: CommPtr) -> Option<i32> {
+    let comm = TABLE.write().remove(&CommHandle(handle))?;
+    comm.retire();
+    let device = comm.device()?;
+    RETIRED.lock().push(comm);
+    Some(device)
+}
+
+/// Drops the entry of a communicator that is about to be aborted, and frees its waiting kernels.
+/// Its device, where it was attached.
+pub fn abort(handle: CommPtr) -> Option<i32> {
+    if let Some(comm) = TABLE.read().get(&CommHandle(handle)) {
+        comm.abort();
+    }
+    retire(handle)
+}
+
+/// As [`abort`], for a handle that stays: from now on the real NCCL answers what is done with it.
+pub fn turn_off(handle: CommPtr) {
+    abort(handle);
+    of(handle).settle_off();
+}
+
+/// What went wrong in a communicator on the GPU, if anything.
+pub fn failure(handle: CommPtr) -> Option<Error> {
+    TABLE.read().get(&CommHandle(handle))?.failure()
+}
+
+/// Frees the staging of retired communicators that are idle. Waits for nothing of a communicator, but frees memory,
+/// which the driver may synchronize: for the end and the beginning of communicators only.
+///
+/// Only those of `device`, that of the communicator that has ended: on another one a rank of another thread may have
+/// work that waits for this very thread, and freeing waits for it.
+pub fn reap(device: i32) {
+    // To ask an event and to free memory would break a capture of another thread otherwise.
+    let _relaxed = RelaxedCapture::enter();
+    let idle: Vec<Arc<Comm>> = {
+        let mut retired = RETIRED.lock();
+        let all = std::mem::take(&mut *retired);
+        let (idle, busy) = all.into_iter().partition(|comm| comm.device() == Some(device) && comm.is_idle());
+        *retired = busy;
+        idle
+    };
+    for error in idle.iter().filter_map(|comm| comm.failure()) {
+        error::remember(&error);
+    }
+    drop(idle);
+}

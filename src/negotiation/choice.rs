@@ -1,0 +1,141 @@
+//! Pure: which exchange a communicator gets, and how large its kernels and thresholds are.
+//!
+//! Everything follows from the facts of all ranks, which all have, so every rank comes to the same
+//! end. What was tried and failed on some rank is such a fact, too: all know of it.
+
+use std::fmt;
+
+use flashcomm_wire::Rings;
+use flashcomm_wire::rings::MAX_WORLD;
+
+use super::facts::{Blob, Disagreement};
+use crate::config::ExchangeKind;
+use crate::exchange::residency;
+
+/// What the ranks take, and why not something better.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Choice {
+    /// The exchange; `None` where all ranks forward.
+    pub takes: Option<ExchangeKind>,
+    /// What comes before it, each with what is against it.
+    pub passed_over: Vec<(ExchangeKind, Against)>,
+}
+
+/// Why an exchange is not taken.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Against {
+    /// The setting names another one.
+    Setting(ExchangeKind),
+    /// The facts of the ranks, or what came of trying it, rule it out.
+    Impossible(Disagreement),
+    /// The real NCCL is faster.
+    Slower,
+}
+
+impl fmt::Display for Against {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Against::Setting(kind) => write!(f, "FLASHCOMM_EXCHANGE={} says so", kind.name()),
+            Against::Impossible(disagreement) => disagreement.fmt(f),
+            Against::Slower => f.write_str(
+                "the GPUs reach each other's memory, over which the real NCCL is faster (FLASHCOMM_EXCHANGE=host takes \
+                 it anyway)",
+            ),
+        }
+    }
+}
+
+/// The exchange of ranks with these facts, in rank order, of which `failed` were tried in vain.
+pub fn choose(facts: &[Blob], failed: &[(ExchangeKind, Disagreement)]) -> Choice {
+    let mut passed_over = Vec::new();
+    for kind in ExchangeKind::ALL {
+        match against(kind, facts, failed) {
+            None => return Choice { takes: Some(kind), passed_over },
+            Some(against) => passed_over.push((kind, against)),
+        }
+    }
+    Choice { takes: None, passed_over }
+}
+
+impl Choice {
+    /// Why all ranks forward, where they do: the last that was impossible.
+    pub fn refusal(self) -> Option<Disagreement> {
+        let impossible = |(_, against)| match against {
+            Against::Impossible(disagreement) => Some(disagreement),
+            Against::Setting(_) | Against::Slower => None,
+        };
+        self.passed_over.into_iter().rev().find_map(impossible).filter(|_| self.takes.is_none())
+    }
+}
+
+fn against(kind: ExchangeKind, facts: &[Blob], failed: &[(ExchangeKind, Disagreement)]) -> Option<Against> {
+    let setting = facts[0].agreement.exchange;
+    if let Some(other) = setting.filter(|setting| *setting != kind) {
+        return Some(Against::Setting(other));
+    }
+    if let Some((_, disagreement)) = failed.iter().find(|(failed, _)| *failed == kind) {
+        return Some(Against::Impossible(disagreement.clone()));
+    }
+    if kind != ExchangeKind::Nccl && rings(facts).is_none() {
+        return Some(Against::Impossible(Disagreement::NoSharedMemory));
+    }
+    // NCCL has the memory of the GPUs there: it can map that in ways that are not ours (CUDA IPC), where containers forbid
+    // those.
+    if kind == ExchangeKind::Host && setting.is_none() && facts.iter().any(|rank| reaches_all(rank, facts.len())) {
+        return Some(Against::Slower);
+    }
+    None
+}
+
+/// Whether the GPU of a rank reaches the memory of every rank's.
+fn reaches_all(rank: &Blob, world: usize) -> bool {
+    u32::from(rank.reaches).trailing_ones() as usize >= world
+}
+
+/// Whether all ranks run on one host.
+pub fn is_one_host(facts: &[Blob]) -> bool {
+    facts.iter().all(|rank| rank.location.host == facts[0].location.host)
+}
+
+/// Channels that a block of the fused kernel has on every rank.
+pub fn block_channels(facts: &[Blob]) -> usize {
+    facts.iter().map(|rank| rank.location.block_channels).min().unwrap_or(0)
+}
+
+/// The receive areas that all ranks can have alike; `None` where no fused exchange is possible.
+pub fn rings(facts: &[Blob]) -> Option<Rings> {
+    let agreement = facts[0].agreement;
+    if !is_one_host(facts) || facts.len() > MAX_WORLD {
+        return None;
+    }
+    let sharing =
+        |rank: &Blob| facts.iter().filter(|other| other.location.device_uuid == rank.location.device_uuid).count();
+    let sharing = facts.iter().map(sharing).max()?;
+    let multiprocessors = facts.iter().map(|rank| rank.location.multiprocessors).min()?;
+    let is_first = facts.iter().all(|rank| rank.location.is_first);
+    let n_blocks = residency::block_limit(multiprocessors, sharing, is_first, agreement.max_ctas);
+    Rings::within(facts.len(), agreement.legs, n_blocks * block_channels(facts), agreement.buffer_bytes)
+}
+
+/// From how many bytes on an all-reduce is compressed: what the ranks have set, or what was measured (docs/tuning.md).
+pub fn min_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
+    let default = || default_min_bytes(kind, facts.len(), is_one_host(facts));
+    facts[0].agreement.min_bytes.unwrap_or_else(default)
+}
+
+/// From how many bytes on an all-reduce is compressed by default; `u64::MAX`: never.
+///
+/// Over the real NCCL the bytes decide between hosts. Between ranks of one host NCCL's own all-reduce is faster than three
+/// kernels with two of its calls between, so there it takes an explicit `FLASHCOMM_MIN_BYTES`.
+pub const fn default_min_bytes(kind: ExchangeKind, world: usize, one_host: bool) -> u64 {
+    match kind {
+        ExchangeKind::Nccl if one_host => u64::MAX,
+        ExchangeKind::Nccl => 1 << 20,
+        // Peer memory is never slower from half of that on, whether ranks share a GPU or two have one each, but for graphs of
+        // 2 ranks that share one; between more GPUs it has not been measured, hence a reserve.
+        ExchangeKind::Peer if world == 2 => 2 << 20,
+        ExchangeKind::Peer => 4 << 20,
+        // Between two GPUs, where NCCL goes over host memory, too.
+        ExchangeKind::Host => 256 << 10,
+    }
+}

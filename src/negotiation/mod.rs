@@ -1,0 +1,17 @@
+//! How the ranks of a communicator come to do the same: what each says of itself, what follows from
+//! all of it, and how they get there together (invariant I3).
+//!
+//! * [`facts`]: what a rank says, as bytes, and what of it keeps the ranks from going on;
+//! * [`choice`], pure: the exchange and the sizes that follow from everyone's facts;
+//! * [`meeting`]: everyone's word to everyone, and the rounds that are made of it;
+//! * [`over_nccl`]: meeting by a real all-gather, as attach does;
+//! * [`setup`]: an exchange is set up in rounds, and taken when every rank could.
+//!
+//! Attach (`comm::attach`) and `flashcomm doctor` go through the same rounds, over other meetings.
+
+pub mod choice;
+pub mod facts;
+mod identity;
+pub mod meeting;
+pub mod over_nccl;
+pub mod setup;

@@ -1,0 +1,132 @@
+//! Meeting by the real NCCL: an all-gather on a stream of ours, waited for with an eye on the abort.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::facts::BLOB_BYTES;
+use super::meeting::{Meeting, poll};
+use crate::cuda::{DeviceMemory, Event, Lent, Stream};
+use crate::error::{Error, Result};
+use crate::exchange::nccl::{Transfer, all_gather, all_to_all};
+use crate::nccl::{CommPtr, NcclResult};
+use crate::real;
+
+/// Ranks of a communicator meet over it.
+pub struct OverNccl<'a> {
+    comm: CommPtr,
+    aborted: &'a AtomicBool,
+    rank: usize,
+    world: usize,
+    stream: Arc<Stream>,
+    done: Event,
+    memory: Lent<DeviceMemory>,
+    is_nonblocking: bool,
+}
+
+impl<'a> OverNccl<'a> {
+    /// Of `comm`, a live communicator of `world` ranks until `aborted` says otherwise; `device` has the current context.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(
+        comm: CommPtr,
+        aborted: &'a AtomicBool,
+        device: i32,
+        (rank, world): (usize, usize),
+        stream: Arc<Stream>,
+    ) -> Result<Self> {
+        let done = Event::new().map_err(Error::cuda("creating an event"))?;
+        let memory =
+            Lent::new(device, (2 * world - 1) * BLOB_BYTES).map_err(Error::cuda("allocating for attach"))?;
+        Ok(Self { comm, aborted, rank, world, stream, done, memory, is_nonblocking: false })
+    }
+
+    /// Ranks.
+    pub fn world(&self) -> usize {
+        self.world
+    }
+
+    /// Takes something through hop 1, so that the real NCCL connects every two ranks: the hot path must not do that, least
+    /// of all inside a capture. (Hop 2's connections are those of the meetings.)
+    ///
+    /// Whether calls may be issued without waiting for each: a communicator that does not block takes one at a time.
+    ///
+    /// # Errors
+    /// The real NCCL's, or as [`Meeting::check`].
+    pub fn connect(&mut self) -> Result<bool> {
+        // SAFETY: the ranges lie in our memory, the handle and the stream live.
+        let result = unsafe { all_to_all(std::iter::once(self.transfer())) };
+        self.finish("ncclSend and ncclRecv", result)?;
+        Ok(!self.is_nonblocking)
+    }
+
+    /// One hop with a blob in every slot: everyone's at the start of our memory, behind them those to send.
+    fn transfer(&self) -> Transfer {
+        Transfer {
+            comm: self.comm,
+            rank: self.rank,
+            world: self.world,
+            outgoing: self.memory.at(self.world * BLOB_BYTES),
+            incoming: self.memory.at(0),
+            slot_bytes: BLOB_BYTES,
+            stream: self.stream.handle(),
+        }
+    }
+
+    /// Waits until what was issued has run. The thread that called is blocked by this, as it is when NCCL connects.
+    fn finish(&mut self, function: &'static str, result: NcclResult) -> Result<()> {
+        if result == NcclResult::IN_PROGRESS {
+            self.is_nonblocking = true;
+            poll(
+                || self.check(),
+                || {
+                    let mut state = NcclResult::SUCCESS;
+                    // SAFETY: the handle lives while the communicator is not aborted, which `poll` has just seen.
+                    let asked = unsafe { real::comm_get_async_error(self.comm, &mut state) };
+                    match (asked, state) {
+                        (NcclResult::SUCCESS, NcclResult::SUCCESS) => Ok(true),
+                        (NcclResult::SUCCESS, NcclResult::IN_PROGRESS) => Ok(false),
+                        (NcclResult::SUCCESS, result) | (result, _) => Err(Error::Nccl { function, result }),
+                    }
+                },
+            )?;
+        } else if result != NcclResult::SUCCESS {
+            return Err(Error::Nccl { function, result });
+        }
+        // SAFETY: the stream is ours.
+        unsafe { self.done.record(self.stream.handle(), false) }.map_err(Error::cuda("recording an event"))?;
+        poll(
+            || self.check(),
+            || self.done.is_complete().map_err(Error::cuda("waiting for the other ranks")),
+        )
+    }
+}
+
+impl Meeting for OverNccl<'_> {
+    fn say(&mut self, mine: &[u8; BLOB_BYTES]) -> Result<()> {
+        let at = self.world * BLOB_BYTES;
+        self.memory.write(at, mine, &self.stream).map_err(Error::cuda("writing the blob"))
+    }
+
+    fn hear(&mut self) -> Result<Vec<u8>> {
+        // SAFETY: the ranges lie in our memory, the handle and the stream live.
+        let result = unsafe { all_gather(std::iter::once(self.transfer())) };
+        self.finish("ncclAllGather", result)?;
+        let mut gathered = vec![0; self.world * BLOB_BYTES];
+        self.memory.read(0, &mut gathered, &self.stream).map_err(Error::cuda("reading the blobs"))?;
+        Ok(gathered)
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.aborted.load(Ordering::Acquire) { Err(Error::Aborted) } else { Ok(()) }
+    }
+}
+
+impl Drop for OverNccl<'_> {
+    fn drop(&mut self) {
+        // After an abort something may still write to it; then it is left alone.
+        if self.done.is_complete() != Ok(true) {
+            self.memory.lose();
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! Who counts where: the counters of every communicator that lives, those that a thread knows, and
+//! what ended communicators have counted.
+//!
+//! Of communicators that have ended the last [`MAX_ENDED`] are kept one by one; older ones are
+//! merged, so that a process that makes communicators without end does not grow.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use parking_lot::Mutex;
+
+use super::counters::{Counters, Counts, FREE};
+use crate::config::Config;
+use crate::nccl::CommPtr;
+
+/// Ended communicators that are told one by one.
+const MAX_ENDED: usize = 64;
+
+/// log2 of the places in a thread's table.
+const KNOWN_SHIFT: u32 = 6;
+
+/// Tells rank and world size of a communicator, where it can.
+pub type Identify = fn(CommPtr) -> Option<(usize, usize)>;
+
+/// The counters that a thread has used lately; each handle has two places.
+pub struct Known([Cell<Option<&'static Counters>>; 1 << KNOWN_SHIFT]);
+
+impl Known {
+    /// None yet.
+    #[allow(clippy::new_without_default, reason = "made by a constant expression only")]
+    pub const fn new() -> Self {
+        Known([const { Cell::new(None) }; 1 << KNOWN_SHIFT])
+    }
+
+    /// The counters of a communicator. `identify` is asked for its rank and world size, at the thread's first call on it.
+    #[inline]
+    pub fn of(&self, comm: CommPtr, identify: Identify) -> &'static Counters {
+        let handle = comm as usize;
+        let place = ((handle as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - KNOWN_SHIFT)) as usize;
+        for place in [place, place ^ 1] {
+            if let Some(counters) = self.0[place].get()
+                && counters.owner.load(Relaxed) == handle
+            {
+                return counters;
+            }
+        }
+        self.look_up(comm, place, identify)
+    }
+
+    #[cold]
+    fn look_up(&self, comm: CommPtr, place: usize, identify: Identify) -> &'static Counters {
+        // Who asks for a file per rank wants the rank also where nothing ever attaches.
+        let identity = if Config::global().stats_file.is_some() { identify(comm) } else { None };
+        become_reporter();
+        let counters = REGISTRY.lock().entry(comm, identity).counters;
+        self.0[place ^ 1].set(self.0[place].replace(Some(counters)));
+        counters
+    }
+}
+
+/// What a communicator is, beside its counts.
+#[derive(Clone, Debug, Default)]
+pub struct About {
+    /// Its place in the order of first use.
+    pub number: u64,
+    /// Rank and world size, where known.
+    pub identity: Option<(usize, usize)>,
+    /// Once it has attached and is on.
+    pub attached: Option<Attached>,
+}
+
+/// What an attached communicator does.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    /// As `FLASHCOMM_BITS` has it.
+    pub bits: String,
+    /// As `FLASHCOMM_CODE` has it.
+    pub code: &'static str,
+    /// As `FLASHCOMM_EXCHANGE` has it.
+    pub exchange: &'static str,
+}
+
+pub(super) struct Entry {
+    pub(super) counters: &'static Counters,
+    pub(super) about: About,
+}
+
+pub(super) struct Registry {
+    pub(super) live: BTreeMap<usize, Entry>,
+    free: Vec<&'static Counters>,
+    /// Communicators ever seen.
+    n_seen: u64,
+    pub(super) ended: Ended,
+}
+
+pub(super) static REGISTRY: Mutex<Registry> =
+    Mutex::new(Registry { live: BTreeMap::new(), free: Vec::new(), n_seen: 0, ended: Ended::new() });
+
+impl Registry {
+    fn entry(&mut self, comm: CommPtr, identity: Option<(usize, usize)>) -> &mut Entry {
+        let Registry { live, free, n_seen, .. } = self;
+        let handle = comm as usize;
+        let entry = live.entry(handle).or_insert_with(|| {
+            let counters = free.pop().unwrap_or_else(|| Box::leak(Box::new(Counters::new())));
+            counters.owner.store(handle, Relaxed);
+            *n_seen += 1;
+            Entry { counters, about: About { number: *n_seen, ..About::default() } }
+        });
+        entry.about.identity = entry.about.identity.or(identity);
+        entry
+    }
+}
+
+impl Counts {
+    /// Of a communicator; nothing for one that has not been used.
+    pub fn of(comm: CommPtr) -> Box<Self> {
+        let mut counts = Box::new(Counts::default());
+        if let Some(entry) = REGISTRY.lock().live.get(&(comm as usize)) {
+            counts.add_counters(entry.counters);
+        }
+        counts
+    }
+
+    /// Of the process.
+    pub fn of_process() -> Box<Self> {
+        let registry = REGISTRY.lock();
+        let mut counts = Box::new(Counts::default());
+        registry.live.values().for_each(|entry| counts.add_counters(entry.counters));
+        registry.ended.all().for_each(|ended| counts.add(ended));
+        counts
+    }
+}
+
+/// Notes what a communicator is, for the report.
+pub fn describe(comm: CommPtr, rank: usize, world: usize, attached: Option<Attached>) {
+    let mut registry = REGISTRY.lock();
+    let about = &mut registry.entry(comm, Some((rank, world))).about;
+    about.attached = attached;
+}
+
+/// A communicator is about to be destroyed or aborted: its handle may come again as another's.
+pub fn end(comm: CommPtr) {
+    let mut registry = REGISTRY.lock();
+    let Some(Entry { counters, about }) = registry.live.remove(&(comm as usize)) else { return };
+    let mut counts = Box::new(Counts::default());
+    counts.add_counters(counters);
+    counters.owner.store(FREE, Relaxed);
+    counters.clear();
+    registry.free.push(counters);
+    let summary = log::log_enabled!(log::Level::Info).then(|| counts.summary());
+    let name = name(&about);
+    registry.ended.push(about, counts);
+    drop(registry);
+    if let Some(summary) = summary {
+        log::info!("{name} ended: {summary}");
+    }
+}
+
+/// What ended communicators have counted.
+pub struct Ended {
+    pub(super) last: VecDeque<(About, Box<Counts>)>,
+    pub(super) merged: Option<(u64, Box<Counts>)>,
+}
+
+impl Ended {
+    const fn new() -> Self {
+        Self { last: VecDeque::new(), merged: None }
+    }
+
+    fn push(&mut self, about: About, counts: Box<Counts>) {
+        self.last.push_back((about, counts));
+        if self.last.len() > MAX_ENDED {
+            let (_, oldest) = self.last.pop_front().expect("more than one");
+            let (n_merged, merged) = self.merged.get_or_insert_with(Default::default);
+            *n_merged += 1;
+            merged.add(&oldest);
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Counts> {
+        let merged = self.merged.iter().map(|(_, counts)| &**counts);
+        self.last.iter().map(|(_, counts)| &**counts).chain(merged)
+    }
+}
+
+/// A communicator, in words.
+pub(super) fn name(about: &About) -> String {
+    let mut text = format!("communicator {}", about.number);
+    if let Some((rank, world)) = about.identity {
+        text += &format!(", rank {rank} of {world}");
+    }
+    match &about.attached {
+        Some(Attached { bits, code, exchange }) => text + &format!(" ({bits} bits, {code}, {exchange})"),
+        None => text,
+    }
+}
+
+/// The process that is to report: the one that set itself up, or a fork of it that has used a communicator since.
+static REPORTER: AtomicU32 = AtomicU32::new(0);
+
+/// This process reports at its end.
+pub(super) fn become_reporter() {
+    REPORTER.store(std::process::id(), Relaxed);
+}
+
+/// Whether this process reports. A fork that only inherited counts does not.
+pub(super) fn is_reporter() -> bool {
+    REPORTER.load(Relaxed) == std::process::id()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::super::Call;
+    use super::*;
+    use crate::route::Reason;
+
+    thread_local! {
+        static KNOWN: Known = const { Known::new() };
+    }
+
+    fn counters(comm: CommPtr) -> &'static Counters {
+        KNOWN.with(|known| known.of(comm, |_| None))
+    }
+
+    /// A handle that no other test uses.
+    fn handle() -> CommPtr {
+        static NEXT: AtomicUsize = AtomicUsize::new(64);
+        NEXT.fetch_add(512, Relaxed) as CommPtr
+    }
+
+    #[test]
+    fn a_communicator_counts_for_itself_whatever_threads_it_is_used_by() {
+        let comms: Vec<usize> = (0..4).map(|_| handle() as usize).collect();
+        std::thread::scope(|scope| {
+            for (i, comm) in comms.iter().enumerate() {
+                scope.spawn(move || {
+                    for _ in 0..1000 {
+                        counters(*comm as CommPtr).count(Call::Send);
+                        counters(*comm as CommPtr).count_forwarded(Reason::Small, 100);
+                        counters(*comm as CommPtr).count_compressed(2048 << i, 57);
+                    }
+                });
+            }
+        });
+        for (i, comm) in comms.into_iter().enumerate() {
+            counters(comm as CommPtr).count(Call::Send); // by a thread that does not know it yet
+            let counts = Counts::of(comm as CommPtr);
+            assert_eq!((counts.others(), counts.forwarded(), counts.bytes_forwarded()), (1001, 1000, 100_000));
+            assert_eq!(counts.compressed[2 + i], [1000, 2_048_000 << i, 57_000]);
+            assert_eq!((counts.n_compressed(), counts.bytes_wire()), (1000, 57_000));
+        }
+    }
+
+    #[test]
+    fn more_communicators_than_a_thread_knows_at_once_are_told_apart() {
+        let comms: Vec<CommPtr> = (0..500).map(|_| handle()).collect();
+        for round in 0..3 {
+            comms.iter().enumerate().for_each(|(i, comm)| counters(*comm).count_compressed(5000, i as u64));
+            for (i, comm) in comms.iter().enumerate() {
+                assert_eq!(Counts::of(*comm).bytes_wire(), (round + 1) * i as u64);
+            }
+        }
+    }
+
+    #[test]
+    fn an_address_used_again_starts_from_zero_and_the_total_keeps_what_was() {
+        let (first, second) = (handle(), handle());
+        let before = Counts::of_process().calls[Call::Gather as usize];
+        for n in 1..=200 {
+            counters(first).count(Call::Gather);
+            assert_eq!(Counts::of(first).others(), 1, "the block of another has been zeroed");
+            counters(second).count(Call::Gather);
+            end(first);
+            assert_eq!(Counts::of(first).others(), 0);
+            assert_eq!(Counts::of(second).others(), n);
+        }
+        assert_eq!(Counts::of_process().calls[Call::Gather as usize] - before, 400);
+        end(second);
+    }
+
+    #[test]
+    fn ended_communicators_beyond_the_last_are_merged_and_lose_nothing() {
+        let mut ended = Ended::new();
+        for number in 0..MAX_ENDED as u64 + 10 {
+            let mut counts = Box::new(Counts::default());
+            counts.compressed[3] = [1, 10, number];
+            ended.push(About { number, ..About::default() }, counts);
+        }
+        let mut total = Counts::default();
+        ended.all().for_each(|counts| total.add(counts));
+        let n = MAX_ENDED as u64 + 10;
+        assert_eq!(total.compressed[3], [n, 10 * n, n * (n - 1) / 2]);
+        assert_eq!((ended.last.len(), ended.merged.as_ref().unwrap().0), (MAX_ENDED, 10));
+    }
+}
