@@ -13,7 +13,7 @@ use std::time::Instant;
 use criterion::Criterion;
 use flashcomm::nccl::CommPtr;
 use flashcomm::route::Reason;
-use flashcomm::stats;
+use flashcomm::thread;
 
 type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_int;
 type Broadcast =
@@ -151,8 +151,11 @@ fn main() {
         };
         let nothing = turns(|_| {});
         for (what, count) in [
-            ("a compressed all-reduce", (|comm| stats::compressed(1 << 20, 1 << 18, comm)) as fn(CommPtr)),
-            ("a forwarded all-reduce", |comm| stats::all_reduce_forwarded(Reason::Small, 8192, comm)),
+            (
+                "a compressed all-reduce",
+                (|comm| thread::current().counters(comm).count_compressed(1 << 20, 1 << 18)) as fn(CommPtr),
+            ),
+            ("a forwarded all-reduce", |comm| thread::current().counters(comm).count_forwarded(Reason::Small, 8192)),
         ] {
             let counting = turns(count) - nothing;
             println!("counting {what} on {name}: {counting:.1} ns, budget 20 ns");

@@ -6,8 +6,8 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-use flashcomm::comm::blob::{Agreement, BLOB_BYTES, Blob, Place, agree};
 use flashcomm::config::{Config, SETTINGS};
+use flashcomm::negotiation::facts::{Agreement, BLOB_BYTES, Blob, Location, agree};
 use proptest::prelude::*;
 
 /// Pieces of values that are nearly right, and anything.
@@ -175,7 +175,7 @@ proptest! {
 }
 
 fn blob(rank: u32, config: &Config) -> Blob {
-    let place = Place {
+    let location = Location {
         host: 7,
         process: 8,
         device: 3,
@@ -185,5 +185,5 @@ fn blob(rank: u32, config: &Config) -> Blob {
         is_first: true,
     };
     let offer = std::array::from_fn(|i| i as u8);
-    Blob { rank, agreement: Agreement::from(config), place, attach: 9, ready: true, offer }
+    Blob { rank, agreement: Agreement::from(config), location, reaches: 3, attach: 9, ready: true, offer }
 }

@@ -3,14 +3,14 @@
 
 #![no_main]
 
-use flashcomm::comm::blob::{Agreement, BLOB_BYTES, Blob, Place, agree};
+use flashcomm::negotiation::facts::{Agreement, BLOB_BYTES, Blob, Location, agree};
 use flashcomm::config::Config;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     let [world, changes @ ..] = data else { return };
     let agreement = Agreement::from(&Config::default());
-    let place = Place {
+    let location = Location {
         host: 7,
         process: 8,
         device: 3,
@@ -19,7 +19,7 @@ fuzz_target!(|data: &[u8]| {
         block_channels: 7,
         is_first: true,
     };
-    let blob = |rank| Blob { rank, agreement, place, attach: 9, ready: true, offer: std::array::from_fn(|i| i as u8) };
+    let blob = |rank| Blob { rank, agreement, location, reaches: 3, attach: 9, ready: true, offer: std::array::from_fn(|i| i as u8) };
     let mut bytes: Vec<u8> = (0..u32::from(world % 8) + 1).flat_map(|rank| blob(rank).encode()).collect();
     let n_bytes = bytes.len();
     let changes = changes.chunks_exact(3);

@@ -2,12 +2,12 @@
 
 use std::ffi::{c_int, c_void};
 
-use super::{group, guarded, in_real_nccl, in_real_nccl_after, is_reentered};
+use super::boundary::{in_real_nccl, in_real_nccl_after, is_reentered, nccl_exports};
+use super::group;
 use crate::allreduce::Operation;
 use crate::comm;
 use crate::config::Config;
-use crate::nccl::{CollConfig, CommPtr, DataType, NcclResult, RedOp, StreamPtr, Symbol};
-use crate::real::real;
+use crate::nccl::{CollConfig, CommPtr, DataType, NcclResult, RedOp, StreamPtr};
 use crate::route::{self, Reason, Request, Route};
 use crate::stats::Call;
 use crate::thread::{self, Thread};
@@ -53,162 +53,293 @@ fn forward(reason: Reason, request: Request, comm: CommPtr) -> Decision {
     Decision::Forward
 }
 
-/// Exports a function and its `pnccl` twin (NCCL's profiling interface; the same, so that a profiler's layer above us
-/// does not lose the compression).
-macro_rules! all_reduce_exports {
-    ($($name:ident, $symbol:ident)*) => {$(
-        #[doc = concat!("`", stringify!($name), "`: compressed where all ranks agree on it, else forwarded.")]
-        ///
-        /// # Safety
-        /// As NCCL documents.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name(
-            sendbuff: *const c_void,
-            recvbuff: *mut c_void,
-            count: usize,
-            datatype: DataType,
-            op: RedOp,
-            comm: CommPtr,
-            stream: StreamPtr,
-        ) -> NcclResult {
-            let request = Request { count, datatype, op };
-            guarded(stringify!($name), || match all_reduce(sendbuff, recvbuff, request, comm, stream) {
-                Decision::Taken(result) => result,
-                // SAFETY: the caller's own arguments.
-                Decision::Forward => in_real_nccl(|| unsafe {
-                    real!($symbol, fn(*const c_void, *mut c_void, usize, DataType, RedOp, CommPtr, StreamPtr))(
-                        sendbuff, recvbuff, count, datatype, op, comm, stream,
-                    )
-                }),
-            })
+/// Counts a call and forwards it.
+#[inline]
+fn counted(call: Call, comm: CommPtr, real: impl FnOnce() -> NcclResult) -> NcclResult {
+    in_real_nccl_after(|thread: &Thread| thread.counters(comm).count(call), real)
+}
+
+nccl_exports! {
+    /// `ncclAllReduce`: compressed where all ranks agree on it, else forwarded.
+    pub fn ncclAllReduce / pncclAllReduce(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        op: RedOp,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        match all_reduce(sendbuff, recvbuff, Request { count, datatype, op }, comm, stream) {
+            Decision::Taken(result) => result,
+            Decision::Forward => in_real_nccl(real),
         }
-    )*};
-}
+    }
 
-all_reduce_exports! {
-    ncclAllReduce, ncclAllReduce
-    pncclAllReduce, pncclAllReduce
-}
-
-macro_rules! all_reduce_config_exports {
-    ($($name:ident, $symbol:ident)*) => {$(
-        #[doc = concat!("`", stringify!($name), "`: as `ncclAllReduce`, unless the configuration asks for more.")]
-        ///
-        /// # Safety
-        /// As NCCL documents.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name(
-            sendbuff: *const c_void,
-            recvbuff: *mut c_void,
-            count: usize,
-            datatype: DataType,
-            op: RedOp,
-            comm: CommPtr,
-            stream: StreamPtr,
-            config: *const CollConfig,
-        ) -> NcclResult {
-            let request = Request { count, datatype, op };
-            guarded(stringify!($name), || {
-                // A null configuration asks for nothing; any other may pick an algorithm or want an event, which only
-                // the real NCCL can serve. NCCL wants the same configuration on every rank.
-                let decision = match config.is_null() {
-                    true => all_reduce(sendbuff, recvbuff, request, comm, stream),
-                    false if is_reentered() => Decision::Forward,
-                    false => forward(Reason::Configuration, request, comm),
-                };
-                match decision {
-                    Decision::Taken(result) => result,
-                    // SAFETY: the caller's own arguments.
-                    Decision::Forward => in_real_nccl(|| unsafe {
-                        real!(
-                            $symbol,
-                            fn(*const c_void, *mut c_void, usize, DataType, RedOp, CommPtr, StreamPtr, *const CollConfig)
-                        )(sendbuff, recvbuff, count, datatype, op, comm, stream, config)
-                    }),
-                }
-            })
+    /// `ncclAllReduceConfig`: as `ncclAllReduce`, unless the configuration asks for more.
+    pub fn ncclAllReduceConfig / pncclAllReduceConfig(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        op: RedOp,
+        comm: CommPtr,
+        stream: StreamPtr,
+        config: *const CollConfig,
+    ) {
+        let request = Request { count, datatype, op };
+        // A null configuration asks for nothing; any other may pick an algorithm or want an event, which only the real
+        // NCCL can serve. NCCL wants the same configuration on every rank.
+        let decision = match config.is_null() {
+            true => all_reduce(sendbuff, recvbuff, request, comm, stream),
+            false if is_reentered() => Decision::Forward,
+            false => forward(Reason::Configuration, request, comm),
+        };
+        match decision {
+            Decision::Taken(result) => result,
+            Decision::Forward => in_real_nccl(real),
         }
-    )*};
-}
+    }
 
-all_reduce_config_exports! {
-    ncclAllReduceConfig, ncclAllReduceConfig
-    pncclAllReduceConfig, pncclAllReduceConfig
-}
+    /// `ncclBcast`, counted and forwarded.
+    pub fn ncclBcast / pncclBcast(
+        real;
+        buff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        root: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        counted(Call::Broadcast, comm, real)
+    }
 
-/// Exports functions that are counted and forwarded; `for` names the argument that is the communicator.
-macro_rules! counted {
-    (for $comm:ident; $($call:ident: $($name:ident)+ ($($arg:ident: $type:ty),* $(,)?);)*) => {$(
-        counted!(@each $comm, $call, ($($name)+), ($($arg: $type),*));
-    )*};
-    (@each $comm:ident, $call:ident, ($name:ident $($more:ident)*), $args:tt) => {
-        counted!(@one $comm, $call, $name, $args);
-        counted!(@each $comm, $call, ($($more)*), $args);
-    };
-    (@each $comm:ident, $call:ident, (), $args:tt) => {};
-    (@one $comm:ident, $call:ident, $name:ident, ($($arg:ident: $type:ty),*)) => {
-        #[doc = concat!("`", stringify!($name), "`, counted and forwarded.")]
-        ///
-        /// # Safety
-        /// As NCCL documents.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name($($arg: $type),*) -> NcclResult {
-            // Nothing here can panic, so this needs no guard; it must cost next to nothing.
-            let count = |thread: &Thread| thread.counters($comm).count(Call::$call);
-            // SAFETY: the caller's own arguments.
-            in_real_nccl_after(count, || unsafe { real!($name, fn($($type),*))($($arg),*) })
-        }
-    };
-}
+    /// `ncclBroadcast`, counted and forwarded.
+    pub fn ncclBroadcast / pncclBroadcast(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        root: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        counted(Call::Broadcast, comm, real)
+    }
 
-counted! {
-    for comm;
-    Broadcast: ncclBcast pncclBcast
-        (buff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr, stream: StreamPtr);
-    Broadcast: ncclBroadcast pncclBroadcast
-        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
-         stream: StreamPtr);
-    Broadcast: ncclBroadcastConfig pncclBroadcastConfig
-        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
-         stream: StreamPtr, config: *const CollConfig);
-    Reduce: ncclReduce pncclReduce
-        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, op: RedOp, root: c_int,
-         comm: CommPtr, stream: StreamPtr);
-    Reduce: ncclReduceConfig pncclReduceConfig
-        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, op: RedOp, root: c_int,
-         comm: CommPtr, stream: StreamPtr, config: *const CollConfig);
-    AllGather: ncclAllGather pncclAllGather
-        (sendbuff: *const c_void, recvbuff: *mut c_void, sendcount: usize, datatype: DataType, comm: CommPtr,
-         stream: StreamPtr);
-    AllGather: ncclAllGatherConfig pncclAllGatherConfig
-        (sendbuff: *const c_void, recvbuff: *mut c_void, sendcount: usize, datatype: DataType, comm: CommPtr,
-         stream: StreamPtr, config: *const CollConfig);
-    ReduceScatter: ncclReduceScatter pncclReduceScatter
-        (sendbuff: *const c_void, recvbuff: *mut c_void, recvcount: usize, datatype: DataType, op: RedOp,
-         comm: CommPtr, stream: StreamPtr);
-    ReduceScatter: ncclReduceScatterConfig pncclReduceScatterConfig
-        (sendbuff: *const c_void, recvbuff: *mut c_void, recvcount: usize, datatype: DataType, op: RedOp,
-         comm: CommPtr, stream: StreamPtr, config: *const CollConfig);
-    AlltoAll: ncclAlltoAll pncclAlltoAll
-        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, comm: CommPtr,
-         stream: StreamPtr);
-    AlltoAll: ncclAlltoAllConfig pncclAlltoAllConfig
-        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, comm: CommPtr,
-         stream: StreamPtr, config: *const CollConfig);
-    Gather: ncclGather pncclGather
-        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
-         stream: StreamPtr);
-    Gather: ncclGatherConfig pncclGatherConfig
-        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
-         stream: StreamPtr, config: *const CollConfig);
-    Scatter: ncclScatter pncclScatter
-        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
-         stream: StreamPtr);
-    Scatter: ncclScatterConfig pncclScatterConfig
-        (sendbuff: *const c_void, recvbuff: *mut c_void, count: usize, datatype: DataType, root: c_int, comm: CommPtr,
-         stream: StreamPtr, config: *const CollConfig);
-    Send: ncclSend pncclSend
-        (sendbuff: *const c_void, count: usize, datatype: DataType, peer: c_int, comm: CommPtr, stream: StreamPtr);
-    Recv: ncclRecv pncclRecv
-        (recvbuff: *mut c_void, count: usize, datatype: DataType, peer: c_int, comm: CommPtr, stream: StreamPtr);
+    /// `ncclBroadcastConfig`, counted and forwarded.
+    pub fn ncclBroadcastConfig / pncclBroadcastConfig(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        root: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+        config: *const CollConfig,
+    ) {
+        counted(Call::Broadcast, comm, real)
+    }
+
+    /// `ncclReduce`, counted and forwarded.
+    pub fn ncclReduce / pncclReduce(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        op: RedOp,
+        root: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        counted(Call::Reduce, comm, real)
+    }
+
+    /// `ncclReduceConfig`, counted and forwarded.
+    pub fn ncclReduceConfig / pncclReduceConfig(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        op: RedOp,
+        root: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+        config: *const CollConfig,
+    ) {
+        counted(Call::Reduce, comm, real)
+    }
+
+    /// `ncclAllGather`, counted and forwarded.
+    pub fn ncclAllGather / pncclAllGather(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        sendcount: usize,
+        datatype: DataType,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        counted(Call::AllGather, comm, real)
+    }
+
+    /// `ncclAllGatherConfig`, counted and forwarded.
+    pub fn ncclAllGatherConfig / pncclAllGatherConfig(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        sendcount: usize,
+        datatype: DataType,
+        comm: CommPtr,
+        stream: StreamPtr,
+        config: *const CollConfig,
+    ) {
+        counted(Call::AllGather, comm, real)
+    }
+
+    /// `ncclReduceScatter`, counted and forwarded.
+    pub fn ncclReduceScatter / pncclReduceScatter(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        recvcount: usize,
+        datatype: DataType,
+        op: RedOp,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        counted(Call::ReduceScatter, comm, real)
+    }
+
+    /// `ncclReduceScatterConfig`, counted and forwarded.
+    pub fn ncclReduceScatterConfig / pncclReduceScatterConfig(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        recvcount: usize,
+        datatype: DataType,
+        op: RedOp,
+        comm: CommPtr,
+        stream: StreamPtr,
+        config: *const CollConfig,
+    ) {
+        counted(Call::ReduceScatter, comm, real)
+    }
+
+    /// `ncclAlltoAll`, counted and forwarded.
+    pub fn ncclAlltoAll / pncclAlltoAll(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        counted(Call::AlltoAll, comm, real)
+    }
+
+    /// `ncclAlltoAllConfig`, counted and forwarded.
+    pub fn ncclAlltoAllConfig / pncclAlltoAllConfig(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        comm: CommPtr,
+        stream: StreamPtr,
+        config: *const CollConfig,
+    ) {
+        counted(Call::AlltoAll, comm, real)
+    }
+
+    /// `ncclGather`, counted and forwarded.
+    pub fn ncclGather / pncclGather(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        root: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        counted(Call::Gather, comm, real)
+    }
+
+    /// `ncclGatherConfig`, counted and forwarded.
+    pub fn ncclGatherConfig / pncclGatherConfig(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        root: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+        config: *const CollConfig,
+    ) {
+        counted(Call::Gather, comm, real)
+    }
+
+    /// `ncclScatter`, counted and forwarded.
+    pub fn ncclScatter / pncclScatter(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        root: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        counted(Call::Scatter, comm, real)
+    }
+
+    /// `ncclScatterConfig`, counted and forwarded.
+    pub fn ncclScatterConfig / pncclScatterConfig(
+        real;
+        sendbuff: *const c_void,
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        root: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+        config: *const CollConfig,
+    ) {
+        counted(Call::Scatter, comm, real)
+    }
+
+    /// `ncclSend`, counted and forwarded.
+    pub fn ncclSend / pncclSend(
+        real;
+        sendbuff: *const c_void,
+        count: usize,
+        datatype: DataType,
+        peer: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        counted(Call::Send, comm, real)
+    }
+
+    /// `ncclRecv`, counted and forwarded.
+    pub fn ncclRecv / pncclRecv(
+        real;
+        recvbuff: *mut c_void,
+        count: usize,
+        datatype: DataType,
+        peer: c_int,
+        comm: CommPtr,
+        stream: StreamPtr,
+    ) {
+        counted(Call::Recv, comm, real)
+    }
 }

@@ -8,17 +8,17 @@
 
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use flashcomm_wire::{Code, Width};
 
-use super::{group, guarded};
+use super::boundary::{guarded, guarded_or};
+use super::group;
 use crate::comm::attach::Change;
 use crate::config::Config;
 use crate::nccl::CommPtr;
 use crate::route::Reason;
-use crate::verdict::Verdict;
 use crate::stats::{Counts, SIZE_CLASSES};
+use crate::verdict::Verdict;
 use crate::{comm, error};
 
 /// Result of a flashcomm call, with the values of ncclResult_t.
@@ -177,7 +177,7 @@ unsafe fn fill(stats: *mut flashcommStats_t, counts: impl FnOnce() -> Box<Counts
     if size != STATS_1_BYTES && size != size_of::<flashcommStats_t>() {
         return FLASHCOMM_INVALID_ARGUMENT;
     }
-    let Ok(filled) = catch_unwind(AssertUnwindSafe(|| in_c(&counts(), size))) else {
+    let Some(filled) = guarded_or("flashcommGetStats", None, || Some(in_c(&counts(), size))) else {
         return FLASHCOMM_INTERNAL_ERROR;
     };
     // SAFETY: there are `size` bytes, says the caller, and here no fewer.
@@ -230,7 +230,8 @@ pub unsafe extern "C" fn flashcommGetCommInfo(
     if comm.is_null() || info.size != size_of::<flashcommCommInfo_t>() {
         return FLASHCOMM_INVALID_ARGUMENT;
     }
-    let Ok(filled) = catch_unwind(|| info_of(comm.cast_mut().cast())) else {
+    let filled = guarded_or("flashcommGetCommInfo", None, || Some(info_of(comm.cast_mut().cast())));
+    let Some(filled) = filled else {
         return FLASHCOMM_INTERNAL_ERROR;
     };
     *info = filled;
@@ -360,7 +361,7 @@ pub unsafe extern "C" fn flashcommGetLastError(comm: *const c_void) -> *const c_
             place.as_ptr()
         })
     };
-    catch_unwind(AssertUnwindSafe(text)).unwrap_or(c"an internal error of flashcomm".as_ptr())
+    guarded_or("flashcommGetLastError", c"an internal error of flashcomm".as_ptr(), text)
 }
 
 const VERSION: c_int = number(env!("CARGO_PKG_VERSION_MAJOR")) * 10_000

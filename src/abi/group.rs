@@ -7,12 +7,11 @@
 
 use std::cell::{Cell, RefCell};
 
-use super::{guarded, in_real_nccl, is_reentered};
+use super::boundary::{in_real_nccl, is_reentered, nccl_exports};
 use crate::allreduce::{self, Operation};
 use crate::comm::attach::{self, Change};
 use crate::error;
-use crate::nccl::{NcclResult, SimInfo, Symbol};
-use crate::real::real;
+use crate::nccl::{NcclResult, SimInfo};
 
 thread_local! {
     static DEPTH: Cell<u32> = const { Cell::new(0) };
@@ -56,9 +55,8 @@ pub(super) fn issue(operation: Operation) -> NcclResult {
     })
 }
 
-fn start(real: unsafe extern "C" fn() -> NcclResult) -> NcclResult {
-    // SAFETY: takes nothing.
-    let result = in_real_nccl(|| unsafe { real() });
+fn start(real: impl FnOnce() -> NcclResult) -> NcclResult {
+    let result = in_real_nccl(real);
     if result == NcclResult::SUCCESS && !is_reentered() {
         DEPTH.set(DEPTH.get() + 1);
     }
@@ -96,42 +94,19 @@ fn end(run_queue: bool, end: impl FnOnce() -> NcclResult) -> NcclResult {
     })
 }
 
-macro_rules! group_exports {
-    ($($start:ident $end:ident $simulate_end:ident)*) => {$(
-        #[doc = concat!("`", stringify!($start), "`.")]
-        ///
-        /// # Safety
-        /// As NCCL documents.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $start() -> NcclResult {
-            guarded(stringify!($start), || start(real!($start, fn())))
-        }
+nccl_exports! {
+    /// `ncclGroupStart`.
+    pub fn ncclGroupStart / pncclGroupStart(real;) {
+        start(real)
+    }
 
-        #[doc = concat!("`", stringify!($end), "`.")]
-        ///
-        /// # Safety
-        /// As NCCL documents.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $end() -> NcclResult {
-            // SAFETY: takes nothing.
-            guarded(stringify!($end), || end(true, || unsafe { real!($end, fn())() }))
-        }
+    /// `ncclGroupEnd`.
+    pub fn ncclGroupEnd / pncclGroupEnd(real;) {
+        end(true, real)
+    }
 
-        #[doc = concat!("`", stringify!($simulate_end), "`. Its estimate leaves out what is compressed.")]
-        ///
-        /// # Safety
-        /// As NCCL documents.
-        #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $simulate_end(sim_info: *mut SimInfo) -> NcclResult {
-            guarded(stringify!($simulate_end), || {
-                // SAFETY: the caller's own argument.
-                end(false, || unsafe { real!($simulate_end, fn(*mut SimInfo))(sim_info) })
-            })
-        }
-    )*};
-}
-
-group_exports! {
-    ncclGroupStart ncclGroupEnd ncclGroupSimulateEnd
-    pncclGroupStart pncclGroupEnd pncclGroupSimulateEnd
+    /// `ncclGroupSimulateEnd`. Its estimate leaves out what is compressed.
+    pub fn ncclGroupSimulateEnd / pncclGroupSimulateEnd(real; sim_info: *mut SimInfo) {
+        end(false, real)
+    }
 }

@@ -12,6 +12,7 @@
 
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
@@ -223,7 +224,7 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
     let _relaxed = RelaxedCapture::enter().map_err(Error::cuda("leaving the capture mode"))?;
     let first = comm.setups().next();
     let seat = comm.setups().find_map(|setup| setup.seat.clone()).unwrap_or_else(|| Arc::new(Seat::take(device)));
-    let stream = Arc::new(Stream::new().map_err(Error::cuda("creating a stream"))?);
+    let stream = Rc::new(Stream::new().map_err(Error::cuda("creating a stream"))?);
     let check = || if comm.is_aborted() { Err(Error::Aborted) } else { Ok(()) };
     let meet = |blob| {
         let meeting = OverNccl::new(comm.handle(), comm.aborted(), device, (rank, world), stream.clone())?;

@@ -15,8 +15,7 @@ mod pool;
 mod stream;
 
 pub use capture::{
-    Capture, Dependencies, GraphNode, RelaxedCapture, capture_dependencies, capture_of,
-    update_capture_dependencies,
+    Capture, Dependencies, GraphNode, RelaxedCapture, capture_dependencies, capture_of, update_capture_dependencies,
 };
 pub use context::{Context, Entered, ordinal_of};
 pub use driver::{CudaError, CudaResult, device_count, init};

@@ -166,4 +166,3 @@ fn map_ipc(process: u64, offer: &Offer, device: i32) -> Result<*mut c_void> {
     mapped.insert((process, handle, device), address as usize);
     Ok(address)
 }
-

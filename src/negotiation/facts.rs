@@ -312,7 +312,15 @@ mod tests {
             is_first: true,
         };
         let offer = std::array::from_fn(|i| i as u8);
-        Blob { rank, agreement: Agreement::from(&Config::default()), location, reaches: 5, attach: 9, ready: true, offer }
+        Blob {
+            rank,
+            agreement: Agreement::from(&Config::default()),
+            location,
+            reaches: 5,
+            attach: 9,
+            ready: true,
+            offer,
+        }
     }
 
     fn gather(blobs: &[Blob]) -> Vec<u8> {

@@ -1,6 +1,6 @@
 //! Meeting by the real NCCL: an all-gather on a stream of ours, waited for with an eye on the abort.
 
-use std::sync::Arc;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::facts::BLOB_BYTES;
@@ -17,7 +17,7 @@ pub struct OverNccl<'a> {
     aborted: &'a AtomicBool,
     rank: usize,
     world: usize,
-    stream: Arc<Stream>,
+    stream: Rc<Stream>,
     done: Event,
     memory: Lent<DeviceMemory>,
     is_nonblocking: bool,
@@ -33,11 +33,10 @@ impl<'a> OverNccl<'a> {
         aborted: &'a AtomicBool,
         device: i32,
         (rank, world): (usize, usize),
-        stream: Arc<Stream>,
+        stream: Rc<Stream>,
     ) -> Result<Self> {
         let done = Event::new().map_err(Error::cuda("creating an event"))?;
-        let memory =
-            Lent::new(device, (2 * world - 1) * BLOB_BYTES).map_err(Error::cuda("allocating for attach"))?;
+        let memory = Lent::new(device, (2 * world - 1) * BLOB_BYTES).map_err(Error::cuda("allocating for attach"))?;
         Ok(Self { comm, aborted, rank, world, stream, done, memory, is_nonblocking: false })
     }
 
@@ -95,10 +94,7 @@ impl<'a> OverNccl<'a> {
         }
         // SAFETY: the stream is ours.
         unsafe { self.done.record(self.stream.handle(), false) }.map_err(Error::cuda("recording an event"))?;
-        poll(
-            || self.check(),
-            || self.done.is_complete().map_err(Error::cuda("waiting for the other ranks")),
-        )
+        poll(|| self.check(), || self.done.is_complete().map_err(Error::cuda("waiting for the other ranks")))
     }
 }
 

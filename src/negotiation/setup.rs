@@ -24,6 +24,17 @@ use crate::kernels::{AreaMemory, Kernels};
 /// No offer, in rounds that are not about one.
 const NOTHING: [u8; OFFER_BYTES] = [0; OFFER_BYTES];
 
+/// An exchange that not every rank could set up.
+pub struct NotSetUp {
+    /// What the ranks know of it.
+    pub why: Disagreement,
+    /// What this rank could not do, and why, where it is one of those.
+    pub mine: Option<(&'static str, Error)>,
+}
+
+/// What came of setting up `T`.
+pub type SetUp<T> = std::result::Result<T, NotSetUp>;
+
 /// What a rank sets an exchange up with.
 pub struct Local<'a> {
     /// The context of its device, which is current.
@@ -91,18 +102,18 @@ impl<M: Meeting> Rounds<M> {
         kind: ExchangeKind,
         facts: &[Blob],
         Local { context, kernels, stream, timeout }: &Local<'_>,
-    ) -> Result<std::result::Result<Fused, Disagreement>> {
+    ) -> Result<SetUp<Fused>> {
         let memory = if kind == ExchangeKind::Peer { AreaMemory::Gpu } else { AreaMemory::Host };
-        let Some(rings) = choice::rings(facts) else { return Ok(Err(Disagreement::NoSharedMemory)) };
+        let Some(rings) = choice::rings(facts) else {
+            return Ok(Err(NotSetUp { why: Disagreement::NoSharedMemory, mine: None }));
+        };
         let rank = self.blob.rank as usize;
         let prepared = Prepared::new(memory, rings, context, stream);
-        if let Err(error) = &prepared {
-            self.log_refusal(kind, "offer memory", error);
-        }
         let offer = prepared.as_ref().map_or(NOTHING, |prepared| *prepared.offer());
-        let offers = match self.next(prepared.is_ok(), offer)? {
-            Ok(offers) => offers,
-            Err(disagreement) => return Ok(Err(disagreement)),
+        let round = self.next(prepared.is_ok(), offer)?;
+        let (prepared, offers) = match (prepared, round) {
+            (Ok(prepared), Ok(offers)) => (prepared, offers),
+            (prepared, round) => return Ok(Err(not_set_up(prepared, round, "offer memory"))),
         };
         let peer = |Blob { location, offer, .. }: &Blob| Peer {
             process: location.process,
@@ -110,27 +121,23 @@ impl<M: Meeting> Rounds<M> {
             offer: *offer,
         };
         let peers: Vec<Peer> = offers.iter().map(peer).collect();
-        let fused = prepared?.connect(rank, &peers, context, choice::block_channels(facts), *timeout);
+        let fused = prepared.connect(rank, &peers, context, choice::block_channels(facts), *timeout);
         let fused = fused.and_then(|fused| fused.warm_up(kernels, stream).map(|()| fused));
-        if let Err(error) = &fused {
-            self.log_refusal(kind, "use others' memory", error);
-        }
-        Ok(match self.next(fused.is_ok(), offer)? {
-            Ok(_) => {
-                let mut fused = fused?;
+        let round = self.next(fused.is_ok(), offer)?;
+        Ok(match (fused, round) {
+            (Ok(mut fused), Ok(_)) => {
                 fused.unlink();
                 Ok(fused)
             }
-            Err(disagreement) => Err(disagreement),
+            (fused, round) => Err(not_set_up(fused, round, "use others' memory")),
         })
     }
+}
 
-    /// Says why an exchange cannot be: loudly where no other may take its place.
-    fn log_refusal(&self, kind: ExchangeKind, what: &str, error: &Error) {
-        let is_only_one = self.blob.agreement.exchange.is_some();
-        let level = if is_only_one { log::Level::Warn } else { log::Level::Info };
-        log::log!(level, "rank {} cannot {what} for the exchange {}: {error}", self.blob.rank, kind.name());
-    }
+/// What a rank that could do its part, or could not, makes of a round in which not all could.
+fn not_set_up<T>(mine: Result<T>, round: Round, doing: &'static str) -> NotSetUp {
+    let why = round.err().expect("a rank that is not ready keeps all from going on");
+    NotSetUp { why, mine: mine.err().map(|error| (doing, error)) }
 }
 
 impl Rounds<OverNccl<'_>> {
@@ -160,12 +167,21 @@ impl Rounds<OverNccl<'_>> {
             };
             match outcome {
                 Ok(exchange) => return Ok(Ok(exchange)),
-                Err(disagreement) => failed.push((kind, disagreement)),
+                Err(NotSetUp { why, mine }) => {
+                    // Loudly where no other may take its place.
+                    let is_only_one = self.blob.agreement.exchange.is_some();
+                    let level = if is_only_one { log::Level::Warn } else { log::Level::Info };
+                    if let Some((doing, error)) = mine {
+                        let rank = self.blob.rank;
+                        log::log!(level, "rank {rank} cannot {doing} for the exchange {}: {error}", kind.name());
+                    }
+                    failed.push((kind, why));
+                }
             }
         }
     }
 
-    fn set_up_nccl(&mut self) -> Result<std::result::Result<Staging, Disagreement>> {
+    fn set_up_nccl(&mut self) -> Result<SetUp<Staging>> {
         let Blob { rank, agreement: Agreement { legs, buffer_bytes, .. }, .. } = self.blob;
         let staging = Staging::new(self.meeting.world(), legs, buffer_bytes);
         if let Err(error) = &staging {
@@ -177,7 +193,7 @@ impl Rounds<OverNccl<'_>> {
         }
         Ok(match self.compare(staging.is_ok() && takes_calls)? {
             Ok(_) => Ok(staging?),
-            Err(disagreement) => Err(disagreement),
+            Err(why) => Err(NotSetUp { why, mine: None }),
         })
     }
 }

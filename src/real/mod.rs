@@ -7,7 +7,7 @@ pub(crate) mod table;
 
 use std::ffi::{c_int, c_void};
 
-use crate::nccl::{CommPtr, DataType, NcclResult, RedOp, StreamPtr, Symbol};
+use crate::nccl::{CommPtr, DataType, NcclResult, RedOp, StreamPtr};
 pub(crate) use table::real;
 
 macro_rules! calls {

@@ -111,7 +111,6 @@ fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Relaxed) + n, Relaxed);
 }
 
-
 /// The counts of one communicator, or of several.
 #[derive(Clone, Default)]
 pub struct Counts {

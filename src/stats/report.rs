@@ -115,4 +115,3 @@ fn write(path: &Path) {
         log::error!("FLASHCOMM_STATS_FILE={}: {error}", path.display());
     }
 }
-

@@ -1,13 +1,17 @@
-//! The doctor's child processes: one for each GPU (two where there is one), which set up the exchanges between them with
-//! the shim's own code, as the ranks of a job would. Nothing is computed; no kernel waits.
+//! The doctor's child processes: one for each GPU (two where there is one). They meet over the command's pipes, and go
+//! through the rounds of an attach with the shim's own code, as the ranks of a job would. No kernel waits.
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
 use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
-use flashcomm::config::Config;
+use flashcomm::config::{Config, ExchangeKind};
 use flashcomm::cuda::{Context, CudaResult, Stream};
-use flashcomm::exchange::fused::{Kind, Offer, Peer, Prepared, block_limit};
+use flashcomm::error::{self, Error};
+use flashcomm::exchange::residency::Seat;
 use flashcomm::kernels::Kernels;
-use flashcomm_wire::Rings;
+use flashcomm::negotiation::choice;
+use flashcomm::negotiation::facts::{Agreement, BLOB_BYTES, Blob};
+use flashcomm::negotiation::meeting::{Meeting, Rounds};
+use flashcomm::negotiation::setup::{Local, NotSetUp};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::client::api::{Cuda, call};
@@ -37,21 +41,14 @@ pub struct Gpu {
 pub struct Tried {
     /// The rank's GPU.
     pub gpu: Gpu,
+    /// The rank's facts, as the ranks of a job tell them.
+    pub facts: Vec<u8>,
     /// Whether the exchange `peer` could be set up, or why not.
     pub peer: std::result::Result<(), String>,
     /// Whether the exchange `host` could be set up, or why not.
     pub host: std::result::Result<(), String>,
     /// Bytes of a rank's receive area; 0 where there is none.
     pub area_bytes: usize,
-}
-
-/// What the others must know.
-#[derive(Clone, Copy, Serialize, Deserialize)]
-struct Place {
-    process: u64,
-    ordinal: usize,
-    multiprocessors: usize,
-    block_channels: usize,
 }
 
 /// In a child: tries.
@@ -70,71 +67,76 @@ fn attempt(party: &Party) -> Result<Tried> {
     let context = Context::retain(ordinal as i32)?;
     let _entered = context.enter()?;
     let config = Config::global();
-    let kernels = Kernels::load(ordinal as i32, config.legs).and_then(|kernels| kernels.prepare_fused(&context));
+    let loaded =
+        Kernels::load(ordinal as i32, config.legs).and_then(|kernels| Ok((kernels.prepare_fused(&context)?, kernels)));
+    let kernels = loaded.as_ref().map(|_| ()).map_err(ToString::to_string);
+    let gpu = describe(&cuda, &context, ordinal, kernels)?;
 
+    let block_channels = loaded.as_ref().map_or(0, |(block_channels, _)| *block_channels);
+    let seat = Seat::take(ordinal as i32);
+    let mine = Blob::new(party.told.first, Agreement::from(config), &context, block_channels, &seat)?;
+    let mut rounds = Rounds::new(OverPipes { party, said: None }, mine);
+    let facts = rounds.compare(true)?.map_err(|disagreement| anyhow::anyhow!("{disagreement}"))?;
+    let facts = rounds.find_reach(&context, &facts)?.map_err(|disagreement| anyhow::anyhow!("{disagreement}"))?;
+    let rings = choice::rings(&facts);
+    let stream = Stream::new()?;
+    let mut set_up = |kind| -> Result<std::result::Result<(), String>> {
+        // The ranks skip it alike: without kernels on one there are no areas for any.
+        let (Some(_), Ok((_, kernels))) = (rings, &loaded) else {
+            return Ok(Err("there are no kernels for it, or FLASHCOMM_BUFFER_MIB is too small".into()));
+        };
+        let local = Local { context: &context, kernels, stream: &stream, timeout: None };
+        Ok(rounds.set_up_fused(kind, &facts, &local)?.map(|_| ()).map_err(|NotSetUp { why, mine }| match mine {
+            Some((_, error)) => error.to_string(),
+            None => why.to_string(),
+        }))
+    };
+    let (peer, host) = (set_up(ExchangeKind::Peer)?, set_up(ExchangeKind::Host)?);
+    let facts = rounds.blob.encode().to_vec();
+    Ok(Tried { gpu, facts, peer, host, area_bytes: rings.map_or(0, |rings| rings.area_bytes()) })
+}
+
+fn describe(cuda: &Cuda, context: &Context, ordinal: usize, kernels: std::result::Result<(), String>) -> Result<Gpu> {
     let mut memory_bytes = 0;
-    call!(&cuda, cuDeviceTotalMem_v2(&mut memory_bytes, ordinal as i32))?;
+    call!(cuda, cuDeviceTotalMem_v2(&mut memory_bytes, ordinal as i32))?;
+    let count = cuda.device_count()?;
     let reaches = (0..count).map(|other| context.reaches(other as i32)).collect::<CudaResult<_>>()?;
     let major = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     let minor = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-    let gpu = Gpu {
+    Ok(Gpu {
         ordinal,
         name: cuda.device_name(ordinal)?,
         memory_bytes,
         capability: format!("{major}.{minor}"),
         numa_node: context.numa_node(),
         reaches,
-        kernels: kernels.as_ref().map(|_| ()).map_err(ToString::to_string),
-    };
-
-    let place = Place {
-        process: u64::from(std::process::id()),
-        ordinal,
-        multiprocessors: context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        block_channels: kernels.unwrap_or(0),
-    };
-    let places: Vec<Place> = party.meet(0, &place)?;
-    let multiprocessors = places.iter().map(|place| place.multiprocessors).min().unwrap_or(0);
-    let block_channels = places.iter().map(|place| place.block_channels).min().unwrap_or(0);
-    let sharing = places.len().div_ceil(count);
-    let n_channels = block_limit(multiprocessors, sharing, true, config.max_ctas) * block_channels;
-    let rings = Rings::within(places.len(), config.legs, n_channels, config.buffer_bytes);
-    let stream = Stream::new()?;
-    let exchange = |kind| set_up(party, kind, rings, (&context, &stream), &places, block_channels);
-    let (peer, host) = (exchange(Kind::Peer)?, exchange(Kind::Host)?);
-    Ok(Tried { gpu, peer, host, area_bytes: rings.map_or(0, |rings| rings.area_bytes()) })
+        kernels,
+    })
 }
 
-/// Sets up one exchange with the others; what this rank could not do is the inner error.
-fn set_up(
-    party: &Party,
-    kind: Kind,
-    rings: Option<Rings>,
-    (context, stream): (&Context, &Stream),
-    places: &[Place],
-    block_channels: usize,
-) -> Result<std::result::Result<(), String>> {
-    let rings = rings.ok_or("there are no kernels for it, or FLASHCOMM_BUFFER_MIB is too small".to_string());
-    let prepared =
-        rings.and_then(|rings| Prepared::new(kind, rings, context, stream).map_err(|error| error.to_string()));
-    let offer = prepared.as_ref().ok().map(|prepared| prepared.offer().to_vec());
-    let offers: Vec<Option<Vec<u8>>> = party.meet(0, &offer)?;
-    let prepared = match prepared {
-        Ok(prepared) => prepared,
-        Err(why) => return Ok(Err(why)),
-    };
-    let peers: Option<Vec<Peer>> = places
-        .iter()
-        .zip(&offers)
-        .map(|(place, offer)| {
-            let offer = Offer::try_from(offer.as_deref()?).ok()?;
-            Some(Peer { process: place.process, device: place.ordinal as i32, offer })
-        })
-        .collect();
-    let Some(peers) = peers else { return Ok(Err("another rank could not make its memory".into())) };
-    let connected = prepared.connect(party.told.first, &peers, context, block_channels, None);
-    // Nobody's memory goes before everyone has mapped it.
-    let all: Vec<bool> = party.meet(0, &connected.is_ok())?;
-    ensure!(all.len() == places.len(), anyhow!("a rank is missing"));
-    Ok(connected.map(|_| ()).map_err(|error| error.to_string()))
+/// Meeting over the pipes to the command.
+struct OverPipes<'a> {
+    party: &'a Party,
+    said: Option<Vec<u8>>,
+}
+
+impl Meeting for OverPipes<'_> {
+    fn say(&mut self, mine: &[u8; BLOB_BYTES]) -> error::Result<()> {
+        self.said = Some(mine.to_vec());
+        Ok(())
+    }
+
+    fn hear(&mut self) -> error::Result<Vec<u8>> {
+        let mine = self.said.take().context("it has said nothing");
+        let heard: Result<Vec<Vec<u8>>> = mine.and_then(|mine| self.party.meet(0, &mine));
+        let failed = |error: anyhow::Error| Error::System {
+            doing: "meeting the other processes",
+            error: std::io::Error::other(error),
+        };
+        Ok(heard.map_err(failed)?.concat())
+    }
+
+    fn check(&self) -> error::Result<()> {
+        Ok(())
+    }
 }

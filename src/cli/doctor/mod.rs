@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use flashcomm::config::{Config, ExchangeChoice};
-use flashcomm::exchange::default_min_bytes;
-use flashcomm::exchange::fused::Kind;
+use flashcomm::config::ExchangeKind;
+use flashcomm::negotiation::choice::{Against, Choice, choose, default_min_bytes};
+use flashcomm::negotiation::facts::{Blob, Disagreement, agree};
 use flashcomm_wire::rings::MAX_WORLD;
 use serde::Serialize;
 
@@ -159,9 +159,11 @@ fn try_exchanges(machine: &Machine, report: &mut Report) -> Result<()> {
         }
     };
     let failed = |of: fn(&Tried) -> &std::result::Result<(), String>| {
-        tried.iter().enumerate().find_map(|(rank, tried)| Some(format!("rank {rank}: {}", of(tried).as_ref().err()?)))
+        tried.iter().enumerate().find_map(|(rank, tried)| Some((rank, of(tried).as_ref().err()?.clone())))
     };
     let (no_peer, no_host) = (failed(|tried| &tried.peer), failed(|tried| &tried.host));
+    let facts: Vec<u8> = tried.iter().flat_map(|tried| tried.facts.clone()).collect();
+    let facts = agree(&facts).map_err(|disagreement| anyhow::anyhow!("{disagreement}"))?;
     let area_bytes = tried.iter().map(|tried| tried.area_bytes).max().unwrap_or(0);
     report.gpus = tried.into_iter().map(|tried| tried.gpu).collect();
     report.gpus.sort_by_key(|gpu| gpu.ordinal);
@@ -175,7 +177,7 @@ fn try_exchanges(machine: &Machine, report: &mut Report) -> Result<()> {
         }
     }
     let needed = area_bytes as u64 * world as u64;
-    if let (Some(why), Some(shared)) = (&no_host, &report.shared_memory)
+    if let (Some((_, why)), Some(shared)) = (&no_host, &report.shared_memory)
         && shared.free_bytes < needed
         && no_peer.is_some()
     {
@@ -186,84 +188,74 @@ fn try_exchanges(machine: &Machine, report: &mut Report) -> Result<()> {
         ));
     }
 
-    let choice = Config::global().exchange;
     let has_kernels = report.gpus.iter().all(|gpu| gpu.kernels.is_ok());
-    let (takes, because) = match choice {
-        _ if !has_kernels => (None, "without kernels every call goes to the real NCCL".into()),
-        ExchangeChoice::Nccl => (Some("nccl"), "FLASHCOMM_EXCHANGE says so".into()),
-        ExchangeChoice::Auto | ExchangeChoice::Peer if no_peer.is_none() => {
-            (Some("peer"), format!("{world} processes could map each other's GPU memory"))
-        }
-        ExchangeChoice::Peer => (
-            None,
-            format!(
-                "peer is impossible here ({}), so every call goes to the real NCCL",
-                no_peer.clone().unwrap_or_default()
-            ),
-        ),
-        // As is_worthwhile in src/comm/attach.rs.
-        ExchangeChoice::Auto if report.gpus.iter().any(|gpu| gpu.reaches.iter().all(|reaches| *reaches)) => (
-            Some("nccl"),
-            format!(
-                "peer is impossible here ({}), and where GPUs reach each other's memory, NCCL is faster than over host memory",
-                no_peer.clone().unwrap_or_default()
-            ),
-        ),
-        ExchangeChoice::Auto | ExchangeChoice::Host if no_host.is_none() => (
-            Some("host"),
-            match &no_peer {
-                Some(why) => {
-                    format!("peer is impossible here ({why}); {world} processes could share pinned host memory")
-                }
-                None => format!("{world} processes could share pinned host memory"),
-            },
-        ),
-        ExchangeChoice::Host => (
-            None,
-            format!(
-                "host is impossible here ({}), so every call goes to the real NCCL",
-                no_host.clone().unwrap_or_default()
-            ),
-        ),
-        ExchangeChoice::Auto => (
-            Some("nccl"),
-            "neither peer nor host is possible here; on one host nothing is compressed then unless FLASHCOMM_MIN_BYTES says so"
-                .into(),
-        ),
+    let (takes, because) = match has_kernels {
+        true => decide(&facts, &no_peer, &no_host),
+        false => (None, "without kernels every call goes to the real NCCL".into()),
     };
     if takes.is_none() && has_kernels {
         report.problems.push(format!("{because}. Leave FLASHCOMM_EXCHANGE out"));
     }
+    let in_words = |failed: Failed| failed.map(|(rank, why)| format!("rank {rank}: {why}"));
     report.exchanges = Some(Exchanges {
         ranks: world,
         cuda_ipc: no_peer.is_none(),
-        peer: possible(Some(Kind::Peer), world, no_peer),
-        host: possible(Some(Kind::Host), world, no_host),
-        nccl: possible(None, world, report.nccl.is_none().then(|| "no real NCCL".to_string())),
-        setting: choice_name(choice).into(),
-        takes,
+        peer: possible(ExchangeKind::Peer, world, in_words(no_peer)),
+        host: possible(ExchangeKind::Host, world, in_words(no_host)),
+        nccl: possible(ExchangeKind::Nccl, world, report.nccl.is_none().then(|| "no real NCCL".to_string())),
+        setting: facts[0].agreement.exchange.map_or("auto", ExchangeKind::name).into(),
+        takes: takes.map(ExchangeKind::name),
         because,
     });
     Ok(())
 }
 
-fn choice_name(choice: ExchangeChoice) -> &'static str {
-    match choice {
-        ExchangeChoice::Auto => "auto",
-        ExchangeChoice::Peer => "peer",
-        ExchangeChoice::Host => "host",
-        ExchangeChoice::Nccl => "nccl",
-    }
+/// The first rank that could not set an exchange up, and why.
+type Failed = Option<(usize, String)>;
+
+/// What the ranks of a job would take here, and why: the shim's own choice, of what was tried.
+fn decide(facts: &[Blob], no_peer: &Failed, no_host: &Failed) -> (Option<ExchangeKind>, String) {
+    let of = |kind| match kind {
+        ExchangeKind::Peer => no_peer,
+        ExchangeKind::Host => no_host,
+        ExchangeKind::Nccl => &None,
+    };
+    let failed = |kind| Some((kind, Disagreement::NotReady { rank: of(kind).as_ref()?.0 }));
+    let failed: Vec<_> = ExchangeKind::ALL.into_iter().filter_map(failed).collect();
+    let Choice { takes, passed_over } = choose(facts, &failed);
+    let weighed = passed_over.iter().filter(|(_, against)| !matches!(against, Against::Setting(_)));
+    let against = weighed.map(|(kind, against)| match (against, of(*kind)) {
+        (Against::Impossible(_), Some((rank, why))) => {
+            format!("{} is impossible here (rank {rank}: {why})", kind.name())
+        }
+        _ => format!("not {}: {against}", kind.name()),
+    });
+    let world = facts.len();
+    let mut because: Vec<String> = against.collect();
+    because.push(match takes {
+        Some(ExchangeKind::Peer) => format!("{world} processes could map each other's GPU memory"),
+        Some(ExchangeKind::Host) => format!("{world} processes could share pinned host memory"),
+        Some(ExchangeKind::Nccl) if choice_is_free(facts) => {
+            "over NCCL on one host nothing is compressed unless FLASHCOMM_MIN_BYTES says so".into()
+        }
+        Some(ExchangeKind::Nccl) => "FLASHCOMM_EXCHANGE says so".into(),
+        None => "so every call goes to the real NCCL".into(),
+    });
+    (takes, because.join("; "))
 }
 
-fn possible(kind: Option<Kind>, world: usize, why_not: Option<String>) -> Possible {
+fn choice_is_free(facts: &[Blob]) -> bool {
+    facts[0].agreement.exchange.is_none()
+}
+
+fn possible(kind: ExchangeKind, world: usize, why_not: Option<String>) -> Possible {
     let from = |one_host| Some(default_min_bytes(kind, world, one_host)).filter(|n_bytes| *n_bytes != u64::MAX);
     Possible {
         possible: why_not.is_none(),
         why_not,
         min_bytes_on_one_host: from(true),
         // The others reach no other host.
-        min_bytes_between_hosts: from(false).filter(|_| kind.is_none()),
+        min_bytes_between_hosts: from(false).filter(|_| kind == ExchangeKind::Nccl),
     }
 }
 

@@ -7,10 +7,10 @@ use std::any::type_name_of_val;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use flashcomm::abi::collectives::*;
-use flashcomm::abi::group::*;
-use flashcomm::abi::lifecycle::*;
-use flashcomm::nccl;
+use super::collectives::*;
+use super::group::*;
+use super::lifecycle::*;
+use crate::real;
 
 /// `$function` as a function pointer of as many arguments as there are underscores.
 macro_rules! declarations {
@@ -22,7 +22,7 @@ macro_rules! declarations {
     };
 }
 
-/// The same for the calls in src/nccl, which are Rust functions.
+/// The same for the calls in src/real, which are Rust functions.
 macro_rules! called {
     ($($name:ident = $function:path: ($($arg:tt)*);)*) => {
         vec![$({
@@ -66,16 +66,16 @@ fn own() -> Vec<(&'static str, &'static str)> {
 
 fn the_real_ones_called() -> Vec<(&'static str, &'static str)> {
     called! {
-        ncclGroupStart = nccl::group_start: ();
-        ncclGroupEnd = nccl::group_end: ();
-        ncclAllReduce = nccl::all_reduce: (_ _ _ _ _ _ _);
-        ncclAllGather = nccl::all_gather: (_ _ _ _ _ _);
-        ncclSend = nccl::send: (_ _ _ _ _ _);
-        ncclRecv = nccl::recv: (_ _ _ _ _ _);
-        ncclCommCount = nccl::comm_count: (_ _);
-        ncclCommUserRank = nccl::comm_user_rank: (_ _);
-        ncclCommCuDevice = nccl::comm_cu_device: (_ _);
-        ncclCommGetAsyncError = nccl::comm_get_async_error: (_ _);
+        ncclGroupStart = real::group_start: ();
+        ncclGroupEnd = real::group_end: ();
+        ncclAllReduce = real::all_reduce: (_ _ _ _ _ _ _);
+        ncclAllGather = real::all_gather: (_ _ _ _ _ _);
+        ncclSend = real::send: (_ _ _ _ _ _);
+        ncclRecv = real::recv: (_ _ _ _ _ _);
+        ncclCommCount = real::comm_count: (_ _);
+        ncclCommUserRank = real::comm_user_rank: (_ _);
+        ncclCommCuDevice = real::comm_cu_device: (_ _);
+        ncclCommGetAsyncError = real::comm_get_async_error: (_ _);
     }
 }
 
@@ -151,7 +151,7 @@ fn a_prototype_that_differs_is_refused() {
 #[test]
 fn every_function_of_our_own_is_compared() {
     let listed: Vec<&str> = own().iter().map(|(name, _)| *name).collect();
-    let rows = include_str!("../src/nccl/symbols.rs").lines().map(str::trim);
+    let rows = include_str!("../nccl/symbols.rs").lines().map(str::trim);
     let defined: Vec<&str> =
         rows.filter_map(|row| row.strip_prefix("own ")).map(|row| row.split_whitespace().next().unwrap()).collect();
     assert_eq!(listed, defined);
