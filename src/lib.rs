@@ -6,15 +6,36 @@
 //!    or is counted and forwarded.
 //! 2. [`route`] decides, from facts that are the same on every rank, whether it is compressed. If not, the real NCCL
 //!    gets the original arguments.
-//! 3. At the first call that may be compressed, the ranks of the communicator agree, once: [`comm::attach`].
+//! 3. At the first call that may be compressed, the ranks of the communicator agree, once: [`comm::attach`]. What they tell
+//!    each other and what follows from it is in [`negotiation`].
 //! 4. [`allreduce`] runs it: quantize, hop 1, reduce, hop 2, dequantize, all on the caller's stream, over an
 //!    [`exchange`]. Inside a group it waits for the group's end: [`abi::group`].
 //!
-//! Dependencies point one way: `abi -> allreduce -> {route, comm, exchange} -> {cuda, kernels, nccl} -> wire`.
+//! The invariants that the files cite as I1 to I7 are in `docs/design/invariants.md`, the words in `docs/design/glossary.md`.
+//!
+//! # The map
+//!
+//! A room is a folder or a file beside this one. It uses only rooms of later lines (`tests/map.rs` reads this):
+//!
+//! ```text
+//! abi                            what an application can call
+//! allreduce                      a compressed all-reduce, top to bottom
+//! comm                           communicators: what they have agreed on and hold; attach
+//! negotiation                    how ranks come to do the same: facts, choice, meeting, set-up
+//! exchange, thread               what carries payloads; what a thread keeps between calls
+//! real                           calls into the real NCCL, through the jump table
+//! stats                          what was compressed, forwarded, and why
+//! record, route, nvtx, logging   inputs saved; pure: forward or compress; ranges for profilers
+//! error, config                  what can go wrong; the settings
+//! kernels                        launches
+//! cuda, nccl, verdict            the driver; the real library, found; what ranks agreed on
+//! ```
+//!
+//! Below all of them is the crate `flashcomm-wire`: the specification of what travels.
 //!
 //! # Safety
 //!
-//! The C boundary is [`abi`], the driver's is [`cuda`], NCCL's is [`nccl`]. Device pointers are never dereferenced here:
+//! The C boundary is [`abi`], the driver's is [`cuda`], NCCL's is [`real`]. Device pointers are never dereferenced here:
 //! the application vouches for its buffers, [`flashcomm_wire::Plan`] for ours. Handles are borrowed from the application
 //! and used only in calls on their communicator; the side table forgets a communicator before NCCL does.
 
