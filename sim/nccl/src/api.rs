@@ -1,4 +1,6 @@
 //! The C functions, by the names and signatures of NCCL's `nccl.h`.
+//!
+//! More than 400 lines: it is the list of NCCL's functions, one behind the other.
 
 #![allow(non_snake_case, reason = "NCCL's names")]
 #![allow(clippy::missing_safety_doc, reason = "every function is as NCCL documents it")]
