@@ -199,6 +199,31 @@ fn no_two_files_of_the_library_need_each_other() {
     assert!(left.is_empty(), "in or above a circle: {left:?}");
 }
 
+#[test]
+fn every_export_runs_in_the_guard_or_is_a_bare_jump() {
+    let exports = |text: &str| text.matches("#[unsafe(no_mangle)]").count();
+    for path in files(&root().join("src"), "rs") {
+        let text = fs::read_to_string(&path).unwrap();
+        let name = path.strip_prefix(root().join("src")).unwrap().to_str().unwrap().to_string();
+        match name.as_str() {
+            // What defines those of NCCL's that are ours: one pattern, whose body is in the guard.
+            "abi/boundary.rs" => {
+                let (_, export) = text.split_once("#[unsafe(no_mangle)]").unwrap();
+                assert!(exports(&text) == 1 && export.contains("boundary::guarded(stringify!($name), || $body)"));
+            }
+            // The jumps, one pattern for each machine.
+            "abi/forward.rs" => assert!(exports(&text) == 2 && text.matches("naked_asm!(").count() == 2),
+            "abi/control.rs" => {
+                for export in text.split("#[unsafe(no_mangle)]").skip(1) {
+                    let body = export.split("\n}\n").next().unwrap();
+                    assert!(body.contains("answer(\"") || body.contains("guarded_or("), "not in the guard: {body}");
+                }
+            }
+            _ => assert_eq!(exports(&text), 0, "src/{name} exports something"),
+        }
+    }
+}
+
 /// Where code is, by the ending of its files.
 const CODE: [(&str, &str); 11] = [
     ("src", "rs"),

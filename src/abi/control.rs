@@ -11,7 +11,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 use flashcomm_wire::{Code, Width};
 
-use super::boundary::{guarded, guarded_or};
+use super::boundary::guarded_or;
 use super::group;
 use crate::comm::attach::Change;
 use crate::config::Config;
@@ -127,12 +127,14 @@ const STATS_1_BYTES: usize = 6 * 8;
 /// `version` is null or points to an int.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn flashcommGetVersion(version: *mut c_int) -> flashcommResult_t {
-    // SAFETY: null or valid, says the caller.
-    let Some(version) = (unsafe { version.as_mut() }) else {
-        return FLASHCOMM_INVALID_ARGUMENT;
-    };
-    *version = VERSION;
-    FLASHCOMM_SUCCESS
+    answer("flashcommGetVersion", || {
+        // SAFETY: null or valid, says the caller.
+        let Some(version) = (unsafe { version.as_mut() }) else {
+            return FLASHCOMM_INVALID_ARGUMENT;
+        };
+        *version = VERSION;
+        FLASHCOMM_SUCCESS
+    })
 }
 
 /// Writes the counts of this process to `*stats`: of all communicators, those that have ended included. May be called at
@@ -143,7 +145,7 @@ pub unsafe extern "C" fn flashcommGetVersion(version: *mut c_int) -> flashcommRe
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn flashcommGetStats(stats: *mut flashcommStats_t) -> flashcommResult_t {
     // SAFETY: as the caller vouches.
-    unsafe { fill(stats, Counts::of_process) }
+    answer("flashcommGetStats", || unsafe { fill(stats, Counts::of_process) })
 }
 
 /// As flashcommGetStats, for `comm`, an ncclComm_t, alone: since its first call, zeros if there was none.
@@ -152,18 +154,20 @@ pub unsafe extern "C" fn flashcommGetStats(stats: *mut flashcommStats_t) -> flas
 /// `comm` is a communicator of this process; `stats` is null or points to a flashcommStats_t whose `size` is set.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn flashcommGetCommStats(comm: *const c_void, stats: *mut flashcommStats_t) -> flashcommResult_t {
-    if comm.is_null() {
-        return FLASHCOMM_INVALID_ARGUMENT;
-    }
-    // SAFETY: as the caller vouches.
-    unsafe { fill(stats, || Counts::of(comm.cast_mut().cast())) }
+    answer("flashcommGetCommStats", || match comm.is_null() {
+        true => FLASHCOMM_INVALID_ARGUMENT,
+        // SAFETY: as the caller vouches.
+        false => unsafe { fill(stats, || Counts::of(comm.cast_mut().cast())) },
+    })
 }
 
 /// The name of a reason, an index of forwardedBecause, as in the file of FLASHCOMM_STATS_FILE; null for one that there is not.
 #[unsafe(no_mangle)]
 pub extern "C" fn flashcommReasonName(reason: c_int) -> *const c_char {
-    let reason = usize::try_from(reason).ok().and_then(|reason| Reason::ALL.get(reason));
-    reason.map_or(std::ptr::null(), |reason| reason.c_name().as_ptr())
+    guarded_or("flashcommReasonName", std::ptr::null(), || {
+        let reason = usize::try_from(reason).ok().and_then(|reason| Reason::ALL.get(reason));
+        reason.map_or(std::ptr::null(), |reason| reason.c_name().as_ptr())
+    })
 }
 
 /// # Safety
@@ -177,9 +181,7 @@ unsafe fn fill(stats: *mut flashcommStats_t, counts: impl FnOnce() -> Box<Counts
     if size != STATS_1_BYTES && size != size_of::<flashcommStats_t>() {
         return FLASHCOMM_INVALID_ARGUMENT;
     }
-    let Some(filled) = guarded_or("flashcommGetStats", None, || Some(in_c(&counts(), size))) else {
-        return FLASHCOMM_INTERNAL_ERROR;
-    };
+    let filled = in_c(&counts(), size);
     // SAFETY: there are `size` bytes, says the caller, and here no fewer.
     unsafe { std::ptr::copy_nonoverlapping((&raw const filled).cast::<u8>(), stats.cast::<u8>(), size) };
     FLASHCOMM_SUCCESS
@@ -223,19 +225,17 @@ pub unsafe extern "C" fn flashcommGetCommInfo(
     comm: *const c_void,
     info: *mut flashcommCommInfo_t,
 ) -> flashcommResult_t {
-    // SAFETY: null or valid, says the caller.
-    let Some(info) = (unsafe { info.as_mut() }) else {
-        return FLASHCOMM_INVALID_ARGUMENT;
-    };
-    if comm.is_null() || info.size != size_of::<flashcommCommInfo_t>() {
-        return FLASHCOMM_INVALID_ARGUMENT;
-    }
-    let filled = guarded_or("flashcommGetCommInfo", None, || Some(info_of(comm.cast_mut().cast())));
-    let Some(filled) = filled else {
-        return FLASHCOMM_INTERNAL_ERROR;
-    };
-    *info = filled;
-    FLASHCOMM_SUCCESS
+    answer("flashcommGetCommInfo", || {
+        // SAFETY: null or valid, says the caller.
+        let Some(info) = (unsafe { info.as_mut() }) else {
+            return FLASHCOMM_INVALID_ARGUMENT;
+        };
+        if comm.is_null() || info.size != size_of::<flashcommCommInfo_t>() {
+            return FLASHCOMM_INVALID_ARGUMENT;
+        }
+        *info = info_of(comm.cast_mut().cast());
+        FLASHCOMM_SUCCESS
+    })
 }
 
 /// Sets the bits per element of `comm`, an ncclComm_t: 2 to 8, or 16 for elements as they are, in hop 1, to the rank that
@@ -268,13 +268,15 @@ pub unsafe extern "C" fn flashcommSetCommBits(
     reduceBits: c_int,
     gatherBits: c_int,
 ) -> flashcommResult_t {
-    let width = |bits: c_int| u8::try_from(bits).ok().and_then(Width::new);
-    match (width(reduceBits), width(gatherBits)) {
-        (Some(reduce), Some(gather)) if reduce.is_uncompressed() == gather.is_uncompressed() => {
-            change("flashcommSetCommBits", comm, Some((reduce, gather)), None)
+    answer("flashcommSetCommBits", || {
+        let width = |bits: c_int| u8::try_from(bits).ok().and_then(Width::new);
+        match (width(reduceBits), width(gatherBits)) {
+            (Some(reduce), Some(gather)) if reduce.is_uncompressed() == gather.is_uncompressed() => {
+                change(comm, Some((reduce, gather)), None)
+            }
+            _ => FLASHCOMM_INVALID_ARGUMENT,
         }
-        _ => FLASHCOMM_INVALID_ARGUMENT,
-    }
+    })
 }
 
 /// Switches `comm`, an ncclComm_t, off (0: all-reduces go to the real NCCL, and are exact) or on again (1).
@@ -286,23 +288,22 @@ pub unsafe extern "C" fn flashcommSetCommBits(
 /// As for flashcommSetCommBits.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn flashcommSetCommEnabled(comm: *const c_void, enabled: c_int) -> flashcommResult_t {
-    match enabled {
-        0 | 1 => change("flashcommSetCommEnabled", comm, None, Some(enabled == 0)),
+    answer("flashcommSetCommEnabled", || match enabled {
+        0 | 1 => change(comm, None, Some(enabled == 0)),
         _ => FLASHCOMM_INVALID_ARGUMENT,
-    }
+    })
 }
 
-fn change(
-    function: &'static str,
-    comm: *const c_void,
-    widths: Option<(Width, Width)>,
-    switched_off: Option<bool>,
-) -> flashcommResult_t {
+/// Runs the body of a call of our own.
+fn answer(function: &'static str, body: impl FnOnce() -> flashcommResult_t) -> flashcommResult_t {
+    guarded_or(function, FLASHCOMM_INTERNAL_ERROR, body)
+}
+
+fn change(comm: *const c_void, widths: Option<(Width, Width)>, switched_off: Option<bool>) -> flashcommResult_t {
     if comm.is_null() {
         return FLASHCOMM_INVALID_ARGUMENT;
     }
-    let comm = || comm::of(comm.cast_mut().cast());
-    guarded(function, || group::change(Change { comm: comm(), widths, switched_off })).0
+    group::change(Change { comm: comm::of(comm.cast_mut().cast()), widths, switched_off }).0
 }
 
 fn info_of(handle: CommPtr) -> flashcommCommInfo_t {

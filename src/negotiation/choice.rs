@@ -139,3 +139,114 @@ pub const fn default_min_bytes(kind: ExchangeKind, world: usize, one_host: bool)
         ExchangeKind::Host => 256 << 10,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ExchangeKind::{Host, Nccl, Peer};
+
+    use super::*;
+    use crate::config::Config;
+    use crate::negotiation::facts::{Agreement, Location};
+
+    /// Ranks of one host with a GPU each, all of which reach each other.
+    fn ranks(world: usize, setting: &str) -> Vec<Blob> {
+        let (config, _) = Config::parse(|asked| (asked == "FLASHCOMM_EXCHANGE").then(|| setting.into()));
+        let location = Location {
+            host: 7,
+            process: 0,
+            device: 0,
+            device_uuid: [0; 16],
+            multiprocessors: 132,
+            block_channels: 7,
+            is_first: true,
+        };
+        let rank = |rank: usize| Blob {
+            rank: rank as u32,
+            agreement: Agreement::from(&config),
+            location: Location { process: rank as u64, device_uuid: [rank as u8; 16], ..location },
+            reaches: ((1u32 << world.min(16)) - 1) as u16,
+            attach: 1,
+            ready: true,
+            offer: [0; crate::exchange::area::OFFER_BYTES],
+        };
+        (0..world).map(rank).collect()
+    }
+
+    fn not_ready(kind: ExchangeKind) -> (ExchangeKind, Disagreement) {
+        (kind, Disagreement::NotReady { rank: 1 })
+    }
+
+    #[test]
+    fn the_table() {
+        let apart = |setting: &str| {
+            let mut ranks = ranks(2, setting);
+            ranks[1].location.host = 8;
+            ranks
+        };
+        let unreachable = |setting: &str| {
+            let mut ranks = ranks(2, setting);
+            ranks.iter_mut().enumerate().for_each(|(rank, blob)| blob.reaches = 1 << rank);
+            ranks
+        };
+        for (facts, failed, expected) in [
+            (ranks(2, "auto"), vec![], Some(Peer)),
+            (ranks(16, "auto"), vec![], Some(Peer)),
+            (ranks(17, "auto"), vec![], Some(Nccl)),
+            (apart("auto"), vec![], Some(Nccl)),
+            (apart("peer"), vec![], None),
+            (apart("host"), vec![], None),
+            // IPC is refused: NCCL still has the GPUs' memory where they reach each other.
+            (ranks(2, "auto"), vec![not_ready(Peer)], Some(Nccl)),
+            (unreachable("auto"), vec![not_ready(Peer)], Some(Host)),
+            (unreachable("auto"), vec![not_ready(Peer), not_ready(Host)], Some(Nccl)),
+            (unreachable("auto"), ExchangeKind::ALL.map(not_ready).to_vec(), None),
+            (ranks(2, "peer"), vec![not_ready(Peer)], None),
+            (ranks(2, "host"), vec![], Some(Host)),
+            (ranks(2, "host"), vec![not_ready(Host)], None),
+            (ranks(2, "nccl"), vec![], Some(Nccl)),
+            (apart("nccl"), vec![], Some(Nccl)),
+        ] {
+            let choice = choose(&facts, &failed);
+            let setting = facts[0].agreement.exchange;
+            assert_eq!(choice.takes, expected, "{} ranks, {setting:?}, {failed:?}: {choice:?}", facts.len());
+            assert_eq!(choice.refusal().is_some(), expected.is_none(), "all forward for a reason, or for none");
+        }
+    }
+
+    #[test]
+    fn what_is_passed_over_says_why() {
+        let why = |choice: Choice, kind| {
+            let (_, against) = choice.passed_over.into_iter().find(|(other, _)| *other == kind).unwrap();
+            against.to_string()
+        };
+        let choice = choose(&ranks(2, "auto"), &[not_ready(Peer)]);
+        assert!(why(choice.clone(), Peer).contains("rank 1 could not"));
+        assert!(why(choice, Host).contains("the real NCCL is faster"));
+        assert!(why(choose(&ranks(2, "nccl"), &[]), Peer).contains("FLASHCOMM_EXCHANGE=nccl"));
+        assert!(why(choose(&ranks(17, "auto"), &[]), Peer).contains("16 at most"));
+    }
+
+    #[test]
+    fn ranks_that_share_a_gpu_or_have_fewer_multiprocessors_get_fewer_channels() {
+        let channels = |facts: &[Blob]| rings(facts).map_or(0, |rings| rings.channels);
+        let each = ranks(2, "auto");
+        let mut shared = each.clone();
+        shared[1].location.device_uuid = shared[0].location.device_uuid;
+        let mut small = each.clone();
+        small[1].location.multiprocessors = 28;
+        assert!(channels(&shared) < channels(&each) && channels(&small) < channels(&each));
+        let mut without_kernels = each;
+        without_kernels[1].location.block_channels = 0;
+        assert_eq!(rings(&without_kernels), None);
+    }
+
+    #[test]
+    fn a_threshold_that_is_set_holds_whatever_the_exchange() {
+        let mut facts = ranks(2, "auto");
+        assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [2 << 20, 256 << 10, u64::MAX]);
+        facts[1].location.host = 8;
+        assert_eq!(min_bytes(&facts, Nccl), 1 << 20);
+        facts.iter_mut().for_each(|rank| rank.agreement.min_bytes = Some(77));
+        assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [77; 3]);
+    }
+}

@@ -136,7 +136,7 @@ impl<M: Meeting> Rounds<M> {
 
 /// What a rank that could do its part, or could not, makes of a round in which not all could.
 fn not_set_up<T>(mine: Result<T>, round: Round, doing: &'static str) -> NotSetUp {
-    let why = round.err().expect("a rank that is not ready keeps all from going on");
+    let why = round.expect_err("a rank that is not ready keeps all from going on");
     NotSetUp { why, mine: mine.err().map(|error| (doing, error)) }
 }
 
