@@ -14,6 +14,9 @@ mod module;
 mod pool;
 mod stream;
 
+/// The driver's own names, for what has no type here: of the version of the bindings that these types are over.
+pub use cudarc::driver::sys;
+
 pub use capture::{
     Capture, Dependencies, GraphNode, RelaxedCapture, capture_dependencies, capture_of, update_capture_dependencies,
 };

@@ -2,8 +2,8 @@
 //! through the rounds of an attach with the shim's own code, as the ranks of a job would. No kernel waits.
 
 use anyhow::{Context as _, Result, ensure};
-use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use flashcomm::config::{Config, ExchangeKind};
+use flashcomm::cuda::sys::CUdevice_attribute_enum as Attribute;
 use flashcomm::cuda::{Context, CudaResult, Stream};
 use flashcomm::error::{self, Error};
 use flashcomm::exchange::residency::Seat;
@@ -14,8 +14,8 @@ use flashcomm::negotiation::meeting::{Meeting, Rounds};
 use flashcomm::negotiation::setup::{Local, NotSetUp};
 use serde::{Deserialize, Serialize};
 
-use crate::cli::client::api::{Cuda, call};
-use crate::cli::client::party::{Assignment, Party};
+use crate::client::api::{Cuda, call};
+use crate::client::party::{Assignment, Party};
 
 /// What the driver says of a GPU.
 #[derive(Clone, Debug, Serialize, Deserialize)]
