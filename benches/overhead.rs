@@ -11,9 +11,8 @@ use std::ptr::null_mut;
 use std::time::Instant;
 
 use criterion::Criterion;
-use flashcomm::nccl::CommPtr;
-use flashcomm::route::Reason;
-use flashcomm::stats;
+use flashcomm::tooling::nccl::CommPtr;
+use flashcomm::tooling::stats::{self, Reason};
 
 type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_int;
 type Broadcast =

@@ -12,24 +12,28 @@
 //!
 //! Dependencies point one way: `abi -> allreduce -> {route, comm, exchange} -> {cuda, kernels, nccl} -> wire`.
 //!
+//! The modules are private: what applications see is C, `include/flashcomm.h` and NCCL's own functions. What the command and
+//! the tests share with them is in [`tooling`].
+//!
 //! # Safety
 //!
 //! The C boundary is [`abi`], the driver's is [`cuda`], NCCL's is [`nccl`]. Device pointers are never dereferenced here:
 //! the application vouches for its buffers, [`flashcomm_wire::Plan`] for ours. Handles are borrowed from the application
 //! and used only in calls on their communicator; the side table forgets a communicator before NCCL does.
 
-pub mod abi;
-pub mod allreduce;
-pub mod comm;
-pub mod config;
-pub mod cuda;
-pub mod error;
-pub mod exchange;
-pub mod kernels;
+mod abi;
+mod allreduce;
+mod comm;
+mod config;
+mod cuda;
+mod error;
+mod exchange;
+mod kernels;
 mod logging;
-pub mod nccl;
-pub mod nvtx;
-pub mod record;
-pub mod route;
-pub mod stats;
-pub mod thread;
+mod nccl;
+mod nvtx;
+mod record;
+mod route;
+mod stats;
+mod thread;
+pub mod tooling;

@@ -6,8 +6,8 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-use flashcomm::comm::blob::{Agreement, BLOB_BYTES, Blob, Place, agree};
-use flashcomm::config::{Config, SETTINGS};
+use flashcomm::tooling::attach::{Agreement, BLOB_BYTES, Blob, Place, agree};
+use flashcomm::tooling::settings::{Config, SETTINGS};
 use proptest::prelude::*;
 
 /// Pieces of values that are nearly right, and anything.

@@ -3,8 +3,8 @@
 
 #![no_main]
 
-use flashcomm::comm::blob::{Agreement, BLOB_BYTES, Blob, Place, agree};
-use flashcomm::config::Config;
+use flashcomm::tooling::attach::{Agreement, BLOB_BYTES, Blob, Place, agree};
+use flashcomm::tooling::settings::Config;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {

@@ -14,6 +14,8 @@ pub mod control;
 pub mod forward;
 pub mod group;
 pub mod lifecycle;
+#[cfg(test)]
+mod prototypes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

@@ -2,11 +2,11 @@
 //! the shim's own code, as the ranks of a job would. Nothing is computed; no kernel waits.
 
 use anyhow::{Result, anyhow, ensure};
-use flashcomm::config::Config;
-use flashcomm::cuda::sys::CUdevice_attribute_enum as Attribute;
-use flashcomm::cuda::{Context, CudaResult, Stream};
-use flashcomm::exchange::fused::{Kind, Offer, Peer, Prepared, block_limit};
-use flashcomm::kernels::Kernels;
+use flashcomm::tooling::cuda::sys::CUdevice_attribute_enum as Attribute;
+use flashcomm::tooling::cuda::{self, Context, CudaResult, Stream};
+use flashcomm::tooling::exchange::{Kind, Offer, Peer, Prepared, block_limit};
+use flashcomm::tooling::kernels::Kernels;
+use flashcomm::tooling::settings::Config;
 use flashcomm_wire::Rings;
 use serde::{Deserialize, Serialize};
 
@@ -66,7 +66,7 @@ fn attempt(party: &Party) -> Result<Tried> {
     let count = cuda.device_count()?;
     ensure!(count > 0, "the CUDA driver shows no GPU");
     let ordinal = party.told.first % count;
-    flashcomm::cuda::init()?;
+    cuda::init()?;
     let context = Context::retain(ordinal as i32)?;
     let _entered = context.enter()?;
     let config = Config::global();

@@ -10,9 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use flashcomm::config::{Config, ExchangeChoice};
-use flashcomm::exchange::default_min_bytes;
-use flashcomm::exchange::fused::Kind;
+use flashcomm::tooling::exchange::{Kind, default_min_bytes};
+use flashcomm::tooling::settings::{Config, ExchangeChoice};
 use flashcomm_wire::rings::MAX_WORLD;
 use serde::Serialize;
 

@@ -7,10 +7,10 @@ use std::any::type_name_of_val;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use flashcomm::abi::collectives::*;
-use flashcomm::abi::group::*;
-use flashcomm::abi::lifecycle::*;
-use flashcomm::nccl;
+use super::collectives::*;
+use super::group::*;
+use super::lifecycle::*;
+use crate::nccl;
 
 /// `$function` as a function pointer of as many arguments as there are underscores.
 macro_rules! declarations {
@@ -151,7 +151,7 @@ fn a_prototype_that_differs_is_refused() {
 #[test]
 fn every_function_of_our_own_is_compared() {
     let listed: Vec<&str> = own().iter().map(|(name, _)| *name).collect();
-    let rows = include_str!("../src/nccl/symbols.rs").lines().map(str::trim);
+    let rows = include_str!("../nccl/symbols.rs").lines().map(str::trim);
     let defined: Vec<&str> =
         rows.filter_map(|row| row.strip_prefix("own ")).map(|row| row.split_whitespace().next().unwrap()).collect();
     assert_eq!(listed, defined);
