@@ -2,8 +2,8 @@
 # Leaves this machine able to build flashcomm and, with --test, to test it. Safe to run again: what is there stays.
 #
 #   ./scripts/setup.sh          what a build needs: checks the compilers, fetches nvcc if there is none
-#   ./scripts/setup.sh --test   also the real NCCL in two versions, cuobjdump, cargo-nextest, and the Python source of vLLM
-#                               and SGLang, against which the launcher is tested
+#   ./scripts/setup.sh --test   also the real NCCL in two versions, cuobjdump, cargo-nextest, pytest, and the Python source of
+#                               vLLM and SGLang, against which the launcher is tested
 #   ./scripts/setup.sh --package  also maturin and auditwheel
 #   ./scripts/setup.sh --miri   also a Rust nightly with Miri, where there is rustup
 #
@@ -21,6 +21,7 @@ toolkit_packages=(
     nvidia-cuda-cccl==13.0.85
 )
 cuobjdump_package=nvidia-cuda-cuobjdump==13.2.86
+pytest_packages=(pytest==9.2.0 pytest-timeout==2.4.0 pluggy==1.7.0 iniconfig==2.3.1 packaging==26.4 pygments==2.21.0)
 nightly=nightly-2026-10-30
 # The newest architecture that build.rs compiles for, so an nvcc that knows it knows them all.
 newest_arch=sm_120
@@ -130,6 +131,7 @@ if $want_test; then
     any_machine=(--python-version 3.11 --platform manylinux_2_28_x86_64 --platform manylinux_2_34_x86_64)
     only='*.py' fetch .toolkit/vllm-0.33.0 vllm/ "${any_machine[@]}" vllm==0.33.0
     only='*.py' fetch .toolkit/sglang-0.5.23 sglang/ "${any_machine[@]}" sglang==0.5.23
+    fetch .toolkit/pytest "" "${pytest_packages[@]}"
     if ! cargo nextest --version >/dev/null 2>&1; then
         say "installing cargo-nextest"
         cargo install --locked cargo-nextest

@@ -8,7 +8,18 @@
 #                              soaks (hours)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-step() { printf '\n== %s\n' "$*"; }
+
+# step NAME: begins a step, and says how long the one before took. All of them are listed at the end.
+seconds=()
+step() {
+    if [[ ${name:-} ]]; then
+        seconds+=("$(printf '%5d s  %s' $((SECONDS - begun)) "$name")")
+        echo "${seconds[-1]}"
+    fi
+    name=$1 begun=$SECONDS
+    [[ -z $name ]] || printf '\n== %s\n' "$name"
+}
+trap 'step ""; printf "\n== %d s\n" "$SECONDS"; printf "%s\n" "${seconds[@]}"' EXIT
 
 long=false
 case ${1:-} in
@@ -34,6 +45,9 @@ FLASHCOMM_CUDA_ARCHS=90 cargo clippy --workspace --all-targets -- -D warnings
 
 step "aarch64 jumps"
 python3 scripts/check_aarch64.py
+
+step "the harness of the GPU machine"
+PYTHONPATH=$PWD/.toolkit/pytest python3 -m pytest -q -p no:cacheprovider tests/python
 
 step "tests"
 FLASHCOMM_CUDA_ARCHS=90 cargo build --workspace

@@ -343,7 +343,7 @@ def main():
             if args.code != "default":
                 env["FLASHCOMM_CODE"] = args.code
         print(f"{args.ranks} ranks, code {args.code}", flush=True)
-        launch = [sys.executable, str(HERE / "launch.py"), str(args.ranks), str(args.seconds)]
+        launch = [sys.executable, str(HERE / "jobs/launch.py"), str(args.ranks), str(args.seconds)]
         ended = subprocess.run([*launch, str(HERE / "eval_model.py"), *sys.argv[1:]], env=env, check=False)
         written = pathlib.Path(scratch, "result.json")
         if not written.exists():

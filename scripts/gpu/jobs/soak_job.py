@@ -3,8 +3,8 @@ graphs that are replayed between them, each result compared on the GPU with the 
 
 usage: soak_job.py N [SEED]      N operations or a few more; every rank draws the same ones
 
-Started by scripts/gpu/launch.py with LD_PRELOAD of the shim. Needs what torch_job.py needs, and FLASHCOMM_MAX_CTAS small enough for the
-kernels of two communicators on all ranks to fit on the GPU together.
+Started by launch.py with LD_PRELOAD of the shim. Needs what torch_job.py needs, and FLASHCOMM_MAX_CTAS small
+enough for the kernels of two communicators on all ranks to fit on the GPU together.
 """
 
 import os

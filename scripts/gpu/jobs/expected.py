@@ -1,16 +1,12 @@
 """What a client issued, and whether the shim's statistics say the same.
 
-A client counts with Issued, and writes to FLASHCOMM_SCRATCH at its end. When it has ended,
-
-usage: expected.py FOLDER RANKS BITS
-
-compares with what the shim wrote there (FLASHCOMM_STATS_FILE=FOLDER/stats.%p.json), for each of the ranks.
+A client counts with Issued, and writes to FLASHCOMM_SCRATCH at its end. When it has ended, `check` compares
+with what the shim wrote there (FLASHCOMM_STATS_FILE=FOLDER/stats.%p.json), for each of the ranks.
 """
 
 import json
 import os
 import pathlib
-import sys
 
 
 class Issued:
@@ -37,8 +33,9 @@ def counted(path):
     return tuple(stats[name] for name in ["all_reduces_compressed", "bytes_in", "bytes_wire", "all_reduces_forwarded"])
 
 
-def main():
-    folder, ranks, bits = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+def check(folder, ranks, bits):
+    """Wants each of the ranks to have issued what the shim counted, with the bytes of a width."""
+    folder, bits = pathlib.Path(folder), float(bits)
     files = sorted(folder.glob("issued.*.json"))
     assert len(files) == ranks, f"{len(files)} of {ranks} ranks came to their end"
     for file in files:
@@ -52,7 +49,3 @@ def main():
         assert abs(bytes_wire / bytes_in - share) < 0.05 * share, f"{bytes_wire / bytes_in:.4f} of the bytes, not {share:.4f}"
     print(f"{ranks} ranks: {compressed} all-reduces compressed each, {bytes_wire / bytes_in:.3f} of their bytes on the wire, "
           f"{forwarded} forwarded; as issued")
-
-
-if __name__ == "__main__":
-    main()

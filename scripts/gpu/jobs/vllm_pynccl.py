@@ -11,8 +11,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent / "tests/python"))
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "tests/python"))
 import stubs
 from expected import Issued
 
@@ -22,7 +22,7 @@ HALF, FLOAT = torch.float16, torch.float32
 
 
 def main():
-    envs, _, wrapper = stubs.vllm(str(HERE.parent.parent / ".gpu/vllm"), has_torch=True)
+    envs, _, wrapper = stubs.vllm(str(ROOT / ".gpu/vllm"), has_torch=True)
     issued = Issued(RANK, WORLD)
     torch.cuda.set_device(0)
     nccl = wrapper.NCCLLibrary()

@@ -5,7 +5,8 @@ usage: ttft.py [--ranks 2,4] [--bits 8,6,5,4] [--gpu-each] [--json FILE] ...    
 
 The model is transformers' own LlamaForCausalLM. Sharded as Megatron shards: attention heads and the inner width of the MLP over
 the ranks, an all-reduce behind o_proj and down_proj. Ranks share a GPU and believe to be on hosts of their own, so NCCL takes
-its sockets; with --gpu-each they have a GPU each, and NCCL takes what it likes best. With the defaults an all-reduce is 2048 x 8 x 4096 x 2 B = 128 MiB, 16 of them for a first token.
+its sockets; with --gpu-each they have a GPU each, and NCCL takes what it likes best. With the defaults an all-reduce
+is 2048 x 8 x 4096 x 2 B = 128 MiB, 16 of them for a first token.
 
 A time is that of the prefill and of the choice of the first token, on the slowest rank; communication is what lies between the
 issue and the end of an all-reduce on the rank's stream, waiting for the others included. Plain NCCL runs first and last, and its
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import expected
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -53,14 +56,12 @@ def rank_main(args):
     import torch.distributed as dist
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from expected import Issued
-
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = args.device == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    issued = Issued(rank, world)
+    issued = expected.Issued(rank, world)
     config = LlamaConfig(
         hidden_size=args.hidden,
         intermediate_size=args.inner,
@@ -160,7 +161,7 @@ def job(args, ranks, bits):
         results = [json.loads(pathlib.Path(scratch, f"result.{r}.json").read_text()) for r in range(ranks)]
         assert len({result["logits"] for result in results}) == 1, "the ranks have different logits"
         if bits != "plain" and args.device == "cuda":
-            subprocess.run([sys.executable, str(HERE / "expected.py"), scratch, str(ranks), bits], check=True)
+            expected.check(scratch, ranks, bits)
         slowest = lambda name: [max(round) for round in zip(*(result[name] for result in results))]
         return {
             "ranks": ranks,

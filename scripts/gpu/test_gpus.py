@@ -1,0 +1,96 @@
+"""A GPU for each rank, as users have it, on a machine with 2, 4 or 8 of them.
+
+A world is `all` of the GPUs, or `fewer`: one less, where that leaves two. The most important checks come
+first, so that a run that is cut short has them.
+"""
+
+import sys
+
+import pytest
+
+from harness import FLASHCOMM, JOBS, need_program, scratch
+
+pytestmark = pytest.mark.gpus
+HOST_ONLY = {"NCCL_P2P_DISABLE": 1}  # as where GPUs cannot reach each other's memory
+
+
+@pytest.fixture
+def several(n_gpus):
+    """How many GPUs there are, of at least two."""
+    return n_gpus if n_gpus > 1 else pytest.skip("a GPU for each rank: there is only one")
+
+
+def fewer_than(several):
+    return several - 1 if several > 2 else pytest.skip("two GPUs are the smallest world")
+
+
+def torchrun(runner, ranks, bits, exchange, program, *arguments):
+    """A PyTorch job as users start it."""
+    run = [FLASHCOMM, "run", "--quiet", "--engine", "torch", "--bits", bits, "--exchange", exchange, "--min-bytes", 0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    with scratch() as folder:
+        command = [*run, "--", *torchrun, JOBS / program, *arguments]
+        runner.run(command, 150, FLASHCOMM_SCRATCH=folder)
+
+
+def bench(runner, nccl, to, worlds, *options, **settings):
+    """All-reduces beside NCCL."""
+    command = [FLASHCOMM, "bench", "--nccl", nccl, "--worlds", worlds, *options, "--rounds", 1, "--batches", 7]
+    runner.measure(command, 100, to, **settings)
+
+
+@pytest.mark.measures
+def test_doctor(runner, several):
+    runner.run([need_program("nvidia-smi"), "topo", "-m"], 60)
+    runner.run([FLASHCOMM, "doctor"], 100)
+
+
+@pytest.mark.parametrize("exchange", ["auto", "host"])
+def test_torch_job(runner, several, exchange):
+    torchrun(runner, several, 4, exchange, "torch_job.py")
+
+
+def test_random_operations(runner, several):
+    torchrun(runner, several, "4:8", "auto", "soak_job.py", 20_000)
+
+
+@pytest.mark.measures
+@pytest.mark.parametrize("ranks_are", ["threads", "processes"])
+def test_beside_nccl(runner, packed_nccl, out, several, ranks_are):
+    how = ["--processes"] if ranks_are == "processes" else []
+    options = ["--exchanges", "peer", "--sizes", "1M,4M,16M,64M", *how]
+    bench(runner, packed_nccl, out / f"gpus{''.join(how)}.json", several, *options)
+
+
+@pytest.mark.measures
+def test_over_host_memory_beside_nccl(runner, packed_nccl, out, several):
+    """NCCL goes over shared memory of the host, too."""
+    options = ["--exchanges", "host", "--bits", "8,4,4-plain,16", "--sizes", "256K,1M,4M,16M,64M"]
+    bench(runner, packed_nccl, out / "gpus-host.json", several, *options, **HOST_ONLY)
+
+
+@pytest.mark.measures
+@pytest.mark.parametrize("exchange", ["auto", "host"])
+def test_time_to_first_token(runner, out, several, exchange):
+    pytest.importorskip("transformers")
+    command = [sys.executable, JOBS / "ttft.py", "--ranks", several, "--bits", "8,4", "--gpu-each"]
+    settings = {}
+    if exchange == "host":
+        command, settings = [*command, "--exchange", "host"], HOST_ONLY
+    runner.measure(command, 300, out / f"gpus-ttft-{exchange}.json", **settings)
+
+
+def test_torch_job_of_fewer(runner, several):
+    torchrun(runner, fewer_than(several), 4, "auto", "torch_job.py")
+
+
+def test_random_operations_of_fewer(runner, several):
+    torchrun(runner, fewer_than(several), "4:8", "auto", "soak_job.py", 5000)
+
+
+@pytest.mark.measures
+@pytest.mark.parametrize("ranks_are", ["threads", "processes"])
+def test_fewer_beside_nccl(runner, packed_nccl, out, several, ranks_are):
+    how = ["--processes"] if ranks_are == "processes" else []
+    options = ["--exchanges", "peer", "--sizes", "1M,16M", *how]
+    bench(runner, packed_nccl, out / f"gpus-fewer{''.join(how)}.json", fewer_than(several), *options)
