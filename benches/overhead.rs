@@ -11,9 +11,8 @@ use std::ptr::null_mut;
 use std::time::Instant;
 
 use criterion::Criterion;
-use flashcomm::nccl::CommPtr;
-use flashcomm::route::Reason;
-use flashcomm::thread;
+use flashcomm::tooling::nccl::CommPtr;
+use flashcomm::tooling::stats::{Reason, this_thread};
 
 type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_int;
 type Broadcast =
@@ -153,9 +152,9 @@ fn main() {
         for (what, count) in [
             (
                 "a compressed all-reduce",
-                (|comm| thread::current().counters(comm).count_compressed(1 << 20, 1 << 18)) as fn(CommPtr),
+                (|comm| this_thread().counters(comm).count_compressed(1 << 20, 1 << 18)) as fn(CommPtr),
             ),
-            ("a forwarded all-reduce", |comm| thread::current().counters(comm).count_forwarded(Reason::Small, 8192)),
+            ("a forwarded all-reduce", |comm| this_thread().counters(comm).count_forwarded(Reason::Small, 8192)),
         ] {
             let counting = turns(count) - nothing;
             println!("counting {what} on {name}: {counting:.1} ns, budget 20 ns");

@@ -18,6 +18,7 @@
 //! A room is a folder or a file beside this one. It uses only rooms of later lines (`tests/map.rs` reads this):
 //!
 //! ```text
+//! tooling                        the door for the command and the tests
 //! abi                            what an application can call
 //! allreduce                      a compressed all-reduce, top to bottom
 //! comm                           communicators: what they have agreed on and hold; attach
@@ -33,27 +34,31 @@
 //!
 //! Below all of them is the crate `flashcomm-wire`: the specification of what travels.
 //!
+//! The modules are private: what applications see is C, `include/flashcomm.h` and NCCL's own functions. What the command and
+//! the tests share with them is in [`tooling`].
+//!
 //! # Safety
 //!
 //! The C boundary is [`abi`], the driver's is [`cuda`], NCCL's is [`real`]. Device pointers are never dereferenced here:
 //! the application vouches for its buffers, [`flashcomm_wire::Plan`] for ours. Handles are borrowed from the application
 //! and used only in calls on their communicator; the side table forgets a communicator before NCCL does.
 
-pub mod abi;
-pub mod allreduce;
-pub mod comm;
-pub mod config;
-pub mod cuda;
-pub mod error;
-pub mod exchange;
-pub mod kernels;
+mod abi;
+mod allreduce;
+mod comm;
+mod config;
+mod cuda;
+mod error;
+mod exchange;
+mod kernels;
 mod logging;
-pub mod nccl;
-pub mod negotiation;
-pub mod nvtx;
+mod nccl;
+mod negotiation;
+mod nvtx;
 mod real;
-pub mod record;
-pub mod route;
-pub mod stats;
-pub mod thread;
-pub mod verdict;
+mod record;
+mod route;
+mod stats;
+mod thread;
+pub mod tooling;
+mod verdict;

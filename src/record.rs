@@ -41,6 +41,22 @@ use crate::kernels::ElementType;
 /// Bytes of a sample at most: 128 tiles.
 pub const SAMPLE_BYTES: usize = 128 * TILE_ELEMS * 2;
 
+/// The names in the header of a file.
+pub mod header {
+    /// The version of flashcomm, by which a file of ours is told.
+    pub const FLASHCOMM: &str = "flashcomm";
+    /// The communicator's number.
+    pub const COMMUNICATOR: &str = "communicator";
+    /// The call's number on the communicator, from 1.
+    pub const CALL: &str = "call";
+    /// Whose input it is.
+    pub const RANK: &str = "rank";
+    /// Ranks of the communicator.
+    pub const WORLD: &str = "world";
+    /// Elements of the whole input, of which the file may hold the first.
+    pub const COUNT: &str = "count";
+}
+
 /// What is recorded of one communicator.
 #[derive(Default)]
 pub struct Recording {
@@ -299,12 +315,12 @@ impl Sample {
             ElementType::Bf16 => Dtype::BF16,
         };
         let about = [
-            ("flashcomm", env!("CARGO_PKG_VERSION").into()),
-            ("communicator", format!("{number:016x}")),
-            ("call", self.call.to_string()),
-            ("rank", rank.to_string()),
-            ("world", world.to_string()),
-            ("count", self.count.to_string()),
+            (header::FLASHCOMM, env!("CARGO_PKG_VERSION").into()),
+            (header::COMMUNICATOR, format!("{number:016x}")),
+            (header::CALL, self.call.to_string()),
+            (header::RANK, rank.to_string()),
+            (header::WORLD, world.to_string()),
+            (header::COUNT, self.count.to_string()),
         ];
         let about: HashMap<String, String> = about.into_iter().map(|(name, value)| (name.into(), value)).collect();
         let tensor = TensorView::new(dtype, vec![self.n_bytes / 2], bytes);

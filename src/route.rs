@@ -156,6 +156,9 @@ mod tests {
     use super::*;
 
     const ON: Verdict = Verdict::On { min_bytes: 1000 };
+    /// `ncclInt8` and `ncclFloat32`.
+    const INT8: DataType = DataType(0);
+    const FLOAT32: DataType = DataType(7);
 
     fn decide(
         count: usize,
@@ -191,8 +194,8 @@ mod tests {
             (500, fp16, sum, Verdict::Off, true, &on, Forward(Reason::CommunicatorOff)),
             (500, fp16, sum, Verdict::SwitchedOff, true, &on, Forward(Reason::SwitchedOff)),
             (0, fp16, sum, ON, false, &on, Forward(Reason::Empty)),
-            (500, DataType::FLOAT32, sum, ON, false, &on, Forward(Reason::DataType)),
-            (500, DataType::INT8, sum, ON, false, &on, Forward(Reason::DataType)),
+            (500, FLOAT32, sum, ON, false, &on, Forward(Reason::DataType)),
+            (500, INT8, sum, ON, false, &on, Forward(Reason::DataType)),
             (500, fp16, RedOp(1), ON, false, &on, Forward(Reason::Operation)),
             (500, fp16, RedOp::AVG, ON, false, &on, Compress(Fp16)),
             (500, fp16, RedOp(3), ON, false, &on, Forward(Reason::Operation)),

@@ -7,7 +7,7 @@ use std::ffi::{c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use flashcomm::nccl::symbols::{SYMBOLS, Version};
+use flashcomm::tooling::nccl::{SYMBOLS, Version};
 
 fn required(variable: &str) -> PathBuf {
     std::env::var_os(variable)

@@ -6,8 +6,8 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-use flashcomm::config::{Config, SETTINGS};
-use flashcomm::negotiation::facts::{Agreement, BLOB_BYTES, Blob, Location, agree};
+use flashcomm::tooling::negotiation::{Agreement, BLOB_BYTES, Blob, Location, agree};
+use flashcomm::tooling::settings::{Config, SETTINGS};
 use proptest::prelude::*;
 
 /// Pieces of values that are nearly right, and anything.

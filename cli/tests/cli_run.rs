@@ -102,7 +102,7 @@ fn a_job_gets_the_settings_and_the_command_is_the_process() {
 
 #[test]
 fn every_setting_has_an_option_that_the_shims_parser_checks() {
-    for setting in flashcomm::config::SETTINGS {
+    for setting in flashcomm::tooling::settings::SETTINGS {
         let option = format!("--{}", setting.name.trim_start_matches("FLASHCOMM_").to_lowercase().replace('_', "-"));
         let (help, ..) = run(&mut bare(&["run", "--help"]));
         assert!(help.contains(&option) && help.contains(setting.effect), "{option}\n{help}");

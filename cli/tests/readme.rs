@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use flashcomm::config::SETTINGS;
+use flashcomm::tooling::settings::SETTINGS;
 
 #[test]
 fn the_documentation_lists_every_setting_as_config_has_it() {

@@ -3,8 +3,8 @@
 
 #![no_main]
 
-use flashcomm::negotiation::facts::{Agreement, BLOB_BYTES, Blob, Location, agree};
-use flashcomm::config::Config;
+use flashcomm::tooling::negotiation::{Agreement, BLOB_BYTES, Blob, Location, agree};
+use flashcomm::tooling::settings::Config;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {

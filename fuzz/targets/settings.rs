@@ -5,7 +5,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-use flashcomm::config::{Config, SETTINGS};
+use flashcomm::tooling::settings::{Config, SETTINGS};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {

@@ -31,8 +31,10 @@ pub const FLASHCOMM_INTERNAL_ERROR: flashcommResult_t = 3;
 /// A pointer was null, a number is out of its range, or a structure's size is not one that this version knows.
 pub const FLASHCOMM_INVALID_ARGUMENT: flashcommResult_t = 4;
 /// The communicator cannot do what is asked; flashcommGetLastError says why. The same on all ranks.
+#[allow(dead_code, reason = "for the header; NcclResult has the value here")]
 pub const FLASHCOMM_INVALID_USAGE: flashcommResult_t = 5;
 /// Another rank did not answer.
+#[allow(dead_code, reason = "for the header; NcclResult has the value here")]
 pub const FLASHCOMM_REMOTE_ERROR: flashcommResult_t = 6;
 
 /// State of a communicator: its ranks have not met yet. They do at the first fp16 or bf16 sum, or at the first change.

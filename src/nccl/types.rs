@@ -55,10 +55,8 @@ pub struct DataType(pub i32);
 
 #[allow(missing_docs, reason = "NCCL's names")]
 impl DataType {
-    pub const INT8: Self = Self(0);
     pub const UINT8: Self = Self(1);
     pub const FLOAT16: Self = Self(6);
-    pub const FLOAT32: Self = Self(7);
     pub const BFLOAT16: Self = Self(9);
 
     /// Bytes of an element; 0 for a type that is not known.

@@ -5,8 +5,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use flashcomm::cuda::{self, Context, DeviceMemory, PinnedMemory, Stream, sys};
-use flashcomm::kernels::{ElementType, Kernels, Piece};
+use flashcomm::tooling::cuda::{self, Context, DeviceMemory, PinnedMemory, Stream, sys};
+use flashcomm::tooling::kernels::{ElementType, Kernels, Piece};
 use flashcomm_wire::{Code, Codec, GroupSize, Legs, Plan, TILE_ELEMS, Width};
 use serde::{Deserialize, Serialize};
 

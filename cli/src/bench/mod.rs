@@ -16,7 +16,7 @@ use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
-use flashcomm::config::Config;
+use flashcomm::tooling::settings::Config;
 use serde::{Deserialize, Serialize};
 
 use self::measure::{Check, Measured, Task};

@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char, c_int};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use flashcomm::abi::control::flashcommStats_t;
+use flashcomm::tooling::stats::flashcommStats_t;
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 /// An address of the device, or a handle.

@@ -7,8 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use flashcomm::nccl::load::RealLibrary;
-use flashcomm::nccl::symbols::SYMBOLS;
+use flashcomm::tooling::nccl::RealLibrary;
+use flashcomm::tooling::nccl::SYMBOLS;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 

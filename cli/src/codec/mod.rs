@@ -129,7 +129,7 @@ impl Line {
     fn settings(&self) -> Option<Vec<String>> {
         let group = self.group? as u16;
         let mut lines = vec![format!("FLASHCOMM_BITS={}", self.bits), format!("FLASHCOMM_CODE={}", self.code?)];
-        if group != flashcomm::config::Config::default().legs.reduce.group.n_elems() as u16 {
+        if group != flashcomm::tooling::settings::Config::default().legs.reduce.group.n_elems() as u16 {
             lines.push(format!("FLASHCOMM_GROUP={group}"));
         }
         Some(lines)

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use flashcomm::tooling::recordings;
 use half::{bf16, f16};
 use npyz::{DType, NpyFile, Order};
 use safetensors::SafeTensors;
@@ -193,13 +194,13 @@ fn values(view: &TensorView<'_>, dtype: Dtype) -> Option<(Values, Option<&'stati
     }
 }
 
-/// What [`flashcomm::record`] wrote into the header; `None` for a file of someone else's.
+/// What a recording library wrote into the header; `None` for a file of someone else's.
 fn origin(header: &HashMap<String, String>) -> Option<Origin> {
-    header.get("flashcomm")?;
+    header.get(recordings::FLASHCOMM)?;
     let number = |name: &str| header.get(name)?.parse::<u64>().ok();
-    let (rank, world) = (number("rank")? as usize, number("world")? as usize);
-    let communicator = header.get("communicator")?.clone();
-    Some(Origin { communicator, call: number("call")?, rank, world })
+    let (rank, world) = (number(recordings::RANK)? as usize, number(recordings::WORLD)? as usize);
+    let communicator = header.get(recordings::COMMUNICATOR)?.clone();
+    Some(Origin { communicator, call: number(recordings::CALL)?, rank, world })
 }
 
 #[cfg(test)]

@@ -1,17 +1,14 @@
 //! The doctor's child processes: one for each GPU (two where there is one). They meet over the command's pipes, and go
 //! through the rounds of an attach with the shim's own code, as the ranks of a job would. No kernel waits.
 
-use anyhow::{Context as _, Result, ensure};
-use flashcomm::config::{Config, ExchangeKind};
-use flashcomm::cuda::sys::CUdevice_attribute_enum as Attribute;
-use flashcomm::cuda::{Context, CudaResult, Stream};
-use flashcomm::error::{self, Error};
-use flashcomm::exchange::residency::Seat;
-use flashcomm::kernels::Kernels;
-use flashcomm::negotiation::choice;
-use flashcomm::negotiation::facts::{Agreement, BLOB_BYTES, Blob};
-use flashcomm::negotiation::meeting::{Meeting, Rounds};
-use flashcomm::negotiation::setup::{Local, NotSetUp};
+use anyhow::{Context as _, Result, anyhow, ensure};
+use flashcomm::tooling::cuda::sys::CUdevice_attribute_enum as Attribute;
+use flashcomm::tooling::cuda::{self, Context, CudaResult, Stream};
+use flashcomm::tooling::kernels::Kernels;
+use flashcomm::tooling::negotiation::{
+    self, Agreement, BLOB_BYTES, Blob, Error, Local, Meeting, NotSetUp, Rounds, Seat, rings,
+};
+use flashcomm::tooling::settings::{Config, ExchangeKind};
 use serde::{Deserialize, Serialize};
 
 use crate::client::api::{Cuda, call};
@@ -59,26 +56,26 @@ pub fn child(told: Assignment) -> Result<()> {
 }
 
 fn attempt(party: &Party) -> Result<Tried> {
-    let cuda = Cuda::load()?;
-    let count = cuda.device_count()?;
+    let driver = Cuda::load()?;
+    let count = driver.device_count()?;
     ensure!(count > 0, "the CUDA driver shows no GPU");
     let ordinal = party.told.first % count;
-    flashcomm::cuda::init()?;
+    cuda::init()?;
     let context = Context::retain(ordinal as i32)?;
     let _entered = context.enter()?;
     let config = Config::global();
     let loaded =
         Kernels::load(ordinal as i32, config.legs).and_then(|kernels| Ok((kernels.prepare_fused(&context)?, kernels)));
     let kernels = loaded.as_ref().map(|_| ()).map_err(ToString::to_string);
-    let gpu = describe(&cuda, &context, ordinal, kernels)?;
+    let gpu = describe(&driver, &context, ordinal, kernels)?;
 
     let block_channels = loaded.as_ref().map_or(0, |(block_channels, _)| *block_channels);
     let seat = Seat::take(ordinal as i32);
     let mine = Blob::new(party.told.first, Agreement::from(config), &context, block_channels, &seat)?;
     let mut rounds = Rounds::new(OverPipes { party, said: None }, mine);
-    let facts = rounds.compare(true)?.map_err(|disagreement| anyhow::anyhow!("{disagreement}"))?;
-    let facts = rounds.find_reach(&context, &facts)?.map_err(|disagreement| anyhow::anyhow!("{disagreement}"))?;
-    let rings = choice::rings(&facts);
+    let facts = rounds.compare(true)?.map_err(|disagreement| anyhow!("{disagreement}"))?;
+    let facts = rounds.find_reach(&context, &facts)?.map_err(|disagreement| anyhow!("{disagreement}"))?;
+    let rings = rings(&facts);
     let stream = Stream::new()?;
     let mut set_up = |kind| -> Result<std::result::Result<(), String>> {
         // The ranks skip it alike: without kernels on one there are no areas for any.
@@ -121,12 +118,12 @@ struct OverPipes<'a> {
 }
 
 impl Meeting for OverPipes<'_> {
-    fn say(&mut self, mine: &[u8; BLOB_BYTES]) -> error::Result<()> {
+    fn say(&mut self, mine: &[u8; BLOB_BYTES]) -> negotiation::Result<()> {
         self.said = Some(mine.to_vec());
         Ok(())
     }
 
-    fn hear(&mut self) -> error::Result<Vec<u8>> {
+    fn hear(&mut self) -> negotiation::Result<Vec<u8>> {
         let mine = self.said.take().context("it has said nothing");
         let heard: Result<Vec<Vec<u8>>> = mine.and_then(|mine| self.party.meet(0, &mine));
         let failed = |error: anyhow::Error| Error::System {
@@ -136,7 +133,7 @@ impl Meeting for OverPipes<'_> {
         Ok(heard.map_err(failed)?.concat())
     }
 
-    fn check(&self) -> error::Result<()> {
+    fn check(&self) -> negotiation::Result<()> {
         Ok(())
     }
 }

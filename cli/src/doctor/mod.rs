@@ -10,9 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use flashcomm::config::ExchangeKind;
-use flashcomm::negotiation::choice::{Against, Choice, choose, default_min_bytes};
-use flashcomm::negotiation::facts::{Blob, Disagreement, agree};
+use flashcomm::tooling::negotiation::{Against, Blob, Choice, Disagreement, agree, choose, default_min_bytes};
+use flashcomm::tooling::settings::ExchangeKind;
 use flashcomm_wire::rings::MAX_WORLD;
 use serde::Serialize;
 

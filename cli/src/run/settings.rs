@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use anyhow::{Result, bail};
 use clap::{Arg, ArgMatches, Command, FromArgMatches};
-use flashcomm::config::{Config, SETTINGS, Setting};
+use flashcomm::tooling::settings::{Config, SETTINGS, Setting};
 
 /// The settings that were given as options.
 #[derive(Clone, Default, Debug)]
