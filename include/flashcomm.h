@@ -84,8 +84,7 @@ typedef struct flashcommCommInfo_t {
   uint64_t minBytes;
   // What carries the payloads: "peer", "host", "nccl"; empty where the state is not FLASHCOMM_ON.
   const char *exchange;
-  // What the bits say: "plain", "spikes", "rotated", "rotated-spikes" or "blocks"; before the ranks have met, that of
-  // FLASHCOMM_CODE.
+  // What the bits say: "plain" or "blocks"; before the ranks have met, that of FLASHCOMM_CODE.
   const char *code;
 } flashcommCommInfo_t;
 

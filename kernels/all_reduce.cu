@@ -40,7 +40,7 @@ constexpr unsigned kSignalWords = 32;  // of a channel: 128 bytes, a line of its
 constexpr unsigned kLaggingWorld = 4;  // ranks up to which the lag is 1
 constexpr unsigned kStages = 2;        // input tiles on their way to a channel
 constexpr unsigned kHearingWarp = 0, kTellingWarp = 3;
-constexpr unsigned kMaxParamsBytes = 1280;  // of a tile in any code: spikes, in groups of 32
+constexpr unsigned kMaxParamsBytes = 512;  // of a tile in either code, in groups of 32
 
 // Written by the first channel that gives up waiting, read by the host and by those that still wait. Mirrors Report in
 // src/kernels.rs.
@@ -184,16 +184,15 @@ struct AllReduce {
 
   __device__ void write(const typename Gather::Thread& codes, const Tile& t) const {
     if (is_aligned16(args.output) && is_whole(t)) {
-      decode_to(codes, args.group_shift, output + t.start, kTileElems, true);
+      decode_to(codes, output + t.start, kTileElems, true);
     } else {
-      write_slowly(codes, args.group_shift, output + t.start, t.n_elems);
+      write_slowly(codes, output + t.start, t.n_elems);
     }
   }
-  __device__ static void decode_to(const typename Gather::Thread& codes, unsigned group_shift, T* tile_ptr, int n_elems,
-                                   bool is_vectors) {
+  __device__ static void decode_to(const typename Gather::Thread& codes, T* tile_ptr, int n_elems, bool is_vectors) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const Vec16 elems = Gather::decode_row(codes, row, group_shift);
+      const Vec16 elems = Gather::decode_row(codes, row);
       if (is_vectors) {
         store_vec16_streaming(tile_ptr + lane_first(row), elems);
       } else {
@@ -201,9 +200,8 @@ struct AllReduce {
       }
     }
   }
-  __device__ __noinline__ static void write_slowly(typename Gather::Thread codes, unsigned group_shift, T* tile_ptr,
-                                                   int n_elems) {
-    decode_to(codes, group_shift, tile_ptr, n_elems, false);
+  __device__ __noinline__ static void write_slowly(typename Gather::Thread codes, T* tile_ptr, int n_elems) {
+    decode_to(codes, tile_ptr, n_elems, false);
   }
 
   // ---- payloads -------------------------------------------------------------------------------------------------
@@ -288,7 +286,7 @@ struct AllReduce {
       for (unsigned rank = 0; rank < args.rank; ++rank) add_hop1(rank, round, sum);
       take(t);
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) Reduce::add_input(stream.row(row), args.group_shift, sum[row]);
+      for (int row = 0; row < kRows; ++row) Reduce::add_input(stream.row(row), sum[row]);
 #pragma unroll 1
       for (unsigned rank = args.rank + 1; rank < args.world; ++rank) add_hop1(rank, round, sum);
       scale_sum(args.scale, sum);
@@ -307,7 +305,7 @@ struct AllReduce {
   }
 
   __device__ void add_hop1(unsigned rank, unsigned round, ThreadElems& sum) const {
-    Reduce::add(receive<Reduce>(slot(args.rank, 0, rank, round)), args.group_shift, sum);
+    Reduce::add(receive<Reduce>(slot(args.rank, 0, rank, round)), sum);
   }
 
   // ---- signals --------------------------------------------------------------------------------------------------
@@ -394,10 +392,10 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
 }
 
 // Channels of a block at most: as many as share the registers of an SM without spilling. (Tried out on sm_90; 5 leave
-// the plain code enough room on every architecture, 4 the others.)
+// the plain code enough room on every architecture, 4 blocks.)
 constexpr unsigned block_channels([[maybe_unused]] Code code) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-  return code == Code::blocks ? 7 : code == Code::plain ? 6 : code == Code::rotated ? 5 : 4;
+  return code == Code::blocks ? 7 : 6;
 #else
   return code == Code::plain ? 5 : 4;
 #endif

@@ -6,10 +6,10 @@
 //   Thread                          what one thread holds of an encoded tile
 //   kCodesBytes, params_bytes(shift)   of the two parts of a payload: codes, and behind them what there is for each group
 //   encode_input(x, shift)          x: this thread's elements as they are stored; may be overwritten
-//   add_input(row, shift, sum)      adds a row of them to a row of a sum, as they would be if they were not quantized
+//   add_input(row, sum)             adds a row of them to a row of a sum, as they would be if they were not quantized
 //   encode(sum, shift)
-//   add(thread, shift, sum)         adds what they decode to
-//   decode_row(thread, row, shift)  a row as the output has it
+//   add(thread, sum)                adds what they decode to
+//   decode_row(thread, row)         a row as the output has it
 //   load_codes(payload, thread), store_codes(payload, thread)
 //   load_params(params, shift, thread), store_params(params, shift, thread)   where either part is: 16-byte aligned
 //
@@ -19,14 +19,12 @@
 
 #include "codec/blocks.cuh"
 #include "codec/plain.cuh"
-#include "codec/rotated.cuh"
-#include "codec/spikes.cuh"
 #include "codec/stored.cuh"
 
 namespace flashcomm {
 
 // As kernel names have them.
-enum class Code { plain, spikes, rotated, rotated_spikes, blocks };
+enum class Code { plain, blocks };
 
 template <class T, Code kCode, int kBits>
 struct CodecOf;
@@ -37,18 +35,6 @@ struct CodecOf<T, Code::plain, kBits> {
 template <class T>
 struct CodecOf<T, Code::plain, 16> {
   using Type = Stored<T>;
-};
-template <class T, int kBits>
-struct CodecOf<T, Code::spikes, kBits> {
-  using Type = Spikes<T, kBits>;
-};
-template <class T, int kBits>
-struct CodecOf<T, Code::rotated, kBits> {
-  using Type = Rotated<T, Plain<T, kBits>>;
-};
-template <class T, int kBits>
-struct CodecOf<T, Code::rotated_spikes, kBits> {
-  using Type = Rotated<T, Spikes<T, kBits>>;
 };
 template <class T, int kBits>
 struct CodecOf<T, Code::blocks, kBits> {
@@ -82,13 +68,11 @@ __device__ __forceinline__ void store_payload(uint8_t* payload, unsigned group_s
   X(suffix, T, code, 6) X(suffix, T, code, 7) X(suffix, T, code, 8)
 #define FLASHCOMM_EACH_CODE(X, suffix, T)                                                               \
   FLASHCOMM_EACH_WIDTH(X, suffix, T, plain) X(suffix, T, plain, 16)                                     \
-  FLASHCOMM_EACH_WIDTH(X, suffix, T, spikes) FLASHCOMM_EACH_WIDTH(X, suffix, T, rotated)                \
-  FLASHCOMM_EACH_WIDTH(X, suffix, T, rotated_spikes) FLASHCOMM_EACH_WIDTH(X, suffix, T, blocks)
+  FLASHCOMM_EACH_WIDTH(X, suffix, T, blocks)
 #define FLASHCOMM_EACH_CODEC(X) FLASHCOMM_EACH_CODE(X, fp16, __half) FLASHCOMM_EACH_CODE(X, bf16, __nv_bfloat16)
 
 // Calls PAIR(suffix, type, code, reduce bits, gather bits) for each pair of widths that there are kernels for (the same as
-// Legs::choose in wire/src/codec.rs takes): of the plain code all, and 16 with itself; of the others each width with itself, and
-// 4:8.
+// Legs::choose in wire/src/codec.rs takes): of the plain code all, and 16 with itself; of blocks each width with itself, and 4:8.
 #define FLASHCOMM_EACH_GATHER(PAIR, suffix, T, in)                                                      \
   PAIR(suffix, T, plain, in, 2) PAIR(suffix, T, plain, in, 3) PAIR(suffix, T, plain, in, 4)             \
   PAIR(suffix, T, plain, in, 5) PAIR(suffix, T, plain, in, 6) PAIR(suffix, T, plain, in, 7)             \
@@ -102,8 +86,7 @@ __device__ __forceinline__ void store_payload(uint8_t* payload, unsigned group_s
   FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 4) FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 5)                   \
   FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 6) FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 7)                   \
   FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 8) PAIR(suffix, T, plain, 16, 16)                              \
-  FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, spikes) FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, rotated)          \
-  FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, rotated_spikes) FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, blocks)
+  FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, blocks)
 #define FLASHCOMM_EACH_PAIR(PAIR) \
   FLASHCOMM_EACH_PAIR_OF(PAIR, fp16, __half) FLASHCOMM_EACH_PAIR_OF(PAIR, bf16, __nv_bfloat16)
 

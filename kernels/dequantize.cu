@@ -33,7 +33,7 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
   const bool aligned = is_aligned16(output);
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    store_lane(output, lane_first(row), tile.n_elems, aligned, C::decode_row(codes, row, shift));
+    store_lane(output, lane_first(row), tile.n_elems, aligned, C::decode_row(codes, row));
   }
 }
 

@@ -45,9 +45,9 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
       ThreadVecs own;
       load_vecs(input, tile.n_elems, own);
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) In::add_input(own[row], shift, sum[row]);
+      for (int row = 0; row < kRows; ++row) In::add_input(own[row], sum[row]);
     } else {
-      In::add(load_payload<In>(incoming + rank * args.slot_bytes, shift), shift, sum);
+      In::add(load_payload<In>(incoming + rank * args.slot_bytes, shift), sum);
     }
   }
   scale_sum(args.scale, sum);

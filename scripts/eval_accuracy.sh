@@ -9,7 +9,7 @@
 #   --seconds-train N         for all of the training (200)
 #   --seconds N               begin no job later than that after the training (160)
 #   --worlds LIST             ranks that the default code is measured with, at all widths (2,4,8)
-#   --codes LIST              further codes (rotated-spikes,spikes,rotated,plain), after the default one; '' for none
+#   --codes LIST              further codes, after the default one; '' for none
 #   --code-worlds LIST        ranks that these are measured with (4)
 #   --code-widths LIST        and at what widths (4,3,6)
 #   --model FOLDER            where the trained model is, or goes (/tmp/flashcomm-eval-model)
@@ -21,7 +21,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 pack=false train_only=false tiny=false
 seconds_train=200 seconds=160 model=/tmp/flashcomm-eval-model
-worlds=2,4,8 widths=8,7,6,5,4,3,2,4:8 codes=rotated-spikes,spikes,rotated,plain code_worlds=4 code_widths=4,3,6
+worlds=2,4,8 widths=8,7,6,5,4,3,2,4:8 codes=plain code_worlds=4 code_widths=4,3,6
 while (($#)); do
     case $1 in
         --pack) pack=true ;;

@@ -45,7 +45,7 @@ pub const SETTINGS: [Setting; 18] = [
     setting(
         "FLASHCOMM_CODE",
         "auto",
-        "auto or plain, or (where the legs have one width, or 4:8) spikes, rotated, rotated-spikes or blocks",
+        "auto or plain, or blocks where the legs have one width, or 4:8",
         "what the bits say; auto: blocks where it can, else plain",
         true,
     ),
@@ -403,6 +403,7 @@ mod tests {
             ("FLASHCOMM_BITS", "4:16"),
             ("FLASHCOMM_GROUP", "100"),
             ("FLASHCOMM_CODE", "morse"),
+            ("FLASHCOMM_CODE", "spikes"),
             ("FLASHCOMM_MIN_BYTES", "-1"),
             ("FLASHCOMM_MIN_BYTES", "1T"),
             ("FLASHCOMM_MIN_BYTES", "1KM"),
@@ -435,7 +436,7 @@ mod tests {
     fn a_code_without_kernels_for_the_widths_warns_and_the_default_holds() {
         let lookup = |name: &str| match name {
             "FLASHCOMM_BITS" => Some("3:8".into()),
-            "FLASHCOMM_CODE" => Some("spikes".into()),
+            "FLASHCOMM_CODE" => Some("blocks".into()),
             _ => None,
         };
         let (config, malformed) = Config::parse(lookup);

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 
-use flashcomm_wire::{Code, Codec, Legs, Plan, TILE_ELEMS, rings};
+use flashcomm_wire::{Codec, Legs, Plan, TILE_ELEMS, rings};
 use once_cell::sync::Lazy;
 use parking_lot::Mutex;
 
@@ -19,7 +19,7 @@ static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbi
 const TILE_THREADS: u32 = 128;
 
 /// Shared memory of a channel of the fused kernel, its `ChannelMemory`: `kStages` tiles of input, `kMaxParamsBytes`.
-pub const CHANNEL_SHARED_BYTES: usize = 2 * TILE_ELEMS * 2 + 1280;
+pub const CHANNEL_SHARED_BYTES: usize = 2 * TILE_ELEMS * 2 + 512;
 
 /// Storage type of the elements.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -222,7 +222,7 @@ impl Kernels {
     }
 
     fn find(module: &Module, legs: Legs) -> CudaResult<Self> {
-        let name = |codec: Codec| format!("{}{}", codec.code.name().replace('-', "_"), codec.width.bits());
+        let name = |codec: Codec| format!("{}{}", codec.code.name(), codec.width.bits());
         let (reduce, gather) = (name(legs.reduce), name(legs.gather));
         let function = |name: String| module.function(&CString::new(name).expect("kernel names hold no NUL"));
         let host = if has_host_kernel(legs) { "hostallreduce" } else { "allreduce" };
@@ -364,8 +364,7 @@ impl Kernels {
 /// `kernels/codec.cuh`. The others take the one for GPU memory there, too.
 fn has_host_kernel(legs: Legs) -> bool {
     let widths = (legs.reduce.width.bits(), legs.gather.width.bits());
-    matches!(legs.reduce.code, Code::Plain | Code::Blocks)
-        && (widths.0 == widths.1 && widths.0 <= 8 || widths == (4, 8))
+    widths.0 == widths.1 && widths.0 <= 8 || widths == (4, 8)
 }
 
 /// A block for each tile.

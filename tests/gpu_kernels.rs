@@ -217,10 +217,8 @@ fn kernels_equal_the_reference_for_every_pair_of_widths() {
     let mut seed = 1;
     let pairs = (2..=8).flat_map(|reduce| (2..=8).map(move |gather| (reduce, gather))).chain([(16, 16)]);
     let plain = pairs.map(|(reduce, gather)| (Code::Plain, reduce, gather));
-    let others = Code::ALL.into_iter().filter(|code| *code != Code::Plain);
-    let others =
-        others.flat_map(|code| (2..=8).map(|bits| (bits, bits)).chain([(4, 8)]).map(move |(a, b)| (code, a, b)));
-    for (code, reduce, gather) in plain.chain(others) {
+    let blocks = (2..=8).map(|bits| (bits, bits)).chain([(4, 8)]);
+    for (code, reduce, gather) in plain.chain(blocks.map(|(reduce, gather)| (Code::Blocks, reduce, gather))) {
         for group in [32, 64, 128] {
             let legs = legs(code, reduce, gather, group);
             let case = Case { count: 30_011, world: 3, legs, buffer_bytes: 1 << 20, misaligned: 0, seed };
@@ -241,8 +239,8 @@ fn kernels_equal_the_reference_at_every_border_and_alignment() {
     for count in counts {
         for (world, misaligned) in [(2, 0), (2, 1), (3, 3), (4, 8), (5, 7), (8, 0)] {
             let bits = [(4, 4), (8, 8), (5, 5), (6, 6), (4, 8), (3, 7), (2, 2), (16, 16)][seed as usize % 8];
-            let legs =
-                legs(if bits == (3, 7) { Code::Plain } else { Code::ALL[seed as usize % 5] }, bits.0, bits.1, 128);
+            let code = if bits == (3, 7) { Code::Plain } else { Code::ALL[seed as usize % 3 % 2] };
+            let legs = legs(code, bits.0, bits.1, 128);
             // A buffer of a few tiles a rank makes many slices of the larger counts.
             let buffer_bytes = 3 * Plan::staging_bytes_per_tile(world, legs);
             check_both(&stream, &Case { count, world, legs, buffer_bytes, misaligned, seed });
@@ -256,9 +254,7 @@ fn kernels_equal_the_reference_on_ten_million_elements() {
     let Some(context) = gpu() else { return };
     let _entered = context.enter().unwrap();
     let stream = Stream::new().unwrap();
-    for (seed, bits, code) in
-        [(100, 4, Code::Plain), (200, 8, Code::Plain), (300, 4, Code::Blocks), (400, 4, Code::Spikes)]
-    {
+    for (seed, bits, code) in [(100, 4, Code::Plain), (200, 8, Code::Plain), (300, 4, Code::Blocks)] {
         let legs = legs(code, bits, bits, 128);
         let case = Case { count: 10_000_000, world: 2, legs, buffer_bytes: 16 << 20, misaligned: 0, seed };
         check_both(&stream, &case);

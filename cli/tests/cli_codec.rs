@@ -34,7 +34,7 @@ fn the_table_the_recommendation_and_the_files_agree() {
     assert!(stdout.contains("x.safetensors: x: fp16, cut into 4 inputs of 16000 elements."), "{stdout}");
     let json: Value = serde_json::from_slice(&std::fs::read(dir.path().join("out.json")).unwrap()).unwrap();
     let lines = json["lines"].as_array().unwrap();
-    assert_eq!(lines.len(), 1 + 7 * 5, "16 bits, and each width with each code");
+    assert_eq!(lines.len(), 1 + 7 * 2, "16 bits, and each width with each code");
     assert_eq!(lines[0]["code"], Value::Null);
     let recommended = &json["recommended"];
     for (name, key) in [("FLASHCOMM_BITS", "bits"), ("FLASHCOMM_CODE", "code")] {
@@ -50,13 +50,13 @@ fn the_table_the_recommendation_and_the_files_agree() {
         assert!(row.contains(&format!("{:.5}", number(&line["sum"], "relative_l2"))), "{row}");
     }
     let svg = std::fs::read_to_string(dir.path().join("out.svg")).unwrap();
-    assert!(svg.contains("rotated-spikes, group 128"));
+    assert!(svg.contains("blocks, group 128"));
 
     let (stdout, _, code) =
-        codec(dir.path(), &["x.safetensors", "--bits", "2,3:4", "--codes", "plain,spikes", "--error", "0.001"]);
+        codec(dir.path(), &["x.safetensors", "--bits", "2,3:4", "--codes", "plain,blocks", "--error", "0.001"]);
     assert!(code == 1 && stdout.contains("No code here stays at an error of at most 0.001"), "{stdout}");
     let of_3_4 = stdout.lines().filter(|line| line.trim_start().starts_with("3:4")).count();
-    assert_eq!(of_3_4, 1, "there are no kernels of spikes for it: {stdout}");
+    assert_eq!(of_3_4, 1, "there are no kernels of blocks for it: {stdout}");
     let (stdout, _, code) = codec(dir.path(), &["x.safetensors", "--bits", "2"]);
     assert!(code == 0 && stdout.contains("No code here"), "nobody asked: {stdout}");
     let (stdout, ..) = codec(dir.path(), &["x.safetensors", "--bits", "4", "--max-elements", "16K"]);
@@ -73,7 +73,7 @@ fn what_is_wrong_is_said_with_its_cure() {
         (&["nowhere.safetensors"], "cannot read nowhere.safetensors", 1),
         (&["x.safetensors", "--plot", "x.png"], "x.svg", 1),
         (&["x.safetensors", "--bits", "9"], "2 to 8", 2),
-        (&["x.safetensors", "--codes", "magic"], "rotated-spikes", 2),
+        (&["x.safetensors", "--codes", "magic"], "plain, blocks", 2),
         (&["."], "x.npy", 1),
         (&[], "FILE", 2),
     ] {

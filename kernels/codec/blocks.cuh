@@ -103,12 +103,12 @@ struct Blocks {
     return out;
   }
 
-  __device__ static void add_input(Vec16 x, unsigned, float (&sum)[kLaneElems]) {
+  __device__ static void add_input(Vec16 x, float (&sum)[kLaneElems]) {
     enter(x);
     add_vec<T>(x, sum);
   }
 
-  __device__ static void add(const Thread& in, unsigned, ThreadElems& sum) {
+  __device__ static void add(const Thread& in, ThreadElems& sum) {
     // The middle of the cell of code 0, under the pattern that puts the code into bits 8 to 15 of the mantissa: 2^15 + code.
     constexpr uint32_t kPattern = 0x47000000;
     constexpr float kMiddle = 32768.0f + kHalfRange - 0.5f;
@@ -128,7 +128,7 @@ struct Blocks {
     }
   }
 
-  __device__ static Vec16 decode_row(const Thread& in, int row, unsigned) {
+  __device__ static Vec16 decode_row(const Thread& in, int row) {
     // In fp16 whatever the type: 2^(12 - b) + 2^(2 - b) * code. What is transformed is 2^(2 - b) times the middles.
     using H = Element<__half>;
     constexpr uint32_t kExponent = (12 - kBits + 15) << 2, kPattern = kExponent * 0x01010101u;

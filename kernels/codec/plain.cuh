@@ -61,32 +61,18 @@ struct Plain {
     return out;
   }
 
-  __device__ static void add_input(const Vec16& x, unsigned, float (&sum)[kLaneElems]) { add_vec<T>(x, sum); }
+  __device__ static void add_input(const Vec16& x, float (&sum)[kLaneElems]) { add_vec<T>(x, sum); }
 
-  __device__ static void add(const Thread& in, unsigned group_shift, ThreadElems& sum) {
+  __device__ static void add(const Thread& in, ThreadElems& sum) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       float term[kLaneElems];
-      values(in, row, group_shift, term);
+      values(in, row, term);
       add_row(term, sum[row]);
     }
   }
 
-  __device__ static void values(const Thread& in, int row, unsigned, float (&y)[kLaneElems]) {
-    const float scale = Element<T>::to_float(uint16_t(in.params[row]));
-    const float zero = Element<T>::to_float(uint16_t(in.params[row] >> 16));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t codes = P::get_half(in.codes, row * 2 + half);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const uint32_t integer = __byte_perm(codes, kIntegerPattern, 0x7550 + e);
-        y[half * 4 + e] = __fmaf_rn(__fsub_rn(__uint_as_float(integer), kIntegerMagic), scale, zero);
-      }
-    }
-  }
-
-  __device__ static Vec16 decode_row(const Thread& in, int row, unsigned group_shift) {
+  __device__ static Vec16 decode_row(const Thread& in, int row) {
     Vec16 out;
     if constexpr (std::is_same_v<T, __half>) {
       const __half2 scale = Element<T>::pair(__byte_perm(in.params[row], 0, 0x1010));
@@ -103,7 +89,7 @@ struct Plain {
       }
     } else {
       float y[kLaneElems];
-      values(in, row, group_shift, y);
+      values(in, row, y);
       narrow<T>(y, out);
     }
     return out;
@@ -119,6 +105,20 @@ struct Plain {
   }
 
  private:
+  __device__ static void values(const Thread& in, int row, float (&y)[kLaneElems]) {
+    const float scale = Element<T>::to_float(uint16_t(in.params[row]));
+    const float zero = Element<T>::to_float(uint16_t(in.params[row] >> 16));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t codes = P::get_half(in.codes, row * 2 + half);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t integer = __byte_perm(codes, kIntegerPattern, 0x7550 + e);
+        y[half * 4 + e] = __fmaf_rn(__fsub_rn(__uint_as_float(integer), kIntegerMagic), scale, zero);
+      }
+    }
+  }
+
   // Adds a row's codes; its scale and zero stand in out.params.
   __device__ static void encode_row(const float (&x)[kLaneElems], int row, float inverse, Thread& out) {
     const float zero = Element<T>::to_float(uint16_t(out.params[row] >> 16));

@@ -137,12 +137,12 @@ __device__ __forceinline__ float select(bool first, float a, float b) { return f
 
 // Reduces the four rows over the lanes of a group; lane l gets the result of row l % 4. Halving: a lane passes on
 // the rows that it does not keep, so this takes 5 exchanges at 16 lanes a group instead of 16.
-template <class X, class Op>
-__device__ __forceinline__ X reduce_rows(const X (&v)[kRows], unsigned group_shift, Op op) {
+template <class Op>
+__device__ __forceinline__ float reduce_rows(const float (&v)[kRows], unsigned group_shift, Op op) {
   const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-  const X a = op(select(odd, v[1], v[0]), shuffle_xor(select(odd, v[0], v[1]), 1));
-  const X b = op(select(odd, v[3], v[2]), shuffle_xor(select(odd, v[2], v[3]), 1));
-  X c = op(select(high, b, a), shuffle_xor(select(high, a, b), 2));
+  const float a = op(select(odd, v[1], v[0]), shuffle_xor(select(odd, v[0], v[1]), 1));
+  const float b = op(select(odd, v[3], v[2]), shuffle_xor(select(odd, v[2], v[3]), 1));
+  float c = op(select(high, b, a), shuffle_xor(select(high, a, b), 2));
   if (group_shift > 2) c = op(c, shuffle_xor(c, 4));
   if (group_shift > 3) c = op(c, shuffle_xor(c, 8));
   return c;

@@ -30,12 +30,12 @@ struct Stored {
     return out;
   }
 
-  __device__ static void add_input(const Vec16& x, unsigned, float (&sum)[kLaneElems]) { add_vec<T>(x, sum); }
-  __device__ static void add(const Thread& in, unsigned group_shift, ThreadElems& sum) {
+  __device__ static void add_input(const Vec16& x, float (&sum)[kLaneElems]) { add_vec<T>(x, sum); }
+  __device__ static void add(const Thread& in, ThreadElems& sum) {
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) add_input(in.vecs[row], group_shift, sum[row]);
+    for (int row = 0; row < kRows; ++row) add_input(in.vecs[row], sum[row]);
   }
-  __device__ static Vec16 decode_row(const Thread& in, int row, unsigned) { return in.vecs[row]; }
+  __device__ static Vec16 decode_row(const Thread& in, int row) { return in.vecs[row]; }
 
   __device__ static void load_codes(const uint8_t* payload, Thread& t) {
 #pragma unroll

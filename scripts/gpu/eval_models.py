@@ -224,7 +224,7 @@ class MiniLM:
         return F.normalize(wide.sum(1) / mask.sum(1, keepdim=True), dim=-1)
 
 
-# ---- the peers' codes, as wire/examples/codes.rs has them -----------------------------------------------------------
+# ---- the peers' codes, as wire/src/peers.rs has them ----------------------------------------------------------------
 
 
 def symmetric(bits):
@@ -236,6 +236,27 @@ def symmetric(bits):
         scale = (farthest / -half_range).half().float()
         safe = torch.where(scale == 0, 1.0, scale)
         return torch.where(scale == 0, groups, (groups / safe).round().clamp(-half_range, half_range - 1) * scale)
+
+    return code
+
+
+def spikes(bits):
+    """Minimum and maximum of a group travel as they are; scale and zero point, in fp16, come from the rest."""
+    largest = float((1 << bits) - 1)
+
+    def code(groups):
+        places = [groups.argmin(-1, keepdim=True), groups.argmax(-1, keepdim=True)]
+
+        def without_spikes(value):
+            return groups.scatter(-1, places[0], value).scatter(-1, places[1], value)
+
+        zero = without_spikes(torch.inf).amin(-1, keepdim=True).half().float()
+        scale = ((without_spikes(-torch.inf).amax(-1, keepdim=True) - zero) / largest).half().float()
+        safe = torch.where(scale == 0, 1.0, scale)
+        decoded = ((groups - zero) / safe).round().clamp(0, largest) * scale + zero
+        for place in places:
+            decoded = decoded.scatter(-1, place, groups.gather(-1, place).half().float())
+        return decoded
 
     return code
 
@@ -287,6 +308,10 @@ REFERENCES = {
     "INT8, group 32": (8.5, two_hops(32, symmetric(8))),
     "INT6, group 32": (6.5, two_hops(32, symmetric(6))),
     "INT4, group 32": (4.5, two_hops(32, symmetric(4))),
+    "INT8 with spikes, group 128": (8.625, two_hops(128, spikes(8))),
+    "INT6 with spikes, group 128": (6.625, two_hops(128, spikes(6))),
+    "INT4 with spikes, group 128": (4.625, two_hops(128, spikes(4))),
+    "INT2 with spikes, group 128": (2.625, two_hops(128, spikes(2))),
     "FP8 e4m3, group 128": (8.125, two_hops(128, fp8)),
     "MXFP4": (4.25, two_hops(32, mxfp4)),
 }

@@ -14,12 +14,20 @@ from matplotlib import pyplot
 from matplotlib.lines import Line2D
 
 COLORS = {2: "#4c78a8", 4: "#e4572e", 8: "#54a24b"}
-MARKS = {"INT8, group 32": "s", "INT6, group 32": "s", "INT4, group 32": "s", "FP8 e4m3, group 128": "D", "MXFP4": "^"}
+MARKS = {
+    "INT8, group 32": "s",
+    "INT6, group 32": "s",
+    "INT4, group 32": "s",
+    "INT8 with spikes, group 128": "v",
+    "INT6 with spikes, group 128": "v",
+    "INT4 with spikes, group 128": "v",
+    "INT2 with spikes, group 128": "v",
+    "FP8 e4m3, group 128": "D",
+    "MXFP4": "^",
+}
 CODES = {
     "plain": "#333333",
     "spikes": "#b279a2",
-    "rotated": "#9d755d",
-    "rotated-spikes": "#eeca3b",
     "blocks": "#72b7b2",
 }
 FLOOR = {"perplexity": 1e-3, "cosine": 1e-6}
@@ -98,7 +106,16 @@ def main():
     if any(":" in name for job in jobs for name in job["setups"]):
         entries.append(Line2D([], [], color="#555555", linestyle="", marker="*", markersize=9, label="4:8"))
     if any(job["references"] for job in jobs):
-        for mark, label in [("s", "INT4, 6, 8, group 32"), ("D", "FP8 e4m3, group 128"), ("^", "MXFP4")]:
+        marks = {
+            "s": "INT4, 6, 8, group 32",
+            "v": "INT2, 4, 6, 8 with spikes",
+            "D": "FP8 e4m3, group 128",
+            "^": "MXFP4",
+        }
+        drawn = {MARKS.get(name) for job in jobs for name in job["references"]}
+        for mark, label in marks.items():
+            if mark not in drawn:
+                continue
             entries.append(
                 Line2D(
                     [],

@@ -66,8 +66,7 @@ pub struct flashcommCommInfo_t {
     pub minBytes: u64,
     /// What carries the payloads: "peer", "host", "nccl"; empty where the state is not FLASHCOMM_ON.
     pub exchange: *const c_char,
-    /// What the bits say: "plain", "spikes", "rotated", "rotated-spikes" or "blocks"; before the ranks have met, that of
-    /// FLASHCOMM_CODE.
+    /// What the bits say: "plain" or "blocks"; before the ranks have met, that of FLASHCOMM_CODE.
     pub code: *const c_char,
 }
 
@@ -336,9 +335,6 @@ fn info_of(handle: CommPtr) -> flashcommCommInfo_t {
 const fn code_name(code: Code) -> &'static CStr {
     match code {
         Code::Plain => c"plain",
-        Code::Spikes => c"spikes",
-        Code::Rotated => c"rotated",
-        Code::RotatedSpikes => c"rotated-spikes",
         Code::Blocks => c"blocks",
     }
 }

@@ -343,7 +343,7 @@ mod tests {
         for (name, value) in [
             ("FLASHCOMM_BITS", "4:6"),
             ("FLASHCOMM_GROUP", "64"),
-            ("FLASHCOMM_CODE", "spikes"),
+            ("FLASHCOMM_CODE", "plain"),
             ("FLASHCOMM_MIN_BYTES", "77"),
             ("FLASHCOMM_DTYPES", "bf16"),
             ("FLASHCOMM_EXCHANGE", "nccl"),

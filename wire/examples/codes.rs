@@ -3,10 +3,10 @@
 //! usage: codes [fp16|bf16]
 //!
 //! Prints SQNR in dB against the exact sum of the inputs (more is better), with the bits that an element takes on the
-//! wire. In brackets, for comparison, stands what other libraries send, computed here the same way: symmetric integers
-//! and FP8 with a scale per group in fp16, and MXFP4. The inputs are the same in every run.
+//! wire. In brackets, for comparison, stands what others send, computed here the same way: the spike code, symmetric
+//! integers and FP8 with a scale per group in fp16, and MXFP4. The inputs are the same in every run.
 
-use flashcomm_wire::{Code, Codec, Element, GroupSize, Legs, Op, TILE_ELEMS, Width, reference};
+use flashcomm_wire::{Code, Codec, Element, GroupSize, Legs, Op, TILE_ELEMS, Width, peers, reference};
 use half::{bf16, f16};
 
 /// Channels of the inputs with hot ones, a row of a matrix.
@@ -32,13 +32,7 @@ fn run<E: Element>(dtype: &str) {
     println!();
     let inputs: Vec<Vec<Vec<E>>> = (0..INPUTS.len()).map(inputs).collect();
     for bits in 2..=8 {
-        for (code, groups) in [
-            (Code::Plain, &[128u16, 64, 32][..]),
-            (Code::Spikes, &[128]),
-            (Code::Rotated, &[128]),
-            (Code::RotatedSpikes, &[128]),
-            (Code::Blocks, &[128, 32]),
-        ] {
+        for (code, groups) in [(Code::Plain, &[128u16, 64, 32][..]), (Code::Blocks, &[128, 32])] {
             for group in groups {
                 let codec = Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(*group).unwrap(), code };
                 let legs = Legs::new(codec, codec).unwrap();
@@ -48,13 +42,17 @@ fn run<E: Element>(dtype: &str) {
                 });
             }
         }
-        let symmetric = |group: &mut [f32]| symmetric_int(group, bits);
-        row(bits, "(symmetric 32)", f64::from(bits) + 0.5, &inputs, |ranks| peer_sum(ranks, 32, symmetric));
+        let peer = |name: &str, size: f64, group: usize, code: &dyn Fn(&mut [f32])| {
+            row(bits, name, size, &inputs, |ranks| peers::two_hop_sum(ranks, group, code));
+        };
+        let size = peers::spikes_bits_per_element(bits, 128);
+        peer("(spikes 128)", size, 128, &|group| peers::spikes::<E>(group, bits));
+        peer("(symmetric 32)", f64::from(bits) + 0.5, 32, &|group| peers::symmetric(group, bits));
         if bits == 4 {
-            row(bits, "(MXFP4)", 4.25, &inputs, |ranks| peer_sum(ranks, 32, mxfp4));
+            peer("(MXFP4)", 4.25, 32, &|group| peers::mxfp4(group));
         }
         if bits == 8 {
-            row(bits, "(FP8 e4m3 128)", 8.125, &inputs, |ranks| peer_sum(ranks, 128, fp8));
+            peer("(FP8 e4m3 128)", 8.125, 128, &|group| peers::fp8(group));
         }
     }
 }
@@ -123,64 +121,4 @@ impl Random {
         let squares: f64 = (0..3).map(|_| self.gaussian().powi(2)).sum();
         self.gaussian() / (squares / 3.0).sqrt()
     }
-}
-
-// ---- the peers' codes -----------------------------------------------------------------------------------------------
-
-/// The two-hop sum with a code that changes a group of values to what it decodes to.
-fn peer_sum<E: Element>(ranks: &[&[E]], group: usize, code: impl Fn(&mut [f32])) -> Vec<E> {
-    let chunk = COUNT / ranks.len();
-    let mut output = Vec::new();
-    for start in (0..COUNT).step_by(group) {
-        let mut sum = vec![0.0; group];
-        for (rank, input) in ranks.iter().enumerate() {
-            let mut term: Vec<f32> = input[start..start + group].iter().map(|x| x.to_f32()).collect();
-            if rank != start / chunk {
-                code(&mut term);
-            }
-            sum.iter_mut().zip(&term).for_each(|(s, t)| *s += t);
-        }
-        code(&mut sum);
-        output.extend(sum.iter().map(|x| E::from_f32_nearest(*x)));
-    }
-    output
-}
-
-/// The value farthest from 0 becomes -2^(b-1) times the scale.
-fn symmetric_int(group: &mut [f32], bits: u8) {
-    let half_range = f32::from(1u8 << (bits - 1));
-    let farthest = group.iter().fold(0.0, |far: f32, x| if x.abs() > far.abs() { *x } else { far });
-    let scale = f16::from_f32(farthest / -half_range).to_f32();
-    if scale != 0.0 {
-        group.iter_mut().for_each(|x| *x = (*x / scale).round_ties_even().clamp(-half_range, half_range - 1.0) * scale);
-    }
-}
-
-fn fp8(group: &mut [f32]) {
-    let scale = f16::from_f32(largest(group) / 448.0).to_f32();
-    if scale != 0.0 {
-        group.iter_mut().for_each(|x| *x = minifloat(*x / scale, 3, -6, 448.0) * scale);
-    }
-}
-
-fn mxfp4(group: &mut [f32]) {
-    let largest = largest(group);
-    if largest > 0.0 {
-        let scale = (largest.log2().floor() - 2.0).exp2();
-        group.iter_mut().for_each(|x| *x = minifloat(*x / scale, 1, 0, 6.0) * scale);
-    }
-}
-
-fn largest(group: &[f32]) -> f32 {
-    group.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()))
-}
-
-/// `x` rounded to a float of so many mantissa bits, saturating.
-fn minifloat(x: f32, mantissa_bits: i32, min_exponent: i32, max: f32) -> f32 {
-    if x == 0.0 {
-        return x;
-    }
-    let exponent = (x.abs().log2().floor() as i32).max(min_exponent);
-    let unit = ((exponent - mantissa_bits) as f32).exp2();
-    ((x / unit).round_ties_even() * unit).clamp(-max, max)
 }

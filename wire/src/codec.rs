@@ -1,8 +1,8 @@
 //! The codec: one tile of up to [`TILE_ELEMS`] elements as integers of 2 to 8 bits, with parameters per quantization
 //! group; or as they are. This scalar code is the specification; the kernels' `kernels/codec.cuh` equals it bit for bit.
 //!
-//! How integers are made of a group is its [`Code`]: the plain one, below, or one of the files beside this one.
-//! Some work in another *domain*: [`Codec::enter`] turns elements into what is encoded, summed and encoded again, and
+//! How integers are made of a group is its [`Code`]: the plain one, below, or blocks, in the file beside this one.
+//! Blocks work in another *domain*: [`Codec::enter`] turns elements into what is encoded, summed and encoded again, and
 //! [`Codec::decode_tile_to`] turns it back (it is linear, so the sum does not mind).
 //!
 //! # Arithmetic of the plain code
@@ -47,8 +47,6 @@ use std::fmt;
 use crate::element::Element;
 
 mod blocks;
-mod rotation;
-mod spikes;
 
 /// Elements of a tile, the unit of coding and of chunking.
 pub const TILE_ELEMS: usize = 4096;
@@ -124,19 +122,13 @@ pub enum Code {
     /// Scale and zero point from the extremes of the group.
     #[default]
     Plain,
-    /// The extremes travel by themselves; scale and zero point come from the rest.
-    Spikes,
-    /// The plain code of each group's Hadamard transform.
-    Rotated,
-    /// Spikes of each group's Hadamard transform.
-    RotatedSpikes,
     /// Blocks of 8 elements, each transformed, with a scale of 4 bits below the group's: the least error per bit.
     Blocks,
 }
 
 impl Code {
-    /// All of them.
-    pub const ALL: [Code; 5] = [Code::Plain, Code::Spikes, Code::Rotated, Code::RotatedSpikes, Code::Blocks];
+    /// Both of them.
+    pub const ALL: [Code; 2] = [Code::Plain, Code::Blocks];
 
     /// The code of a name.
     pub fn by_name(name: &str) -> Option<Self> {
@@ -147,9 +139,6 @@ impl Code {
     pub const fn name(self) -> &'static str {
         match self {
             Code::Plain => "plain",
-            Code::Spikes => "spikes",
-            Code::Rotated => "rotated",
-            Code::RotatedSpikes => "rotated-spikes",
             Code::Blocks => "blocks",
         }
     }
@@ -166,14 +155,6 @@ pub struct Codec {
     pub code: Code,
 }
 
-/// What is encoded and summed: the elements, or a transform of them.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Domain {
-    Elements,
-    RotatedGroups(GroupSize),
-    RotatedBlocks,
-}
-
 /// The codecs of the two legs of an all-reduce. `4:8` sends 4 bits to the owner of a chunk and 8 bits back.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Legs {
@@ -185,13 +166,13 @@ pub struct Legs {
 
 impl Legs {
     /// The legs of two widths, with `code` or, without one, the code that is the default for them; `None` where there are no
-    /// kernels for that: the plain code has them for all pairs of widths, the others for each width with itself and for
-    /// `4:8`, and a width of 16 goes with itself only.
+    /// kernels for that: the plain code has them for all pairs of widths, blocks for each width with itself and for `4:8`,
+    /// and a width of 16 goes with itself only.
     pub fn choose(code: Option<Code>, (reduce, gather): (Width, Width), group: GroupSize) -> Option<Self> {
         let is_plain_only = reduce != gather && (reduce.bits(), gather.bits()) != (4, 8);
         let code = match code {
             _ if reduce.is_uncompressed() => Code::Plain,
-            Some(code) if code != Code::Plain && is_plain_only => return None,
+            Some(Code::Blocks) if is_plain_only => return None,
             Some(code) => code,
             None if is_plain_only => Code::Plain,
             None => Code::Blocks,
@@ -205,11 +186,11 @@ impl Legs {
         self.reduce.code
     }
 
-    /// The legs, unless one is compressed and the other is not (there are no kernels for that), or their codes see
-    /// the elements transformed in different ways: the sum is encoded as it stands.
+    /// The legs, unless one is compressed and the other is not (there are no kernels for that), or only one has its
+    /// elements transformed: the sum is encoded as it stands.
     pub fn new(reduce: Codec, gather: Codec) -> Option<Self> {
         let compressed = reduce.width.is_uncompressed() == gather.width.is_uncompressed();
-        (compressed && reduce.domain() == gather.domain()).then_some(Self { reduce, gather })
+        (compressed && reduce.transforms() == gather.transforms()).then_some(Self { reduce, gather })
     }
 }
 
@@ -252,19 +233,14 @@ impl Codec {
     const fn params_bytes(self) -> usize {
         let n_groups = TILE_ELEMS / self.group.n_elems();
         match self.code {
-            Code::Plain | Code::Rotated => n_groups * META_BYTES,
-            Code::Spikes | Code::RotatedSpikes => n_groups * (META_BYTES + spikes::GROUP_BYTES),
+            Code::Plain => n_groups * META_BYTES,
             Code::Blocks => blocks::LEVELS_BYTES + n_groups * blocks::GROUP_BYTES,
         }
     }
 
-    fn domain(self) -> Domain {
-        match self.code {
-            _ if self.width.is_uncompressed() => Domain::Elements,
-            Code::Plain | Code::Spikes => Domain::Elements,
-            Code::Rotated | Code::RotatedSpikes => Domain::RotatedGroups(self.group),
-            Code::Blocks => Domain::RotatedBlocks,
-        }
+    /// Whether what is encoded and summed is a transform of the elements.
+    fn transforms(self) -> bool {
+        self.code == Code::Blocks && !self.width.is_uncompressed()
     }
 
     /// Elements of one tile as they are encoded and summed. A code that transforms them makes it a whole tile, the last
@@ -276,17 +252,15 @@ impl Codec {
         assert!((1..=TILE_ELEMS).contains(&elements.len()), "a tile has 1 to {TILE_ELEMS} elements");
         let mut values: Vec<f32> = elements.iter().map(|x| x.to_f32()).collect();
         values.resize(self.n_values(elements.len()), values[elements.len() - 1]);
-        match self.domain() {
-            Domain::Elements => {}
-            Domain::RotatedGroups(group) => values.chunks_exact_mut(group.n_elems()).for_each(rotation::enter),
-            Domain::RotatedBlocks => values.chunks_exact_mut(LANE_ELEMS).for_each(blocks::enter::<E>),
+        if self.transforms() {
+            values.chunks_exact_mut(LANE_ELEMS).for_each(blocks::enter::<E>);
         }
         values
     }
 
     /// How many values [`Codec::enter`] makes of so many elements of a tile.
     pub fn n_values(self, n_elems: usize) -> usize {
-        if self.domain() == Domain::Elements { n_elems } else { TILE_ELEMS }
+        if self.transforms() { TILE_ELEMS } else { n_elems }
     }
 
     /// Encodes one tile.
@@ -311,8 +285,7 @@ impl Codec {
         for start in (0..TILE_ELEMS).step_by(self.group.n_elems()) {
             let group: Vec<f32> = (start..start + self.group.n_elems()).map(value).collect();
             match self.code {
-                Code::Plain | Code::Rotated => self.encode_plain::<E>(&group, start, payload),
-                Code::Spikes | Code::RotatedSpikes => self.encode_spikes::<E>(&group, start, payload),
+                Code::Plain => self.encode_plain::<E>(&group, start, payload),
                 Code::Blocks => self.encode_blocks::<E>(&group, start, payload),
             }
         }
@@ -333,8 +306,7 @@ impl Codec {
         for (g, group) in values.chunks_mut(self.group.n_elems()).enumerate() {
             let start = g * self.group.n_elems();
             match self.code {
-                Code::Plain | Code::Rotated => self.decode_plain::<E>(payload, start, group),
-                Code::Spikes | Code::RotatedSpikes => self.decode_spikes::<E>(payload, start, group),
+                Code::Plain => self.decode_plain::<E>(payload, start, group),
                 Code::Blocks => self.decode_blocks::<E>(payload, start, group),
             }
         }
@@ -355,8 +327,6 @@ impl Codec {
             let start = g * self.group.n_elems();
             match self.code {
                 Code::Plain => self.decode_plain_to(payload, start, group),
-                Code::Spikes => self.decode_spikes_to(payload, start, group),
-                Code::Rotated | Code::RotatedSpikes => self.decode_rotated_to(payload, start, group),
                 Code::Blocks => self.decode_blocks_to(payload, start, group),
             }
         }
@@ -382,17 +352,6 @@ impl Codec {
         for (i, x) in group.iter_mut().enumerate() {
             *x = E::fused(f32::from(self.read_code(start + i, payload)), scale, zero);
         }
-    }
-
-    /// A group of a code of rotated groups: whole, since every element takes part in each, then back.
-    fn decode_rotated_to<E: Element>(self, payload: &[u8], start: usize, output: &mut [E]) {
-        let mut group = vec![0.0; self.group.n_elems()];
-        match self.code {
-            Code::RotatedSpikes => self.decode_spikes::<E>(payload, start, &mut group),
-            _ => self.decode_plain::<E>(payload, start, &mut group),
-        }
-        rotation::leave(&mut group);
-        output.iter_mut().zip(&group).for_each(|(x, value)| *x = E::from_f32_nearest(*value));
     }
 
     fn group_params<E: Element>(self, values: impl Iterator<Item = f32>) -> GroupParams {

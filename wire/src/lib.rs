@@ -6,11 +6,13 @@
 //!   for bit.
 //! * [`reference`] puts the two together: the all-reduce as a pure function of the inputs by rank, the world size
 //!   and the codec. What the library computes, over whatever exchange, is this.
+//! * [`peers`] is what others send, to compare with.
 //!
 //! The crate is pure: no unsafe code, no I/O, no environment, no global state.
 
 pub mod codec;
 pub mod element;
+pub mod peers;
 pub mod plan;
 pub mod reference;
 pub mod rings;
@@ -22,4 +24,4 @@ pub use reference::Op;
 pub use rings::Rings;
 
 /// Version of everything that ranks must agree on byte for byte: tile layout, chunking, attach blob.
-pub const WIRE_VERSION: u32 = 6;
+pub const WIRE_VERSION: u32 = 7;

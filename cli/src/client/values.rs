@@ -151,8 +151,8 @@ mod tests {
         assert_eq!(legs("4:8").unwrap().to_string(), "4:8");
         assert_eq!(legs("5").unwrap().to_string(), "5");
         assert_eq!(legs("5").unwrap().code(), Code::Blocks);
-        assert_eq!(legs("5-rotated-spikes").unwrap().code(), Code::RotatedSpikes);
-        assert!(legs("4-morse").is_err() && legs("3:5-blocks").is_err());
+        assert_eq!(legs("5-plain").unwrap().code(), Code::Plain);
+        assert!(legs("4-morse").is_err() && legs("4-spikes").is_err() && legs("3:5-blocks").is_err());
         assert!(legs("9").is_err() && legs("4:").is_err() && legs("16:4").is_err());
     }
 }

@@ -56,10 +56,9 @@ pub fn find(name: &str) -> Option<Kernel> {
         if rest.is_empty() {
             break;
         }
-        // Names of codes have underscores, too, but no digits.
         let (code, behind) = rest.split_at(rest.find(|c: char| c.is_ascii_digit())?);
         let (bits, next) = behind.split_once('_').unwrap_or((behind, ""));
-        *place = Some((WireCode::by_name(&code.replace('_', "-"))?, Width::new(bits.parse().ok()?)?));
+        *place = Some((WireCode::by_name(code)?, Width::new(bits.parse().ok()?)?));
         rest = next;
     }
     if !rest.is_empty() {

@@ -115,7 +115,7 @@ impl Codec {
             let at = start + n * LANE_ELEMS;
             let step = self.step(unit, self.read_level(at, payload));
             let mut integers: Vec<f32> = (0..LANE_ELEMS).map(|e| self.middle(at + e, payload)).collect();
-            super::rotation::leave(&mut integers);
+            hadamard(&mut integers);
             for (e, x) in block.iter_mut().enumerate() {
                 let step = if e % 4 == 3 { -step } else { step };
                 *x = E::from_f32_nearest(integers[e].mul_add(step, 0.0));
@@ -162,6 +162,16 @@ impl Codec {
     /// Byte of the payload where the unit stands of the group that starts at element `start`.
     fn unit_at(self, start: usize) -> usize {
         self.codes_bytes() + LEVELS_BYTES + self.group_at(start) * GROUP_BYTES
+    }
+}
+
+/// Multiplies a block with the Hadamard matrix. Exact, of the middles of cells.
+fn hadamard(block: &mut [f32]) {
+    for distance in [1, 2, 4] {
+        for i in (0..LANE_ELEMS).filter(|i| i & distance == 0) {
+            let (a, b) = (block[i], block[i + distance]);
+            (block[i], block[i + distance]) = (a + b, a - b);
+        }
     }
 }
 

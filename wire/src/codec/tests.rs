@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-mod codes;
+mod blocks_code;
 
 fn codec(bits: u8, group: u16) -> Codec {
     Codec::plain(Width::new(bits).unwrap(), GroupSize::new(group).unwrap())
