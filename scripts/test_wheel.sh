@@ -35,7 +35,7 @@ has "$work/venv/lib/libflashcomm.so" "$demo"
 
 echo "- doctor"
 status=0
-doctor=$(user flashcomm doctor --nccl "$nccl" 2>&1) || status=$?
+doctor=$(user flashcomm doctor --nccl-lib "$nccl" 2>&1) || status=$?
 has "2.32.3 at $nccl" "$doctor"
 if [[ -e /dev/nvidia0 ]]; then
     ((status == 0)) || fail "doctor ends with $status: $doctor"

@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::client::job::{Job, Start};
-use super::client::machine::{Machine, Places, Wanted};
+use super::client::machine::{LibraryPaths, Machine, Wanted};
 use super::client::party::{Assignment, Party, Role};
 use super::client::rank::{Dtype, Rank};
 use super::client::values::{self, Distance};
@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long)]
     simulator: bool,
     #[command(flatten)]
-    places: Places,
+    paths: LibraryPaths,
 }
 
 /// What the ranks do.
@@ -91,7 +91,7 @@ pub fn run(args: &Args) -> Result<bool> {
         values::legs(bits)?;
     }
     args.plot.as_deref().map(check_name).transpose()?;
-    let machine = Machine::find(&args.places, if args.simulator { Wanted::Simulator } else { Wanted::Any })?;
+    let machine = Machine::find(&args.paths, if args.simulator { Wanted::Simulator } else { Wanted::Any })?;
     if let Some(why) = &machine.no_gpu {
         println!("No GPU here ({why}).");
     }

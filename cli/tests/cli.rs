@@ -169,7 +169,7 @@ fn bench_knows_which_nccl_lets_ranks_share_a_gpu() {
     let nccl = built("libflashcomm_sim_nccl.so");
     let bench = |more: &[&str]| {
         run(flashcomm(&["bench", "--worlds", "4", "--sizes", "4K", "--batches", "2", "--bits", "4", "--rounds", "1"])
-            .args(["--nccl", nccl.to_str().unwrap()])
+            .args(["--nccl-lib", nccl.to_str().unwrap()])
             .args(more)
             .envs([("LD_LIBRARY_PATH", dir.path().to_str().unwrap()), ("FLASHCOMM_SIM_DEVICES", "1")])
             .env("NCCL_MULTI_RANK_GPU_ENABLE", "1"))
@@ -242,9 +242,9 @@ fn what_is_missing_is_named_with_its_cure() {
     let no_nccl = |arguments: &[&str]| run(flashcomm(arguments).env("LD_LIBRARY_PATH", driver.path()));
     let (_, stderr, code) = no_nccl(&["demo"]);
     assert!(code == 1 && stderr.contains("pip install nvidia-nccl-cu13"), "{stderr}");
-    let (_, stderr, code) = no_nccl(&["demo", "--nccl", "/nowhere/libnccl.so.2"]);
+    let (_, stderr, code) = no_nccl(&["demo", "--nccl-lib", "/nowhere/libnccl.so.2"]);
     assert!(code == 1 && stderr.contains("cannot open /nowhere/libnccl.so.2"), "{stderr}");
     let cuda = built("libflashcomm_sim_cuda.so");
-    let (_, stderr, code) = no_nccl(&["demo", "--nccl", cuda.to_str().unwrap()]);
+    let (_, stderr, code) = no_nccl(&["demo", "--nccl-lib", cuda.to_str().unwrap()]);
     assert!(code == 1 && stderr.contains("is no NCCL"), "{stderr}");
 }

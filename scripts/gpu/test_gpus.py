@@ -35,7 +35,7 @@ def torchrun(runner, ranks, bits, exchange, program, *arguments):
 
 def bench(runner, nccl, to, worlds, *options, **settings):
     """All-reduces beside NCCL."""
-    command = [FLASHCOMM, "bench", "--nccl", nccl, "--worlds", worlds, *options, "--rounds", 1, "--batches", 7]
+    command = [FLASHCOMM, "bench", "--nccl-lib", nccl, "--worlds", worlds, *options, "--rounds", 1, "--batches", 7]
     runner.measure(command, 100, to, **settings)
 
 

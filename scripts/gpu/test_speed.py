@@ -18,7 +18,7 @@ ROUNDS = [1, 2, 3]
 @pytest.mark.bench
 def test_all_reduces_beside_nccl(runner, packed_nccl, out):
     """Threads as ranks, the shim beside NCCL, and the kernels alone."""
-    command = [FLASHCOMM, "bench", "--nccl", packed_nccl, "--graph", "--crossover", "--kernels"]
+    command = [FLASHCOMM, "bench", "--nccl-lib", packed_nccl, "--graph", "--crossover", "--kernels"]
     runner.measure(command, 400, out / "bench.json")
 
 

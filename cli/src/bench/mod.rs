@@ -23,7 +23,7 @@ use self::measure::{Check, Measured, Task};
 use self::plot::Plotted;
 use self::report::{Record, Report};
 use super::client::job::{Job, Start};
-use super::client::machine::{Machine, Places, Wanted};
+use super::client::machine::{LibraryPaths, Machine, Wanted};
 use super::client::party::Role;
 use super::client::rank::Dtype;
 use super::client::values;
@@ -100,7 +100,7 @@ pub struct Args {
     #[arg(long, hide = true)]
     simulator: bool,
     #[command(flatten)]
-    places: Places,
+    paths: LibraryPaths,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -266,7 +266,7 @@ pub fn run(args: &Args) -> Result<bool> {
         Plotted::read(from)?.write(to)?;
         return Ok(true);
     }
-    let machine = Machine::find(&args.places, if args.simulator { Wanted::Simulator } else { Wanted::Gpu })?;
+    let machine = Machine::find(&args.paths, if args.simulator { Wanted::Simulator } else { Wanted::Gpu })?;
     let plan = Plan::new(args)?;
     println!("Measuring on {}.", machine.describe());
     let mut report = Report::new(&machine, args.processes, plan.rounds);
@@ -275,7 +275,7 @@ pub fn run(args: &Args) -> Result<bool> {
             ensure!(
                 args.processes || machine.takes_threads(world),
                 "ranks that are threads cannot share a GPU with this NCCL; use 2.30.3 or newer (pip install \
-                 nvidia-nccl-cu13, --nccl FILE), or --processes"
+                 nvidia-nccl-cu13, --nccl-lib FILE), or --processes"
             );
         }
         let bar = progress(plan.steps(&machine));

@@ -147,7 +147,7 @@ impl Cuda {
 impl Nccl {
     /// An NCCL or the shim.
     pub fn load(path: &Path) -> Result<Self> {
-        const CURE: &str = "install NCCL (for example pip install nvidia-nccl-cu13) and name its libnccl.so.2 by --nccl \
+        const CURE: &str = "install NCCL (for example pip install nvidia-nccl-cu13) and name its libnccl.so.2 by --nccl-lib \
                             or FLASHCOMM_NCCL_LIB, or put its directory into LD_LIBRARY_PATH";
         let library = open(path).with_context(|| format!("cannot open {}; {CURE}", path.display()))?;
         Nccl::find_in(library).with_context(|| format!("{} is no NCCL; {CURE}", path.display()))

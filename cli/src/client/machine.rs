@@ -17,15 +17,15 @@ use super::job::{Job, Start};
 use super::party::{Assignment, Party, Role};
 use crate::run::python;
 
-/// Where the libraries are, if not where they are looked for.
+/// Where the libraries are, if not where they are looked for. Named as the options of `run`, which come from the settings.
 #[derive(Clone, Debug, clap::Args)]
-pub struct Places {
+pub struct LibraryPaths {
     /// The shim [default: libflashcomm.so beside this command, or in ../lib]
     #[arg(long, value_name = "FILE")]
     shim: Option<PathBuf>,
     /// The real NCCL [default: that of python3's packages, or what the loader finds as libnccl.so.2]
     #[arg(long, value_name = "FILE", env = "FLASHCOMM_NCCL_LIB")]
-    nccl: Option<PathBuf>,
+    nccl_lib: Option<PathBuf>,
 }
 
 /// Where ranks may run.
@@ -96,12 +96,12 @@ const SHARED_CTAS: u32 = 8;
 
 impl Machine {
     /// The machine, or the simulators in its place, before it has been looked at.
-    pub fn unseen(places: &Places, simulator: bool) -> Result<Self> {
-        let shim = find_shim(places.shim.as_deref())?;
+    pub fn unseen(paths: &LibraryPaths, simulator: bool) -> Result<Self> {
+        let shim = find_shim(paths.shim.as_deref())?;
         let simulators = simulator.then(simulators).transpose()?;
         let nccl = match &simulators {
             Some(simulators) => simulators.path().join("libnccl.so.2"),
-            None => nccl(places),
+            None => nccl(paths),
         };
         Ok(Machine { shim, nccl, gpus: vec![], driver: 0, nccl_version: 0, no_gpu: None, simulators })
     }
@@ -117,8 +117,8 @@ impl Machine {
     }
 
     /// Looks around. Libraries are opened in a child process, so that this one stays without a driver and its threads.
-    pub fn find(places: &Places, wanted: Wanted) -> Result<Self> {
-        let mut machine = Self::unseen(places, false)?;
+    pub fn find(paths: &LibraryPaths, wanted: Wanted) -> Result<Self> {
+        let mut machine = Self::unseen(paths, false)?;
         if wanted != Wanted::Simulator {
             let found = machine.probe()?;
             match found.gpus {
@@ -274,8 +274,8 @@ pub fn probe(told: Assignment) -> Result<()> {
 const NCCL: &str = "libnccl.so.2";
 
 /// The NCCL that is named; or that of the Python that a user has at hand; or what the loader finds.
-fn nccl(places: &Places) -> PathBuf {
-    let named = places.nccl.clone().filter(|path| !path.as_os_str().is_empty());
+fn nccl(paths: &LibraryPaths) -> PathBuf {
+    let named = paths.nccl_lib.clone().filter(|path| !path.as_os_str().is_empty());
     let of_python = || python::nccl_of(&python::find("python3".as_ref())?);
     named.or_else(of_python).unwrap_or_else(|| NCCL.into())
 }

@@ -18,7 +18,7 @@ use serde::Serialize;
 use self::attempt::{Gpu, Tried};
 use super::bench::report::{Earlier, earlier};
 use super::client::job::{Job, Start};
-use super::client::machine::{Machine, NoGpu, Places, RealNccl};
+use super::client::machine::{LibraryPaths, Machine, NoGpu, RealNccl};
 use super::client::party::Role;
 use super::{Bytes, table};
 
@@ -36,7 +36,7 @@ pub struct Args {
     #[arg(long, hide = true)]
     simulator: bool,
     #[command(flatten)]
-    places: Places,
+    paths: LibraryPaths,
 }
 
 /// How long the attempts may take together.
@@ -101,7 +101,7 @@ struct Possible {
 /// Runs it; whether the machine is fit. Without a GPU it is an error, after everything else has been told.
 pub fn run(args: &Args) -> Result<bool> {
     let measured = args.bench.as_deref().map(earlier).transpose()?;
-    let mut machine = Machine::unseen(&args.places, args.simulator)?;
+    let mut machine = Machine::unseen(&args.paths, args.simulator)?;
     let mut report = Report {
         flashcomm: env!("CARGO_PKG_VERSION"),
         shim: machine.shim.clone(),
@@ -119,7 +119,7 @@ pub fn run(args: &Args) -> Result<bool> {
     match machine.find_nccl()? {
         Ok(nccl) => report.nccl = Some(nccl),
         Err(why) => report.problems.push(format!(
-            "no real NCCL: {why}. Install one (pip install nvidia-nccl-cu13), or name it by --nccl or FLASHCOMM_NCCL_LIB"
+            "no real NCCL: {why}. Install one (pip install nvidia-nccl-cu13), or name it by --nccl-lib or FLASHCOMM_NCCL_LIB"
         )),
     }
     let no_gpu = match machine.find_gpus()? {
