@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ./scripts/setup.sh
-packages=(-p flashcomm)
+packages=(-p flashcomm -p flashcomm-cli)
 # One architecture builds soonest: that of the GPU, or any one where no kernel will run.
 if capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1) && [[ $capability ]]; then
     architecture=${capability/./}
@@ -15,6 +15,6 @@ else
     packages+=(-p flashcomm-sim-cuda -p flashcomm-sim-nccl)
 fi
 export FLASHCOMM_CUDA_ARCHS=${FLASHCOMM_CUDA_ARCHS:-$architecture}
-cargo build --lib --bin flashcomm "${packages[@]}"
+cargo build "${packages[@]}"
 echo
 exec target/debug/flashcomm demo "$@"

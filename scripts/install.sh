@@ -22,9 +22,9 @@ esac
 mkdir -p "$prefix"
 prefix=$(cd "$prefix" && pwd)
 
-packages=(-p flashcomm)
+packages=(-p flashcomm -p flashcomm-cli)
 $simulators && packages+=(-p flashcomm-sim-cuda -p flashcomm-sim-nccl)
-cargo build --release --lib --bin flashcomm "${packages[@]}"
+cargo build --release "${packages[@]}"
 
 files=()
 # put MODE FROM TO

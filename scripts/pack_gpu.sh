@@ -8,9 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 rm -rf .gpu
 mkdir -p .gpu
-cargo build --release --lib --bin flashcomm
+cargo build --release
 cargo build --release -p flashcomm-wire --example reference
-cargo build --release --tests --message-format=json-render-diagnostics |
+cargo build --release -p flashcomm --tests --message-format=json-render-diagnostics |
     python3 -c '
 import json, shutil, sys
 for line in sys.stdin:

@@ -10,7 +10,8 @@ use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::fmt;
 use std::ptr;
 
-use cudarc::driver::sys;
+/// The driver's own names, for what has no type here. The version of these bindings is the one that the types below are over.
+pub use cudarc::driver::sys;
 use once_cell::sync::Lazy;
 
 /// A stream of the application, or one of ours, borrowed.

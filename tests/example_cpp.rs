@@ -6,9 +6,10 @@ use std::process::{Command, Output};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// A library of this build, beside the command.
+/// A library of this build: `cargo build` leaves it two folders above this test's program.
 fn built(name: &str) -> PathBuf {
-    let library = Path::new(env!("CARGO_BIN_EXE_flashcomm")).with_file_name(name);
+    let program = std::env::current_exe().unwrap();
+    let library = program.ancestors().nth(2).unwrap().join(name);
     assert!(library.exists(), "{} is missing; run ./scripts/test.sh, or cargo build --workspace", library.display());
     library
 }

@@ -8,9 +8,9 @@ use serde::Deserialize;
 
 use super::Way;
 use super::report::{Case, Comparison, Summarized, name};
-use crate::cli::Bytes;
-use crate::cli::client::machine::version;
-use crate::cli::plot::{Axis, BLACK, COLORS, Line, Look, Mark, Panel, Picture, decades, span};
+use crate::Bytes;
+use crate::client::machine::version;
+use crate::plot::{Axis, BLACK, COLORS, Line, Look, Mark, Panel, Picture, decades, span};
 
 /// What is plotted of a report.
 #[derive(Deserialize)]

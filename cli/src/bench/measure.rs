@@ -7,10 +7,10 @@
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::cli::client::api::Ptr;
-use crate::cli::client::party::{Assignment, Party};
-use crate::cli::client::rank::{Dtype, Rank};
-use crate::cli::client::values;
+use crate::client::api::Ptr;
+use crate::client::party::{Assignment, Party};
+use crate::client::rank::{Dtype, Rank};
+use crate::client::values;
 
 /// What to measure.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::api::{Cuda, Nccl, call};
 use super::job::{Job, Start};
 use super::party::{Assignment, Party, Role};
-use crate::cli::run::python;
+use crate::run::python;
 
 /// Where the libraries are, if not where they are looked for.
 #[derive(Clone, Debug, clap::Args)]

@@ -5,17 +5,16 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use cudarc::driver::sys;
-use flashcomm::cuda::{self, Context, DeviceMemory, PinnedMemory, Stream};
+use flashcomm::cuda::{self, Context, DeviceMemory, PinnedMemory, Stream, sys};
 use flashcomm::kernels::{ElementType, Kernels, Piece};
 use flashcomm_wire::{Code, Codec, GroupSize, Legs, Plan, TILE_ELEMS, Width};
 use serde::{Deserialize, Serialize};
 
-use crate::cli::client::job::{Job, Start};
-use crate::cli::client::machine::Machine;
-use crate::cli::client::party::{Assignment, Party, Role};
-use crate::cli::client::rank::Dtype;
-use crate::cli::client::values;
+use crate::client::job::{Job, Start};
+use crate::client::machine::Machine;
+use crate::client::party::{Assignment, Party, Role};
+use crate::client::rank::Dtype;
+use crate::client::values;
 
 /// What was measured.
 #[derive(Debug, Serialize, Deserialize)]

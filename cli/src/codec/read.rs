@@ -9,7 +9,7 @@ use npyz::{DType, NpyFile, Order};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype as Stored, TensorView};
 
-use crate::cli::client::rank::Dtype;
+use crate::client::rank::Dtype;
 
 /// A tensor, as an all-reduce would have it.
 pub struct Tensor {

@@ -1,4 +1,12 @@
-//! The subcommands, and what they share: sizes and how the command ends.
+//! The `flashcomm` command: sees, proves and measures what the shim does, on a machine with GPUs or without.
+//!
+//! It calls NCCL as an application would, never from inside: its ranks live in child processes that open the shim, the
+//! real NCCL and the driver with `dlopen(RTLD_LOCAL)` and call what `dlsym` finds on those handles. Of the library's own
+//! code it uses the settings (`config`) and, for `bench --kernels`, the kernels. That code comes with our definitions of
+//! `ncclAllReduce` and its like, but an executable exports nothing to the libraries it opens, so the real NCCL is
+//! never shadowed by them; a test looks at the command's dynamic symbols.
+//!
+//! This file holds the subcommands, and what they share: sizes, tables and how the command ends.
 
 mod bench;
 mod client;
@@ -57,8 +65,7 @@ enum Command {
 /// Exit code for a machine that lacks what was asked for.
 const UNABLE: u8 = 2;
 
-/// Runs the command.
-pub fn main() -> ExitCode {
+fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Run(args) => return run::run(&args),
         Command::Doctor(args) => doctor::run(&args),

@@ -2,16 +2,16 @@
 //! the shim's own code, as the ranks of a job would. Nothing is computed; no kernel waits.
 
 use anyhow::{Result, anyhow, ensure};
-use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use flashcomm::config::Config;
+use flashcomm::cuda::sys::CUdevice_attribute_enum as Attribute;
 use flashcomm::cuda::{Context, CudaResult, Stream};
 use flashcomm::exchange::fused::{Kind, Offer, Peer, Prepared, block_limit};
 use flashcomm::kernels::Kernels;
 use flashcomm_wire::Rings;
 use serde::{Deserialize, Serialize};
 
-use crate::cli::client::api::{Cuda, call};
-use crate::cli::client::party::{Assignment, Party};
+use crate::client::api::{Cuda, call};
+use crate::client::party::{Assignment, Party};
 
 /// What the driver says of a GPU.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -6,8 +6,8 @@ use anyhow::Result;
 
 use super::Line;
 use super::measure::{Loss, Row};
-use crate::cli::plot;
-use crate::cli::plot::{Axis, COLORS, Look, Mark, Panel, Picture, decades, span};
+use crate::plot;
+use crate::plot::{Axis, COLORS, Look, Mark, Panel, Picture, decades, span};
 
 /// Draws it, with a level at the error that was asked for.
 pub fn write(path: &Path, lines: &[Line], subtitle: &str, error: f64) -> Result<()> {

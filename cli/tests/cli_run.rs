@@ -247,15 +247,20 @@ fn the_printed_environment_gives_the_same_job() {
     }
 }
 
+/// Of the workspace: what is fetched, and the Python programs of all tests, are there.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
 /// The published source of a package, which scripts/setup.sh --test fetches.
 fn source(of: &str) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(".toolkit").join(of);
+    let source = root().join(".toolkit").join(of);
     assert!(source.exists(), "{} is missing; run ./scripts/setup.sh --test", source.display());
     source
 }
 
 fn script(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(name)
+    root().join("tests/python").join(name)
 }
 
 #[test]

@@ -6,7 +6,7 @@ use flashcomm::config::SETTINGS;
 
 #[test]
 fn the_documentation_lists_every_setting_as_config_has_it() {
-    let tuning = include_str!("../docs/tuning.md");
+    let tuning = include_str!("../../docs/tuning.md");
     for setting in SETTINGS {
         let row = format!("| `{}` | {} | {} | {} |", setting.name, setting.default, setting.allowed, setting.effect);
         assert!(tuning.contains(&row), "docs/tuning.md lacks: {row}");
@@ -17,7 +17,7 @@ fn the_documentation_lists_every_setting_as_config_has_it() {
 
 #[test]
 fn every_link_of_the_documentation_leads_to_a_file_and_a_heading() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let docs = std::fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
     let pages: Vec<_> = docs.chain([root.join("README.md"), root.join("CONTRIBUTING.md")]).collect();
     for page in pages.iter().filter(|page| page.extension().is_some_and(|extension| extension == "md")) {

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::kernels::Speeds;
 use super::measure::{Check, Measured, Task};
 use super::{Way, unix_s};
-use crate::cli::client::machine::Machine;
-use crate::cli::client::rank::Dtype;
-use crate::cli::{Bytes, table};
+use crate::client::machine::Machine;
+use crate::client::rank::Dtype;
+use crate::{Bytes, table};
 
 /// One measurement.
 #[derive(Clone, Debug, Serialize)]
