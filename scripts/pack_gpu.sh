@@ -10,12 +10,12 @@ rm -rf .gpu
 mkdir -p .gpu
 cargo build --release
 cargo build --release -p flashcomm-wire --example reference
-cargo build --release -p flashcomm --tests --message-format=json-render-diagnostics |
+cargo build --release -p flashcomm --test gpu -p flashcomm-test-support --test sim --message-format=json-render-diagnostics |
     python3 -c '
 import json, shutil, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message["target"]["name"].startswith(("gpu_", "sim_")):
+    if message.get("executable") and message["target"]["name"] in ("gpu", "sim"):
         shutil.copy(message["executable"], ".gpu/" + message["target"]["name"])
 '
 # The C++ example. The simulated driver stands for the real one while it is linked.
@@ -43,5 +43,5 @@ if [[ ${FLASHCOMM_CUDA_ARCHS:-} =~ ^[0-9]+$ && -f .toolkit/nccl-2.32.3/lib/libnc
 else
     echo "no trimmed NCCL packed: set FLASHCOMM_CUDA_ARCHS to the one architecture of the GPU and run setup.sh --test"
 fi
-strip .gpu/gpu_* .gpu/sim_* .gpu/flashcomm .gpu/reference .gpu/control
+strip .gpu/gpu .gpu/sim .gpu/flashcomm .gpu/reference .gpu/control
 du -sh .gpu

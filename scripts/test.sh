@@ -52,7 +52,7 @@ PYTHONPATH=$PWD/.toolkit/pytest python3 -m pytest -q -p no:cacheprovider tests/p
 step "tests"
 FLASHCOMM_CUDA_ARCHS=90 cargo build --workspace
 FLASHCOMM_CUDA_ARCHS=90 cargo nextest run --workspace --no-fail-fast
-echo "tests/gpu_*.rs ran no kernel unless this machine has a GPU: ./scripts/test_gpu.sh is for one that has"
+echo "tests/gpu ran no kernel unless this machine has a GPU: ./scripts/test_gpu.sh is for one that has"
 
 step "ThreadSanitizer: the host code"
 if $long; then ./scripts/tsan.sh --long; else ./scripts/tsan.sh; fi
@@ -71,9 +71,9 @@ if $long; then
 
     step "a rank killed at every step; soaks"
     export FLASHCOMM_CUDA_ARCHS=90
-    FLASHCOMM_TEST_STRIDE=1 cargo nextest run --test sim_faults
+    FLASHCOMM_TEST_STRIDE=1 cargo nextest run -p flashcomm-test-support -E 'test(/^faults::/)'
     for seed in $(seq 100 100 1000); do
-        FLASHCOMM_TEST_SOAK_SEED=$seed cargo nextest run --test sim_soak --no-capture
+        FLASHCOMM_TEST_SOAK_SEED=$seed cargo nextest run -p flashcomm-test-support -E 'test(/^soak::/)' --no-capture
     done
     unset FLASHCOMM_CUDA_ARCHS
 fi

@@ -12,15 +12,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Its one test preloads the shim, also into the program that names the functions of a report.
 leave_out="test(what_nccl_calls_of_itself_is_not_taken_twice)"
+tests='test(/^(groups|lifecycle|control|stats)::/) or test(/^allreduce::.*every_code/)'
+packages=(-p flashcomm -p flashcomm-sim-cuda -p flashcomm-sim-nccl)
 case ${1:-} in
-    "")
-        tests=(--test sim_groups --test sim_lifecycle --test sim_control --test sim_stats --test sim_allreduce)
-        filter="(not binary(sim_allreduce) or test(every_code)) and not test(ten_thousand) and not $leave_out"
-        ;;
+    "") ;;
     --long)
-        tests=(--test 'sim_*')
         # What processes do to each other's memory it does not see, and each one is a hundred times as slow.
-        filter="not test(ten_thousand) and not test(processes_equal) and not $leave_out"
+        tests="not test(processes_equal)"
+        packages+=(-p flashcomm-cli)
         export FLASHCOMM_TEST_SOAK_OPS=9000 FLASHCOMM_TEST_LIMIT_S=1500
         ;;
     *)
@@ -41,9 +40,10 @@ reports=$(mktemp -d)
 trap 'rm -rf "$reports"' EXIT
 export TSAN_OPTIONS="suppressions=$PWD/scripts/tsan.supp log_path=$reports/race exitcode=66 history_size=4"
 
-cargo build --lib -p flashcomm -p flashcomm-sim-cuda -p flashcomm-sim-nccl
+cargo build "${packages[@]}"
 status=0
-cargo nextest run -p flashcomm --no-fail-fast "${tests[@]}" -E "$filter" || status=$?
+cargo nextest run -p flashcomm-test-support --test sim --no-fail-fast \
+    -E "($tests) and not test(ten_thousand) and not $leave_out" || status=$?
 if compgen -G "$reports/race.*" >/dev/null; then
     cat "$reports"/race.* >&2
     exit 1

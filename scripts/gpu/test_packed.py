@@ -6,9 +6,8 @@ from harness import PACK, SHARING_GPU, need_program, part
 
 
 @part("kernels")
-@pytest.mark.parametrize("binary", ["gpu_kernels"])
-def test_kernels_equal_the_reference(runner, binary):
-    runner.run([PACK / binary], 200)
+def test_kernels_equal_the_reference(runner):
+    runner.run([PACK / "gpu"], 200)
 
 
 def sanitize(runner, tool, command, **settings):
@@ -21,11 +20,15 @@ def sanitize(runner, tool, command, **settings):
 
 @part("sanitize")
 def test_memcheck_of_the_kernels(runner):
-    sanitize(runner, "memcheck", [PACK / "gpu_kernels"])
+    sanitize(runner, "memcheck", [PACK / "gpu"])
 
 
-def one(binary, test):
-    return [PACK / binary, "--test-threads", 1, "--exact", test]
+def sim(runner, *filters):
+    """The simulators' jobs of these names, one after the other. Each has to choose one, or nothing is tested."""
+    names = runner.run([PACK / "sim", "--list"], 60).splitlines()
+    unused = [word for word in filters if not any(word in name for name in names)]
+    assert not unused, f"no job is called {unused}"
+    return [PACK / "sim", "--test-threads", 1, *filters]
 
 
 @part("sanitize")
@@ -33,50 +36,50 @@ def one(binary, test):
 @pytest.mark.parametrize(
     "job",
     [
-        pytest.param(one("sim_groups", "a_simulated_end_discards_the_group"), id="fused"),
-        pytest.param(one("sim_allreduce", "rings_go_round_in_gpu_memory"), id="rings-gpu"),
-        pytest.param(one("sim_allreduce", "rings_go_round_in_host_memory"), id="rings-host"),
+        pytest.param("groups::a_simulated_end_discards_the_group", id="fused"),
+        pytest.param("allreduce::rings_go_round_in_gpu_memory", id="rings-gpu"),
+        pytest.param("allreduce::rings_go_round_in_host_memory", id="rings-host"),
     ],
 )
 def test_sanitizer_of_the_fused_kernel(runner, packed_nccl, tool, job):
     """Small jobs of the fused kernel, with ranks that share the GPU."""
-    sanitize(runner, tool, job, FLASHCOMM_TEST_REAL=1, FLASHCOMM_TEST_NCCL=packed_nccl)
+    settings = {"FLASHCOMM_TEST_REAL": 1, "FLASHCOMM_TEST_NCCL": packed_nccl}
+    sanitize(runner, tool, [*sim(runner, job), "--exact"], **settings)
 
 
 @part("jobs")
 @pytest.mark.parametrize(
-    "binary, limit, tests",
+    "limit, filters",
     [
-        pytest.param("sim_groups", 120, [], id="groups-and-captures"),
+        pytest.param(120, ["groups::"], id="groups-and-captures"),
         pytest.param(
-            "sim_lifecycle",
             60,
-            ["children", "revoked", "address", "another_thread_captures"],
+            ["lifecycle::children", "revoked", "address_used_again", "another_thread_captures"],
             id="children-revocation-addresses-used-again",
         ),
-        pytest.param("sim_allreduce", 60, ["two_to_five", "rings_go", "replays"], id="sizes-at-every-border"),
         pytest.param(
-            "sim_allreduce",
+            60, ["allreduce::two_to_five", "allreduce::rings_go", "allreduce::replays"], id="sizes-at-every-border"
+        ),
+        pytest.param(
             60,
-            ["every_code_equals_the_reference_over_host", "every_width"],
+            ["allreduce::every_code_equals_the_reference_over_host", "allreduce::every_width"],
             id="every-code-and-width-host-memory",
         ),
-        pytest.param("sim_allreduce", 60, ["every_code_shows"], id="what-is-not-finite-in-every-code"),
-        pytest.param("sim_record", 60, ["threads_save"], id="recorded-inputs"),
-        pytest.param("sim_stats", 60, ["counts_are_its_calls"], id="statistics"),
+        pytest.param(60, ["allreduce::every_code_shows"], id="what-is-not-finite-in-every-code"),
+        pytest.param(60, ["record::threads_save"], id="recorded-inputs"),
+        pytest.param(60, ["stats::a_communicators_counts_are_its_calls"], id="statistics"),
         pytest.param(
-            "sim_control",
             100,
-            ["threads_change", "graphs_keep", "one_thread", "captures_may_follow"],
+            ["control::threads_change", "control::graphs_keep", "control::one_thread", "captures_may_follow"],
             id="widths-that-change",
         ),
-        pytest.param("sim_soak", 60, [], id="soak"),
+        pytest.param(60, ["soak::"], id="soak"),
     ],
 )
-def test_simulators_job(runner, packed_nccl, binary, limit, tests):
+def test_simulators_job(runner, packed_nccl, limit, filters):
     """Threads as ranks of this GPU, on the real driver and the packed NCCL."""
     settings = {"FLASHCOMM_TEST_REAL": 1, "FLASHCOMM_TEST_NCCL": packed_nccl, "FLASHCOMM_TEST_SOAK_OPS": 2000}
-    runner.run([PACK / binary, "--test-threads", 1, *tests], limit, **settings)
+    runner.run(sim(runner, *filters), limit, **settings)
 
 
 @part("example")

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use flashcomm::tooling::nccl::{SYMBOLS, Version};
+use flashcomm_test_support::built;
 
 fn required(variable: &str) -> PathBuf {
     std::env::var_os(variable)
@@ -23,12 +24,9 @@ fn old_nccl() -> PathBuf {
     required("FLASHCOMM_TEST_NCCL_OLD")
 }
 
-/// The library under test: `cargo build` leaves it two folders above this test's program.
+/// The library under test.
 fn shim() -> PathBuf {
-    let deps = std::env::current_exe().unwrap().parent().unwrap().to_owned();
-    let shim = deps.parent().unwrap().join("libflashcomm.so");
-    assert!(shim.exists(), "{} is missing; run ./scripts/test.sh, or cargo build", shim.display());
-    shim
+    built("libflashcomm.so")
 }
 
 /// Compiles a C file of tests/c.

@@ -1,15 +1,8 @@
 //! Invariant I1 over whole jobs: every rank holds the reference's bits, for every world, size and way of calling.
 
-#![allow(
-    clippy::macro_metavars_in_unsafe,
-    reason = "the tests call C throughout; what they pass is theirs to get right"
-)]
-
-mod world;
-
+use flashcomm_test_support::*;
 use flashcomm_wire::{Code, Element, Legs, Op, Plan, TILE_ELEMS};
 use half::{bf16, f16};
-use world::*;
 
 /// Sizes on both sides of every border: group, tile, chunk, slice.
 fn sizes(world: usize, legs: Legs) -> Vec<usize> {

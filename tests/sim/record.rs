@@ -1,22 +1,15 @@
 //! Recording: what is saved is what the ranks passed, of the same calls on all of them, and nothing uninvited.
 
-#![allow(
-    clippy::macro_metavars_in_unsafe,
-    reason = "the tests call C throughout; what they pass is theirs to get right"
-)]
-
-mod world;
-
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Barrier;
 
+use flashcomm_test_support::*;
 use flashcomm_wire::Element;
 use half::{bf16, f16};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
-use world::*;
 
 const WORLD: usize = 3;
 /// Elements of a sample at most.

@@ -1,15 +1,8 @@
 //! Statistics: what is counted is what was called, for each communicator and in each of the places where it can be read.
 
-#![allow(
-    clippy::macro_metavars_in_unsafe,
-    reason = "the tests call C throughout; what they pass is theirs to get right"
-)]
-
-mod world;
-
+use flashcomm_test_support::*;
 use flashcomm_wire::Plan;
 use serde_json::{Value, json};
-use world::*;
 
 const WORLD: usize = 2;
 const SETTINGS: [(&str, &str); 2] = [("FLASHCOMM_BITS", "4"), ("FLASHCOMM_MIN_BYTES", "2K")];
@@ -210,7 +203,7 @@ fn heard(nvtx: &str, exchange: &str) -> Option<String> {
         ("NVTX_TOOL_FILE", file.to_str().unwrap()),
     ];
     if std::env::var_os("WORLD_INNER").is_none() {
-        let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c/nvtx_tool.c");
+        let source = root().join("tests/c/nvtx_tool.c");
         let mut cc = std::process::Command::new("cc");
         let built = cc.args(["-Wall", "-Werror", "-shared", "-fPIC"]).arg(source).arg("-o").arg(&tool).status();
         assert!(built.expect("cc").success());

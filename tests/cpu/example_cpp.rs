@@ -4,15 +4,9 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+use flashcomm_test_support::built;
 
-/// A library of this build: `cargo build` leaves it two folders above this test's program.
-fn built(name: &str) -> PathBuf {
-    let program = std::env::current_exe().unwrap();
-    let library = program.ancestors().nth(2).unwrap().join(name);
-    assert!(library.exists(), "{} is missing; run ./scripts/test.sh, or cargo build --workspace", library.display());
-    library
-}
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 fn cuda_include() -> PathBuf {
     let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);

@@ -3,18 +3,11 @@
 //! `FLASHCOMM_TEST_SOAK_OPS` (100000) and `FLASHCOMM_TEST_SOAK_SEED`: how many operations, and from which seed on. The
 //! seed is printed first, and is in the message of a difference.
 
-#![allow(
-    clippy::macro_metavars_in_unsafe,
-    reason = "the tests call C throughout; what they pass is theirs to get right"
-)]
-
-mod world;
-
 use std::cell::RefCell;
 use std::sync::Barrier;
 
+use flashcomm_test_support::*;
 use half::f16;
-use world::*;
 
 /// Operations of a program: one that all ranks run, then check.
 const ROUND: usize = 200;

@@ -48,7 +48,7 @@ fn the_header_is_up_to_date() {
     let committed = std::fs::read(header()).expect("include/flashcomm.h");
     assert!(
         committed == generated,
-        "run FLASHCOMM_UPDATE_HEADER=1 cargo nextest run --test header; it is to be:\n{}",
+        "run FLASHCOMM_UPDATE_HEADER=1 cargo nextest run --test cpu header; it is to be:\n{}",
         String::from_utf8_lossy(&generated)
     );
 }

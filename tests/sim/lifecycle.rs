@@ -1,18 +1,11 @@
 //! Communicators from their first use to their end, and what may go wrong in between.
 
-#![allow(
-    clippy::macro_metavars_in_unsafe,
-    reason = "the tests call C throughout; what they pass is theirs to get right"
-)]
-
-mod world;
-
 use std::collections::HashSet;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use flashcomm_test_support::*;
 use half::f16;
-use world::*;
 
 const BITS: Settings<'static> = &[("FLASHCOMM_BITS", "4")];
 

@@ -1,16 +1,9 @@
 //! Groups, captures, streams: whatever way all-reduces are issued, they come out as the reference has them.
 
-#![allow(
-    clippy::macro_metavars_in_unsafe,
-    reason = "the tests call C throughout; what they pass is theirs to get right"
-)]
-
-mod world;
-
 use std::time::Duration;
 
+use flashcomm_test_support::*;
 use half::f16;
-use world::*;
 
 const BITS: Settings<'static> = &[("FLASHCOMM_BITS", "4")];
 

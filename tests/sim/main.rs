@@ -1,0 +1,13 @@
+//! Whole jobs: ranks that are threads or processes, with the unmodified shim, on the simulated driver and NCCL.
+//!
+//! No GPU is needed. The same program runs on one with `FLASHCOMM_TEST_REAL=1` (scripts/gpu/test_packed.py), and most
+//! of it under ThreadSanitizer (scripts/tsan.sh). Each test runs its jobs in processes of its own.
+
+mod allreduce; // the reference's bits on every rank, for every world, size, code and way of calling
+mod control; // widths, on and off, changed while a job runs
+mod faults; // a rank killed at every step, every call of a rank refused once
+mod groups; // groups, captures, streams
+mod lifecycle; // communicators from their first use to their end
+mod record; // inputs saved as they were passed
+mod soak; // random operations against a model
+mod stats; // what the shim counts, and what a profiler hears
