@@ -22,53 +22,16 @@
 // peer will do, and what is under way between many ranks that share a GPU, in proportion to the square of their number,
 // stays in its L2: at 8 ranks and 4 bits 22 MB instead of 66.
 //
-// No credits travel. A test in wire/src/rings.rs goes through every interleaving of the steps.
-//
-// Memory order. A channel's stores, a barrier of the channel, a system fence by each signalling lane, the relaxed store of the signal;
-// on the other side an acquiring load, a barrier of the channel, the loads. A signal is the count of those that a channel ever
-// gave, kept in device memory, so that graph replays and eager calls go on from one another.
+// No credits travel. A test in wire/src/rings.rs goes through every interleaving of the steps. signals.cuh has the signals
+// and their memory order.
 //
 // Bytes through memory per element: 2 read, 2 written, and the payloads, (b/8 + 4/g) written and read in each hop, which
 // stay in L2 where the ring is small. 64 MiB of fp16 over 2 ranks of one GPU: 268 MB, 68 us at 3.94 TB/s.
 
 #include "codec.cuh"
+#include "signals.cuh"
 
 namespace flashcomm {
-
-constexpr unsigned kMaxWorld = 16;
-constexpr unsigned kSignalWords = 32;  // of a channel: 128 bytes, a line of its own
-constexpr unsigned kLaggingWorld = 4;  // ranks up to which the lag is 1
-constexpr unsigned kStages = 2;        // input tiles on their way to a channel
-constexpr unsigned kHearingWarp = 0, kTellingWarp = 3;
-constexpr unsigned kMaxParamsBytes = 512;  // of a tile in either code, in groups of 32
-
-// Written by the first channel that gives up waiting, read by the host and by those that still wait. Mirrors Report in
-// src/kernels.rs.
-struct Report {
-  uint32_t gave_up;  // 0, or why: 1 aborted, 2 the deadline passed; written last
-  uint32_t claimed;  // by the one that writes the rest
-  uint32_t peer;     // who had not signalled
-  uint32_t channel;
-  uint32_t iteration;
-};
-
-// Mirrors AllReduceArgs in src/kernels.rs.
-struct AllReduceArgs {
-  const void* input;
-  void* output;
-  uint64_t count;
-  uint64_t chunk_tiles;
-  uint8_t* areas[kMaxWorld];  // every rank's receive area, as mapped here
-  uint32_t* signals;          // that each channel ever gave
-  const uint32_t* abort;      // host memory: not 0 once the communicator is aborted
-  Report* report;             // host memory
-  uint64_t timeout_ns;        // 0: none
-  uint32_t rank;
-  uint32_t world;
-  uint32_t max_channels;      // that the areas have room for
-  uint32_t group_shift;
-  float scale;                // of the sum: 1, or 1 / world for an average
-};
 
 // Shared memory of a channel; CHANNEL_SHARED_BYTES in src/kernels.rs is its size.
 struct ChannelMemory {
@@ -146,11 +109,7 @@ struct AllReduce {
   }
   __device__ static bool is_whole(const Tile& tile) { return tile.n_elems == kTileElems; }
 
-  // An area begins with a row of signals for each channel, one from each sender; then for each channel, hop and sender
-  // comes a ring.
-  __device__ uint32_t* signal(unsigned at_rank, unsigned from) const {
-    return reinterpret_cast<uint32_t*>(args.areas[at_rank]) + channel * kSignalWords + from;
-  }
+  // Behind the signals an area has, for each channel, hop and sender, a ring.
   __device__ uint8_t* slot(unsigned at_rank, unsigned hop, unsigned from, unsigned round) const {
     const uint32_t ring = (channel * 2 + hop) * args.world + from;
     const uint32_t slot = lag() == 0 ? ring : ring * 3 + round % 3;
@@ -235,18 +194,15 @@ struct AllReduce {
   // To or from shared memory, 16 bytes a thread.
   template <class C>
   __device__ void copy_params(void* to, const void* from) const {
-    barrier(true);  // what is there has been written, and what was there has been read
+    channel_barrier(true);  // what is there has been written, and what was there has been read
     const unsigned at = threadIdx.x;
     if (at * 16 < C::params_bytes(args.group_shift)) {
       store_vec16(static_cast<Vec16*>(to) + at, load_vec16(static_cast<const Vec16*>(from) + at));
     }
-    barrier(true);
+    channel_barrier(true);
   }
 
-  // Of the channel's threads.
-  __device__ static bool barrier(bool value) { return barrier_and(1 + threadIdx.y, kTileThreads, value); }
-
-  // ---- the steps ------------------------------------------------------------------------------------------------
+  // ---- phase 1, push: this rank's tiles of the other chunks, to their owners ------------------------------------
 
   __device__ void push(unsigned round) {
 #pragma unroll 1
@@ -264,17 +220,7 @@ struct AllReduce {
     }
   }
 
-  // Decodes the others' sums. The next payload is on its way while one is decoded.
-  __device__ void decode(unsigned round) const {
-    typename Gather::Thread next = receive<Gather>(slot(args.rank, 1, other(0), round));
-#pragma unroll 1
-    for (unsigned step = 0; step + 1 < args.world; ++step) {
-      const typename Gather::Thread codes = next;
-      if (step + 2 < args.world) next = receive<Gather>(slot(args.rank, 1, other(step + 1), round));
-      const Tile t = tile(other(step), round);
-      if (t.n_elems != 0) write(codes, t);
-    }
-  }
+  // ---- phase 2, reduce: the tile of this rank's chunk, its sum to everyone --------------------------------------
 
   __device__ void reduce(unsigned round) {
     fetch(tile(other(0), round + lag() + 1));
@@ -308,66 +254,38 @@ struct AllReduce {
     Reduce::add(receive<Reduce>(slot(args.rank, 0, rank, round)), sum);
   }
 
-  // ---- signals --------------------------------------------------------------------------------------------------
+  // ---- phase 3, decode: the other chunks' sums ------------------------------------------------------------------
 
-  // Tells each peer, by a lane of one warp, that what this channel did so far is done.
-  __device__ void tell(uint32_t n_signals) const {
-    barrier(true);
-    const unsigned peer = threadIdx.x % 32;
-    if (threadIdx.x / 32 == kTellingWarp && peer < args.world && peer != args.rank) {
-      fence_acq_rel_sys();
-      st_relaxed_sys(signal(peer, args.rank), n_signals);
+  // The next payload is on its way while one is decoded.
+  __device__ void decode(unsigned round) const {
+    typename Gather::Thread next = receive<Gather>(slot(args.rank, 1, other(0), round));
+#pragma unroll 1
+    for (unsigned step = 0; step + 1 < args.world; ++step) {
+      const typename Gather::Thread codes = next;
+      if (step + 2 < args.world) next = receive<Gather>(slot(args.rank, 1, other(step + 1), round));
+      const Tile t = tile(other(step), round);
+      if (t.n_elems != 0) write(codes, t);
     }
   }
 
-  // Waits until each peer has given so many signals, by a lane of one warp. False when given up.
-  __device__ bool hear(uint32_t n_signals, unsigned iteration) const {
-    const unsigned peer = threadIdx.x % 32;
-    bool is_heard = true;
-    if (threadIdx.x / 32 == kHearingWarp && peer < args.world && peer != args.rank) {
-      const uint32_t* from = signal(args.rank, peer);
-      uint64_t start = 0;
-      for (unsigned spins = 1; is_heard && int32_t(ld_acquire_sys(from) - n_signals) < 0; ++spins) {
-        if (spins % 1024 == 0) is_heard = !given_up(start, iteration);
-      }
-    }
-    return barrier(is_heard);
-  }
-
-  __device__ bool given_up(uint64_t& start, unsigned iteration) const {
-    // Whoever has given up once does not wait again: work queued behind it ends at once.
-    unsigned why = ld_relaxed_sys(args.abort) != 0 ? 1 : ld_relaxed_sys(&args.report->gave_up);
-    if (args.timeout_ns != 0) {
-      const uint64_t now = globaltimer();
-      if (start == 0) start = now;
-      if (now - start > args.timeout_ns) why = 2;
-    }
-    if (why == 0) return false;
-    if (atomicExch_system(&args.report->claimed, 1u) == 0) {
-      args.report->peer = threadIdx.x % 32;
-      args.report->channel = channel;
-      args.report->iteration = iteration;
-      fence_acq_rel_sys();
-      st_relaxed_sys(&args.report->gave_up, why);
-    }
-    return true;
-  }
+  // ---- the operation --------------------------------------------------------------------------------------------
 
   __device__ void run() {
+    const Signals signals = {args, channel};
     uint32_t n_signals = args.signals[channel];
     fetch(tile(other(0), 0));
 #pragma unroll 1
     for (unsigned i = 0; i < n_rounds + 2 * lag(); ++i) {
       push(i);
-      if (lag() == 0) tell(++n_signals);
-      if (i >= lag() && !hear(n_signals, i)) return;
+      if (lag() == 0) signals.tell(++n_signals);
+      if (i >= lag() && !signals.hear(n_signals, i)) return;
       // With a lag, nobody waits for a signal of the last iteration, and it would come when the area may serve another
       // communicator already.
       if (i < n_rounds + lag()) {
         reduce(i - lag());
-        tell(++n_signals);
+        signals.tell(++n_signals);
       }
-      if (lag() == 0 && !hear(n_signals, i)) return;
+      if (lag() == 0 && !signals.hear(n_signals, i)) return;
       if (i >= 2 * lag()) decode(i - 2 * lag());
     }
     if (threadIdx.x == 0) args.signals[channel] = n_signals;

@@ -23,6 +23,47 @@ struct Slice {
   uint32_t group_shift;      // log2 of the lanes that hold one quantization group in a row: group size / 8
 };
 
+// ---- the fused kernel -----------------------------------------------------------------------------------------
+
+constexpr unsigned kMaxWorld = 16;
+constexpr unsigned kSignalWords = 32;  // of a channel: 128 bytes, a line of its own
+constexpr unsigned kLaggingWorld = 4;  // ranks up to which the lag is 1
+constexpr unsigned kStages = 2;        // input tiles on their way to a channel
+constexpr unsigned kMaxParamsBytes = 512;  // of a tile in either code, in groups of 32
+
+// Why a channel gave up waiting.
+constexpr uint32_t kAborted = 1, kDeadlinePassed = 2;
+
+// Written by the first channel that gives up waiting, read by the host and by those that still wait. Mirrors GaveUp in
+// src/kernels.rs.
+struct GaveUp {
+  uint32_t why;      // 0: nobody has; written last
+  uint32_t claimed;  // by the one that writes the rest
+  uint32_t peer;     // who had not signalled
+  uint32_t channel;
+  uint32_t iteration;
+};
+
+// Mirrors AllReduceArgs in src/kernels.rs.
+struct AllReduceArgs {
+  const void* input;
+  void* output;
+  uint64_t count;
+  uint64_t chunk_tiles;
+  uint8_t* areas[kMaxWorld];  // every rank's receive area, as mapped here
+  uint32_t* signals;          // that each channel ever gave
+  const uint32_t* abort;      // host memory: not 0 once the communicator is aborted
+  GaveUp* gave_up;            // host memory
+  uint64_t timeout_ns;        // 0: none
+  uint32_t rank;
+  uint32_t world;
+  uint32_t max_channels;      // that the areas have room for
+  uint32_t group_shift;
+  float scale;                // of the sum: 1, or 1 / world for an average
+};
+
+// ---- tiles ----------------------------------------------------------------------------------------------------
+
 // A tile of the operation: where its elements start, and how many there are (0: the chunk ends before it).
 struct Tile {
   size_t start;

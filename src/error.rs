@@ -6,7 +6,6 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::cuda::CudaError;
-use crate::kernels::Report;
 use crate::nccl::NcclResult;
 
 /// An error of our own work; forwarded calls answer for themselves.
@@ -46,8 +45,14 @@ pub enum Error {
     GaveUp {
         /// The rank that waited.
         rank: usize,
-        /// For what.
-        report: Report,
+        /// The rank that had not signalled.
+        peer: u32,
+        /// The channel that waited.
+        channel: u32,
+        /// Its iteration.
+        iteration: u32,
+        /// Whether the communicator was aborted; else the deadline passed.
+        is_aborted: bool,
     },
     /// A control call that cannot be met, on any rank, and why.
     Refused(String),
@@ -90,12 +95,8 @@ impl fmt::Display for Error {
             Error::System { doing, error } => write!(f, "{doing}: {error}"),
             Error::Unmappable(why) => f.write_str(why),
             Error::Refused(why) => f.write_str(why),
-            Error::GaveUp { rank, report } => {
-                let Report { gave_up, peer, channel, iteration, .. } = report;
-                let why = match gave_up {
-                    1 => "the communicator was aborted",
-                    _ => "FLASHCOMM_TIMEOUT_S passed",
-                };
+            Error::GaveUp { rank, peer, channel, iteration, is_aborted } => {
+                let why = if *is_aborted { "the communicator was aborted" } else { "FLASHCOMM_TIMEOUT_S passed" };
                 write!(
                     f,
                     "rank {rank} gave up waiting for rank {peer} in an all-reduce (channel {channel}, iteration \

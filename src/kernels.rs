@@ -97,12 +97,12 @@ struct DequantizeArgs {
     slice: SliceArgs,
 }
 
-/// What a fused kernel that gives up waiting leaves for the host. Mirrors `Report` in `kernels/all_reduce.cu`.
+/// What a fused kernel that gives up waiting leaves for the host. Mirrors `GaveUp` in `kernels/layout.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Report {
+pub struct GaveUp {
     /// 0: nobody has; 1: the communicator was aborted; 2: the deadline passed. Written last.
-    pub gave_up: u32,
+    pub why: u32,
     /// The one that writes the rest has come.
     pub claimed: u32,
     /// The rank that had not signalled.
@@ -113,7 +113,7 @@ pub struct Report {
     pub iteration: u32,
 }
 
-/// What the fused kernel needs, beside the operation. Mirrors `AllReduceArgs` in `kernels/all_reduce.cu`.
+/// What the fused kernel needs, beside the operation. Mirrors `AllReduceArgs` in `kernels/layout.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AllReduceArgs {
@@ -131,8 +131,8 @@ pub struct AllReduceArgs {
     pub signals: *mut c_void,
     /// Host memory: a 32-bit word, not 0 once the communicator is aborted.
     pub abort: *const c_void,
-    /// Host memory: a [`Report`].
-    pub report: *mut c_void,
+    /// Host memory.
+    pub gave_up: *mut GaveUp,
     /// Nanoseconds that a wait may last; 0: no bound.
     pub timeout_ns: u64,
     /// This rank.

@@ -4,6 +4,7 @@
 //! its area; when all have, each *connects* to the others'; when all could, the exchange is on.
 
 use std::ffi::c_void;
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use flashcomm_wire::{Plan, Rings, rings};
 use super::area::{Area, Mapped, Offer, Peer};
 use crate::cuda::{Context, DeviceMemory, PinnedMemory, Stream, StreamHandle};
 use crate::error::{Error, Result};
-use crate::kernels::{self, AllReduceArgs, AreaMemory, ElementType, Kernels, Report};
+use crate::kernels::{self, AllReduceArgs, AreaMemory, ElementType, GaveUp, Kernels};
 
 /// What this rank has made for an exchange, before the others' areas are known.
 pub struct Prepared {
@@ -43,9 +44,9 @@ unsafe impl Send for Fused {}
 // SAFETY: as above.
 unsafe impl Sync for Fused {}
 
-/// Bytes of the control memory: the abort word, then at [`REPORT_AT`] the report.
+/// Bytes of the control memory: the abort word, then at [`GAVE_UP_AT`] a [`GaveUp`].
 const CONTROL_BYTES: usize = 4096;
-const REPORT_AT: usize = 128;
+const GAVE_UP_AT: usize = 128;
 
 impl Prepared {
     /// Makes this rank's area, zeroed, in the current context.
@@ -181,7 +182,7 @@ impl Fused {
             areas: self.areas,
             signals: self.signals.at(0),
             abort: self.control.address(),
-            report: self.control.address().wrapping_byte_add(REPORT_AT),
+            gave_up: self.gave_up_ptr(),
             timeout_ns: self.timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)),
             rank: self.rank as u32,
             world: self.rings.world as u32,
@@ -201,17 +202,22 @@ impl Fused {
     }
 
     /// What a kernel that gave up was waiting for.
-    pub fn report(&self) -> Option<Report> {
-        if self.word(REPORT_AT).load(Ordering::Acquire) == 0 {
+    pub fn gave_up(&self) -> Option<GaveUp> {
+        if self.word(GAVE_UP_AT + offset_of!(GaveUp, why)).load(Ordering::Acquire) == 0 {
             return None;
         }
-        // SAFETY: the report lies in the control memory; the kernel that gave up wrote it before the word just seen.
-        Some(unsafe { self.control.address().wrapping_byte_add(REPORT_AT).cast::<Report>().read_volatile() })
+        // SAFETY: it lies in the control memory; the kernel that gave up wrote it before the word just seen.
+        Some(unsafe { self.gave_up_ptr().read_volatile() })
+    }
+
+    fn gave_up_ptr(&self) -> *mut GaveUp {
+        self.control.address().wrapping_byte_add(GAVE_UP_AT).cast()
     }
 
     /// The error of a kernel that gave up, logged when first asked for.
     pub fn failure(&self) -> Option<Error> {
-        let error = Error::GaveUp { rank: self.rank, report: self.report()? };
+        let GaveUp { why, peer, channel, iteration, .. } = self.gave_up()?;
+        let error = Error::GaveUp { rank: self.rank, peer, channel, iteration, is_aborted: why == 1 };
         if !self.is_reported.swap(true, Ordering::Relaxed) {
             log::error!("{error}");
         }
@@ -227,7 +233,7 @@ impl Fused {
 impl Drop for Fused {
     fn drop(&mut self) {
         // When all its kernels have run to their end, every peer has done its part, and nobody writes here any more.
-        if self.is_aborted() || self.report().is_some() {
+        if self.is_aborted() || self.gave_up().is_some() {
             self.mine.lose();
         }
     }

@@ -107,6 +107,15 @@ fn decode<E: Element>(payload: &[u8], codec: Codec) -> Vec<f32> {
     x
 }
 
+/// As the output has it.
+fn decode_to<E: Element>(payload: &[u8], codec: Codec, count: usize) -> Vec<E> {
+    let mut decoded = vec![E::from_bits(0); count];
+    for (x, payload) in decoded.chunks_mut(TILE_ELEMS).zip(payload.chunks(codec.tile_bytes())) {
+        codec.decode_tile_to(payload, x);
+    }
+    decoded
+}
+
 /// One operation as one rank sees it, each kernel on given inputs, compared byte for byte.
 struct Case {
     count: usize,
@@ -189,10 +198,7 @@ fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
             }
             let payload = encode::<E>(&enter(&inputs[owner][range.clone()], legs.gather), legs.gather);
             incoming.write(owner * plan.gather_slot_bytes(slice), &payload, stream).unwrap();
-            let mut decoded = vec![E::from_bits(0); range.len()];
-            for (x, payload) in decoded.chunks_mut(TILE_ELEMS).zip(payload.chunks(legs.gather.tile_bytes())) {
-                legs.gather.decode_tile_to(payload, x);
-            }
+            let decoded = decode_to::<E>(&payload, legs.gather, range.len());
             expected[offset + range.start * 2..offset + range.end * 2].copy_from_slice(&bytes(&decoded));
         }
         let output: *mut c_void = user.at(offset);

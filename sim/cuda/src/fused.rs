@@ -17,7 +17,7 @@ use crate::memory;
 /// Channels of a block at most.
 pub const MAX_BLOCK_CHANNELS: u32 = 7;
 
-/// `AllReduceArgs` of `kernels/all_reduce.cu`.
+/// `AllReduceArgs` of `kernels/layout.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct AllReduceArgs {
@@ -28,7 +28,7 @@ pub struct AllReduceArgs {
     areas: [usize; rings::MAX_WORLD],
     signals: usize,
     abort: usize,
-    report: usize,
+    gave_up: usize,
     timeout_ns: u64,
     rank: u32,
     world: u32,
@@ -145,11 +145,11 @@ impl Launch {
 
     fn gives_up(&self, channel: &mut Channel, peer: usize) -> Result<bool> {
         let since = *channel.waits_since.get_or_insert_with(Instant::now);
-        let [gave_up, claimed, fields @ ..] = [0, 1, 2, 3, 4].map(|i| self.args.report + i * 4);
+        let [why_at, claimed, fields @ ..] = [0, 1, 2, 3, 4].map(|i| self.args.gave_up + i * 4);
         let why = match () {
             () if word(self.args.abort)?.load(Ordering::Relaxed) != 0 => 1,
             () if self.args.timeout_ns != 0 && since.elapsed().as_nanos() > u128::from(self.args.timeout_ns) => 2,
-            () => word(gave_up)?.load(Ordering::Relaxed),
+            () => word(why_at)?.load(Ordering::Relaxed),
         };
         if why == 0 {
             return Ok(false);
@@ -158,7 +158,7 @@ impl Launch {
             for (field, value) in fields.into_iter().zip([peer, channel.number, channel.iteration]) {
                 word(field)?.store(value as u32, Ordering::Relaxed);
             }
-            word(gave_up)?.store(why, Ordering::Release);
+            word(why_at)?.store(why, Ordering::Release);
         }
         Ok(true)
     }
