@@ -15,6 +15,7 @@ mod demo;
 mod doctor;
 mod pages;
 mod plot;
+mod provenance;
 mod run;
 
 use std::fmt;

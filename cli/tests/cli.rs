@@ -9,7 +9,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use command::{COMMAND, built, run, with_driver};
+use command::{COMMAND, built, is_of_this_commit_and_today, run, with_driver};
 
 fn flashcomm(arguments: &[&str]) -> Command {
     let mut command = Command::new(COMMAND);
@@ -76,6 +76,11 @@ fn bench_writes_what_it_measured() {
     assert!(stdout.contains("mean nothing"), "{stdout}");
     let json: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     assert_eq!((&json["simulated"], &json["problems"]), (&true.into(), &Value::Array(vec![])));
+    is_of_this_commit_and_today(&json);
+    let started = humantime::parse_rfc3339(json["date"].as_str().unwrap()).unwrap();
+    let started_unix_s = started.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    assert_eq!(json["started_unix_s"], started_unix_s);
+    assert!(json["finished_unix_s"].as_u64().unwrap() >= started_unix_s);
     assert!(json["command"].as_array().unwrap().contains(&"--graph".into()) && json["nccl"].as_u64() > Some(20000));
 
     // 2 worlds, 2 rounds, eager and graph, 2 sizes, and NCCL beside 2 exchanges.
@@ -83,6 +88,7 @@ fn bench_writes_what_it_measured() {
     assert_eq!(measurements.len(), 2 * 2 * 2 * 2 * 3);
     for measurement in measurements {
         assert!(measurement["us"].as_f64().unwrap() > 0.0, "{measurement}");
+        bandwidths_are_those_of_nccl_tests(measurement, &measurement["n_bytes"], measurement, "");
         let is_shim = measurement["way"]["flashcomm"].is_object();
         assert_eq!(measurement["compressed"], is_shim, "{measurement}");
         let checked = match (measurement["round"].as_u64(), is_shim) {
@@ -98,10 +104,41 @@ fn bench_writes_what_it_measured() {
         let (nccl, ours) = (comparison["nccl_us"].as_f64().unwrap(), &comparison["flashcomm"][0]);
         let ratio = ours["ratio"].as_f64().unwrap();
         assert!((ratio - nccl / ours["us"].as_f64().unwrap()).abs() < 1e-9 * ratio, "{comparison}");
+        bandwidths_are_those_of_nccl_tests(comparison, &comparison["n_bytes"], comparison, "nccl_");
+        bandwidths_are_those_of_nccl_tests(comparison, &comparison["n_bytes"], ours, "");
     }
     assert_eq!(json["crossovers"].as_array().unwrap().len(), 2 * 2 * 2);
     // Widths 2 to 8, two codes, two types, quantize and dequantize.
     assert_eq!(json["kernels"]["kernels"].as_array().unwrap().len(), 7 * 2 * 2 * 2);
+}
+
+/// 10^9 bytes a second of the ranks' bytes, and 2(n-1)/n of that.
+fn bandwidths_are_those_of_nccl_tests(case: &Value, n_bytes: &Value, timed: &Value, prefix: &str) {
+    let number = |name: &str| timed[format!("{prefix}{name}")].as_f64().unwrap_or_else(|| panic!("{name}: {timed}"));
+    let world = case["world"].as_f64().unwrap();
+    let algbw = n_bytes.as_f64().unwrap() / (number("us") / 1e6) / 1e9;
+    assert!((number("algbw_gb_s") / algbw - 1.0).abs() < 1e-9, "{timed}");
+    assert!((number("busbw_gb_s") / (algbw * 2.0 * (world - 1.0) / world) - 1.0).abs() < 1e-9, "{timed}");
+}
+
+#[test]
+fn bench_and_doctor_read_what_earlier_versions_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let measured = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/measured");
+    let files = std::fs::read_dir(measured).unwrap().map(|entry| entry.unwrap().path());
+    let of_bench = |path: &std::path::PathBuf| {
+        path.extension().is_some_and(|extension| extension == "json")
+            && std::fs::read_to_string(path).unwrap().contains("\"comparisons\"")
+    };
+    let files: Vec<_> = files.filter(of_bench).collect();
+    assert!(files.len() >= 9, "{files:?}");
+    for file in &files {
+        let svg = dir.path().join("again.svg");
+        let (_, stderr, code) = run(flashcomm(&["bench", "--from"]).arg(file).arg("--plot").arg(&svg));
+        assert_eq!((code, stderr.as_str()), (0, ""), "{}", file.display());
+    }
+    let (stdout, _, code) = run(flashcomm(&["doctor", "--simulator", "--bench"]).arg(&files[0]));
+    assert!(code == 0 && stdout.contains("never slower from"), "{stdout}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use command::{COMMAND, built, run, with_driver};
+use command::{COMMAND, built, is_of_this_commit_and_today, run, with_driver};
 
 /// A clean environment, and the simulated NCCL as the real one.
 fn flashcomm(arguments: &[&str]) -> Command {
@@ -309,6 +309,7 @@ fn doctor_says_what_auto_takes_and_why() {
     let (report, code) = json("3", &[]);
     assert_eq!((code, &report["fit"], &report["simulated"]), (0, &true.into(), &true.into()), "{report}");
     assert_eq!(report["nccl"]["version"], "2.28.7");
+    is_of_this_commit_and_today(&report);
     assert!(report["nccl"]["lacks"].as_array().unwrap().contains(&"ncclCommWindowRegister".into()), "{report}");
     assert_eq!(report["gpus"].as_array().unwrap().len(), 3);
     assert_eq!(report["gpus"][1]["reaches"], serde_json::json!([true, true, true]));

@@ -5,6 +5,7 @@
 //! turns, size by size and round by round, so that all of them meet the same clock rates; one that waits for its turn
 //! has nothing on the GPU. Results are checked before they are timed, and again after the last batch.
 
+mod bandwidth;
 pub mod kernels;
 pub mod measure;
 mod plot;
@@ -13,7 +14,7 @@ pub mod report;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use flashcomm::tooling::settings::Config;
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use self::measure::{Check, Measured, Task};
 use self::plot::Plotted;
-use self::report::{Record, Report};
+use self::report::{BenchReport, Measurement};
 use super::client::job::{Job, Start};
 use super::client::machine::{LibraryPaths, Machine, Wanted};
 use super::client::party::Role;
@@ -158,7 +159,7 @@ impl std::fmt::Display for Way {
 }
 
 /// The arguments with their defaults.
-struct Plan<'a> {
+struct BenchPlan<'a> {
     args: &'a Args,
     worlds: Vec<usize>,
     bits: Vec<String>,
@@ -168,7 +169,7 @@ struct Plan<'a> {
     batches: usize,
 }
 
-impl<'a> Plan<'a> {
+impl<'a> BenchPlan<'a> {
     fn new(args: &'a Args) -> Result<Self> {
         let small = args.quick || args.simulator;
         let texts = |texts: &[&str]| texts.iter().map(|text| text.to_string()).collect();
@@ -184,7 +185,7 @@ impl<'a> Plan<'a> {
         let sizes: BTreeSet<usize> = sizes.iter().flat_map(|sizes| &sizes.0).map(|n_bytes| n_bytes.0).collect();
         ensure!(sizes.iter().all(|n_bytes| *n_bytes >= 2), "a size holds at least one element");
         let worlds = args.worlds.clone().unwrap_or_else(|| if small { vec![2] } else { vec![2, 4, 8] });
-        let plan = Plan {
+        let plan = BenchPlan {
             args,
             worlds: worlds.into_iter().map(|world| world as usize).collect(),
             bits: args.bits.clone().unwrap_or_else(|| texts(if small { &["4"] } else { &["8", "4"] })),
@@ -267,9 +268,9 @@ pub fn run(args: &Args) -> Result<bool> {
         return Ok(true);
     }
     let machine = Machine::find(&args.paths, if args.simulator { Wanted::Simulator } else { Wanted::Gpu })?;
-    let plan = Plan::new(args)?;
+    let plan = BenchPlan::new(args)?;
     println!("Measuring on {}.", machine.describe());
-    let mut report = Report::new(&machine, args.processes, plan.rounds);
+    let mut report = BenchReport::new(&machine, args.processes, plan.rounds);
     if args.kernels != Some(KernelsToo::Only) {
         for &world in &plan.worlds {
             ensure!(
@@ -290,7 +291,7 @@ pub fn run(args: &Args) -> Result<bool> {
             Err(error) => report.problems.push(format!("kernels: {error:#}")),
         }
     }
-    report.finished_unix_s = unix_s();
+    report.finish();
     print!("{}", report.in_words(args.crossover));
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&report.summarized())?;
@@ -303,14 +304,9 @@ pub fn run(args: &Args) -> Result<bool> {
     Ok(report.problems.is_empty())
 }
 
-/// Seconds since 1970.
-fn unix_s() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-impl Plan<'_> {
+impl BenchPlan<'_> {
     /// All jobs of a number of ranks. One that goes wrong is left out from there on.
-    fn measure(&self, machine: &Machine, world: usize, report: &mut Report, bar: &indicatif::ProgressBar) {
+    fn measure(&self, machine: &Machine, world: usize, report: &mut BenchReport, bar: &indicatif::ProgressBar) {
         let limit = Duration::from_secs(self.args.timeout);
         let caps = self.caps(machine, world);
         let ways: Vec<Way> =
@@ -344,7 +340,7 @@ impl Plan<'_> {
                             let kept = match job.ask::<Option<Measured>>(&task, limit) {
                                 Ok(answers) => {
                                     let answers: Vec<Measured> = answers.into_iter().flatten().collect();
-                                    let record = Record::of(world, way, round, &task, &answers);
+                                    let record = Measurement::of(world, way, round, &task, &answers);
                                     let must_compress = self.args.min_bytes == "0";
                                     report.take(record, &answers, &task, must_compress);
                                     true

@@ -9,7 +9,7 @@ mod plot;
 mod read;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use flashcomm_wire::{Code, Codec, GroupSize, Legs, Width};
@@ -19,6 +19,7 @@ use self::measure::{Row, Sample, measure, samples};
 use self::read::{Tensor, Values};
 use super::client::rank::Dtype;
 use super::plot::check_name;
+use super::provenance::Provenance;
 use super::{Bytes, progress, table};
 
 /// Arguments.
@@ -287,8 +288,9 @@ fn print_recommendation(recommended: Option<&Line>, error: f64, n_samples: usize
 }
 
 #[derive(Serialize)]
-struct Report<'a> {
-    flashcomm: &'static str,
+struct CodecReport<'a> {
+    #[serde(flatten)]
+    provenance: Provenance,
     format: u32,
     samples: Vec<Told<'a>>,
     left_out: &'a [String],
@@ -326,8 +328,8 @@ fn write_json(
         elements: sample.count,
         measured: sample.n_kept(),
     });
-    let (flashcomm, samples) = (env!("CARGO_PKG_VERSION"), samples.collect());
-    let report = Report { flashcomm, format: 1, samples, left_out, lines, error, recommended };
+    let provenance = Provenance::at(SystemTime::now());
+    let report = CodecReport { provenance, format: 1, samples: samples.collect(), left_out, lines, error, recommended };
     let text = serde_json::to_string_pretty(&report)?;
     std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
 }

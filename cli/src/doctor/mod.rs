@@ -4,10 +4,10 @@
 //! processes by the shim's own code. Child processes do all that, so a driver that crashes is an answer, too.
 
 pub mod attempt;
+mod words;
 
-use std::fmt::Write;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
 use flashcomm::tooling::negotiation::{Against, Blob, Choice, Disagreement, agree, choose, default_min_bytes};
@@ -20,7 +20,7 @@ use super::bench::report::{Earlier, earlier};
 use super::client::job::{Job, Start};
 use super::client::machine::{LibraryPaths, Machine, NoGpu, RealNccl};
 use super::client::party::Role;
-use super::{Bytes, table};
+use super::provenance::Provenance;
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -44,8 +44,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// Everything that is found out.
 #[derive(Debug, Serialize)]
-struct Report {
-    flashcomm: &'static str,
+struct Findings {
+    #[serde(flatten)]
+    provenance: Provenance,
     shim: PathBuf,
     simulated: bool,
     fit: bool,
@@ -102,8 +103,8 @@ struct Possible {
 pub fn run(args: &Args) -> Result<bool> {
     let measured = args.bench.as_deref().map(earlier).transpose()?;
     let mut machine = Machine::unseen(&args.paths, args.simulator)?;
-    let mut report = Report {
-        flashcomm: env!("CARGO_PKG_VERSION"),
+    let mut report = Findings {
+        provenance: Provenance::at(SystemTime::now()),
         shim: machine.shim.clone(),
         simulated: machine.is_simulated(),
         fit: false,
@@ -137,7 +138,7 @@ pub fn run(args: &Args) -> Result<bool> {
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        print!("{}", in_words(&report, args.bench.as_deref()));
+        print!("{}", words::in_words(&report, args.bench.as_deref()));
     }
     match no_gpu {
         Some(why) => Err(NoGpu(format!("no GPU: {why}")).into()),
@@ -146,7 +147,7 @@ pub fn run(args: &Args) -> Result<bool> {
 }
 
 /// Sets the exchanges up between processes, and tells what the shim would take.
-fn try_exchanges(machine: &Machine, report: &mut Report) -> Result<()> {
+fn try_exchanges(machine: &Machine, report: &mut Findings) -> Result<()> {
     let world = machine.gpus.len().clamp(2, MAX_WORLD);
     let start = Start { role: Role::Doctor, world, processes: true, limit: LIMIT, ..Start::default() };
     let tried = Job::start(machine, &start).and_then(|mut job| job.answers::<Tried>(LIMIT));
@@ -278,88 +279,4 @@ fn shared_memory() -> Option<SharedMemory> {
     let failed = unsafe { libc::statvfs(c"/dev/shm".as_ptr(), &mut found) } != 0;
     let bytes = |blocks: libc::fsblkcnt_t| blocks * found.f_frsize;
     (!failed).then(|| SharedMemory { total_bytes: bytes(found.f_blocks), free_bytes: bytes(found.f_bavail) })
-}
-
-fn in_words(report: &Report, bench: Option<&Path>) -> String {
-    let mut text = format!("flashcomm {} at {}\n", report.flashcomm, report.shim.display());
-    if report.simulated {
-        text += "on the simulator: what follows is said of no real machine\n";
-    }
-    text += "\n";
-    let mut say = |name: &str, what: &str| {
-        for (i, line) in what.lines().enumerate() {
-            let _ = writeln!(text, "{:<12} {line}", if i == 0 { name } else { "" });
-        }
-    };
-    match &report.nccl {
-        Some(RealNccl { path, version, lacks }) => {
-            let mut what = format!("{version} at {}", path.display());
-            if let Some((first, rest)) = lacks.split_first() {
-                let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
-                let _ =
-                    write!(what, "\nlacks {first}{more} (--json lists them); calls of those answer ncclInvalidUsage");
-            }
-            say("NCCL", &what);
-        }
-        None => say("NCCL", "none found"),
-    }
-    say("driver", &report.driver.as_ref().map_or("none".into(), |driver| format!("CUDA {driver}")));
-    for Gpu { ordinal, name, memory_bytes, capability, numa_node, .. } in &report.gpus {
-        let numa = numa_node.map_or(String::new(), |node| format!(", NUMA node {node}"));
-        let gib = *memory_bytes as f64 / f64::from(1 << 30);
-        say(&format!("GPU {ordinal}"), &format!("{name}, {gib:.1} GiB, compute capability {capability}{numa}"));
-    }
-    if report.gpus.len() > 1 {
-        let header = [String::new()].into_iter().chain(report.gpus.iter().map(|gpu| gpu.ordinal.to_string()));
-        let mut matrix = table(&header.collect::<Vec<_>>());
-        for gpu in &report.gpus {
-            let cells = gpu.reaches.iter().enumerate().map(|(other, can)| match can {
-                _ if other == gpu.ordinal => "-",
-                true => "yes",
-                false => "no",
-            });
-            matrix.add_row([gpu.ordinal.to_string()].into_iter().chain(cells.map(String::from)));
-        }
-        say("peer access", &matrix.trim_fmt());
-    }
-    for NumaNode { node, cpus } in &report.numa_nodes {
-        say(&format!("NUMA node {node}"), &format!("CPUs {cpus}"));
-    }
-    if let Some(SharedMemory { total_bytes, free_bytes }) = report.shared_memory {
-        let mib = |n_bytes: u64| n_bytes >> 20;
-        say("/dev/shm", &format!("{} MiB, {} MiB free", mib(total_bytes), mib(free_bytes)));
-    }
-    if let Some(exchanges) = &report.exchanges {
-        let ipc = if exchanges.cuda_ipc { "allowed" } else { "refused" };
-        say("CUDA IPC", &format!("{ipc}, as {} processes tried", exchanges.ranks));
-        text += "\n";
-        let mut rows = table(&["exchange", "possible", "compresses from", "between hosts from"]);
-        for (name, possible) in [("peer", &exchanges.peer), ("host", &exchanges.host), ("nccl", &exchanges.nccl)] {
-            let from = |n_bytes: Option<u64>| n_bytes.map_or("-".into(), |n_bytes| Bytes(n_bytes as usize).to_string());
-            rows.add_row([
-                name.to_string(),
-                if possible.possible { "yes" } else { "no" }.into(),
-                from(possible.min_bytes_on_one_host),
-                from(possible.min_bytes_between_hosts),
-            ]);
-        }
-        let _ = writeln!(text, "{}", rows.trim_fmt());
-        for (name, possible) in [("peer", &exchanges.peer), ("host", &exchanges.host), ("nccl", &exchanges.nccl)] {
-            if let Some(why) = &possible.why_not {
-                let _ = writeln!(text, "no {name}: {why}");
-            }
-        }
-        let takes = exchanges.takes.unwrap_or("none");
-        let _ = writeln!(text, "\nFLASHCOMM_EXCHANGE={} takes {takes}: {}", exchanges.setting, exchanges.because);
-    }
-    if let (Some(measured), Some(file)) = (&report.measured, bench) {
-        let _ = writeln!(text, "\n{}", measured.in_words(file).trim_end());
-    }
-    if report.fit {
-        text += "\nfit\n";
-    } else {
-        text += "\nnot fit:\n";
-        report.problems.iter().for_each(|problem| text += &format!("- {problem}\n"));
-    }
-    text
 }

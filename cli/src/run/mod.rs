@@ -63,14 +63,14 @@ pub struct Args {
 }
 
 /// What is to be started.
-struct Job {
+struct Launch {
     command: Vec<OsString>,
     /// In the order in which they are told.
     variables: Vec<(String, String)>,
     notes: Vec<String>,
 }
 
-impl Job {
+impl Launch {
     fn set(&mut self, name: &str, value: impl Into<String>) {
         self.variables.retain(|(known, _)| known != name);
         self.variables.push((name.into(), value.into()));
@@ -125,13 +125,13 @@ fn fail(why: &str, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn prepare(args: &Args) -> Result<Job> {
+fn prepare(args: &Args) -> Result<Launch> {
     let config = args.settings.check()?;
     let shim = machine::find_shim(args.shim.as_deref())?;
     let shim = shim.canonicalize().unwrap_or(shim);
     let preload = preload(&shim)?;
 
-    let mut job = Job { command: args.command.clone(), variables: vec![], notes: vec![] };
+    let mut job = Launch { command: args.command.clone(), variables: vec![], notes: vec![] };
     job.set("LD_PRELOAD", preload);
     for name in PATH_VARIABLES {
         job.set(name, shim.to_string_lossy());
@@ -188,7 +188,7 @@ fn prepare(args: &Args) -> Result<Job> {
 }
 
 /// Adds the engine's options to its command, or tells them.
-fn prepare_engine(engine: Engine, job: &mut Job) {
+fn prepare_engine(engine: Engine, job: &mut Launch) {
     let (added, told) = engine.missing_options(&job.command);
     if !added.is_empty() {
         job.notes.push(format!("added to the command: {}", added.join(" ")));

@@ -3,6 +3,9 @@
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
 
 pub const COMMAND: &str = env!("CARGO_BIN_EXE_flashcomm");
 
@@ -18,6 +21,23 @@ pub fn built(name: &str) -> PathBuf {
     let library = Path::new(COMMAND).with_file_name(name);
     assert!(library.exists(), "{} is missing; run ./scripts/test.sh, or cargo build --workspace", library.display());
     library
+}
+
+/// That a file of results names the commit that this was built from, as git knows it, and the time of now.
+pub fn is_of_this_commit_and_today(json: &Value) {
+    let git = Command::new("git").args(["-C", env!("CARGO_MANIFEST_DIR"), "rev-parse", "HEAD"]).output();
+    let head = git.ok().filter(|git| git.status.success()).map(|git| String::from_utf8(git.stdout).unwrap());
+    let commit = json["commit"].as_str().unwrap();
+    match head {
+        Some(head) => {
+            let hash = commit.strip_suffix("-dirty").unwrap_or(commit);
+            assert!(hash.len() >= 7 && head.starts_with(hash), "{commit} is not {head}");
+        }
+        None => assert_eq!(commit, "unknown"),
+    }
+    let date = json["date"].as_str().unwrap();
+    let age = SystemTime::now().duration_since(humantime::parse_rfc3339(date).unwrap());
+    assert!(date.ends_with('Z') && age.is_ok_and(|age| age < Duration::from_secs(600)), "{date}");
 }
 
 /// A directory that holds the simulated driver, as if GPUs were there.
