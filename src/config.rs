@@ -14,7 +14,7 @@ use flashcomm_wire::{Code, GroupSize, Legs, Width};
 use log::LevelFilter;
 use once_cell::sync::OnceCell;
 
-use crate::kernels::ElementType;
+use crate::element::ElementType;
 
 /// One environment variable.
 #[derive(Clone, Copy, Debug)]

@@ -10,7 +10,7 @@
 //! 4. [`allreduce`] runs it: quantize, hop 1, reduce, hop 2, dequantize, all on the caller's stream, over an
 //!    [`exchange`]. Inside a group it waits for the group's end: [`abi::group`].
 //!
-//! Dependencies point one way: `abi -> allreduce -> {route, comm, exchange} -> {cuda, kernels, nccl} -> wire`.
+//! Dependencies point one way: `abi -> allreduce -> {route, comm, exchange} -> {cuda, kernels, nccl} -> {element, wire}`.
 //!
 //! # Safety
 //!
@@ -23,6 +23,7 @@ pub mod allreduce;
 pub mod comm;
 pub mod config;
 pub mod cuda;
+pub mod element;
 pub mod error;
 pub mod exchange;
 pub mod kernels;

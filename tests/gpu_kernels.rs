@@ -7,7 +7,8 @@
 use std::ffi::c_void;
 
 use flashcomm::cuda::{self, Context, DeviceMemory, Stream};
-use flashcomm::kernels::{ElementType, Kernels, Piece};
+use flashcomm::element::ElementType;
+use flashcomm::kernels::{Kernels, Piece};
 use flashcomm_wire::{Code, Codec, Element, GroupSize, Legs, Plan, TILE_ELEMS, Width};
 use half::{bf16, f16};
 

@@ -19,8 +19,9 @@ use parking_lot::Mutex;
 
 use super::shared::SharedMemory;
 use crate::cuda::{self, Context, DeviceMemory, IpcHandle, PinnedMemory, Registered, Stream, StreamHandle};
+use crate::element::ElementType;
 use crate::error::{Error, Result};
-use crate::kernels::{self, AllReduceArgs, ElementType, GaveUp, Kernels};
+use crate::kernels::{self, ABORTED, AllReduceArgs, Areas, GaveUp, Kernels};
 
 /// Where receive areas live.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -37,6 +38,13 @@ impl Kind {
         match self {
             Kind::Peer => "peer",
             Kind::Host => "host",
+        }
+    }
+
+    const fn areas(self) -> Areas {
+        match self {
+            Kind::Peer => Areas::InGpuMemory,
+            Kind::Host => Areas::InHostMemory,
         }
     }
 }
@@ -364,7 +372,7 @@ impl Fused {
         let (count, chunk_tiles) = (plan.count() as u64, chunk_tiles as u64);
         let args = AllReduceArgs { input, output, count, chunk_tiles, scale, ..self.args() };
         // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `block_limit`.
-        unsafe { kernels.all_reduce(element, self.kind, (n_blocks, block_channels), &args, stream) }
+        unsafe { kernels.all_reduce(element, self.kind.areas(), (n_blocks, block_channels), &args, stream) }
             .map_err(Error::cuda("launching the all-reduce"))
     }
 
@@ -378,7 +386,7 @@ impl Fused {
         for element in ElementType::ALL {
             let shape = (self.max_blocks, self.block_channels);
             // SAFETY: without tiles the kernel touches no memory.
-            unsafe { kernels.all_reduce(element, self.kind, shape, &self.args(), stream.handle()) }
+            unsafe { kernels.all_reduce(element, self.kind.areas(), shape, &self.args(), stream.handle()) }
                 .map_err(Error::cuda("launching the all-reduce for the first time"))?;
         }
         stream.synchronize().map_err(Error::cuda("running the all-reduce for the first time"))
@@ -391,9 +399,9 @@ impl Fused {
             output: std::ptr::null_mut(),
             count: 0,
             chunk_tiles: 0,
-            areas: self.areas,
-            signals: self.signals.at(0),
-            abort: self.control.address(),
+            areas: self.areas.map(<*mut c_void>::cast),
+            signals: self.signals.at(0).cast(),
+            abort: self.control.address().cast(),
             gave_up: self.gave_up_ptr(),
             timeout_ns: self.timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)),
             rank: self.rank as u32,
@@ -429,7 +437,7 @@ impl Fused {
     /// The error of a kernel that gave up, logged when first asked for.
     pub fn failure(&self) -> Option<Error> {
         let GaveUp { why, peer, channel, iteration, .. } = self.gave_up()?;
-        let error = Error::GaveUp { rank: self.rank, peer, channel, iteration, is_aborted: why == 1 };
+        let error = Error::GaveUp { rank: self.rank, peer, channel, iteration, is_aborted: why == ABORTED };
         if !self.is_reported.swap(true, Ordering::Relaxed) {
             log::error!("{error}");
         }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use cudarc::driver::sys;
 use flashcomm::cuda::{self, Context, DeviceMemory, PinnedMemory, Stream};
-use flashcomm::kernels::{ElementType, Kernels, Piece};
+use flashcomm::element::ElementType;
+use flashcomm::kernels::{Kernels, Piece};
 use flashcomm_wire::{Code, Codec, GroupSize, Legs, Plan, TILE_ELEMS, Width};
 use serde::{Deserialize, Serialize};
 
