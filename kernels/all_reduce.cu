@@ -33,11 +33,12 @@
 
 namespace flashcomm {
 
-// Shared memory of a channel; CHANNEL_SHARED_BYTES in src/kernels.rs is its size.
+// Shared memory of a channel.
 struct ChannelMemory {
   Vec16 stages[kStages][kRows][kTileThreads];  // of the input
   Vec16 params[kMaxParamsBytes / 16];          // of a tile, where they travel in bundles
 };
+static_assert(sizeof(ChannelMemory) == kChannelSharedBytes, "the host asks for as much");
 // This thread's channel's. (Found anew where it is needed, it takes no register elsewhere.)
 __device__ __forceinline__ ChannelMemory& memory() {
   extern __shared__ ChannelMemory channels[];
@@ -112,7 +113,7 @@ struct AllReduce {
   // Behind the signals an area has, for each channel, hop and sender, a ring.
   __device__ uint8_t* slot(unsigned at_rank, unsigned hop, unsigned from, unsigned round) const {
     const uint32_t ring = (channel * 2 + hop) * args.world + from;
-    const uint32_t slot = lag() == 0 ? ring : ring * 3 + round % 3;
+    const uint32_t slot = lag() == 0 ? ring : ring * kLaggingSlots + round % kLaggingSlots;
     return args.areas[at_rank] + (args.max_channels * kSignalWords * 4 + slot * slot_bytes);
   }
 
@@ -295,7 +296,8 @@ struct AllReduce {
 template <class T, class Reduce, class Gather, bool kBundles>
 __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
   // A payload, and the rest of its last cache line.
-  const uint32_t slot_bytes = (max(payload_bytes<Reduce>(args.group_shift), payload_bytes<Gather>(args.group_shift)) + 127) / 128 * 128;
+  const uint32_t payload = max(payload_bytes<Reduce>(args.group_shift), payload_bytes<Gather>(args.group_shift));
+  const uint32_t slot_bytes = (payload + kLineBytes - 1) / kLineBytes * kLineBytes;
   using Self = AllReduce<T, Reduce, Gather, kBundles>;
   const unsigned channel = blockIdx.x * blockDim.y + threadIdx.y;
   if (channel >= args.chunk_tiles) return;
@@ -319,21 +321,21 @@ constexpr unsigned block_channels([[maybe_unused]] Code code) {
 #endif
 }
 
-#define FLASHCOMM_ENTRY(verb, suffix, T, code, in, out, bundles)                                              \
-  extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(Code::code), 1)                   \
-      flashcomm_##verb##_##suffix##_##code##in##_##code##out(const __grid_constant__ AllReduceArgs args) {    \
-    all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>, bundles>(args);                        \
+#define FLASHCOMM_ENTRY(name, T, code, in, out, bundles)                                        \
+  extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(Code::code), 1)     \
+      name(const __grid_constant__ AllReduceArgs args) {                                        \
+    all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>, bundles>(args);          \
   }
 
 // One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
-#define FLASHCOMM_DEFINE(suffix, T, code, in, out) FLASHCOMM_ENTRY(allreduce, suffix, T, code, in, out, false)
-FLASHCOMM_EACH_PAIR(FLASHCOMM_DEFINE)
-#undef FLASHCOMM_DEFINE
+#define FLASHCOMM_GPU_ENTRY(name, T, code, in, out) FLASHCOMM_ENTRY(name, T, code, in, out, false)
+FLASHCOMM_EACH_ALLREDUCE(FLASHCOMM_GPU_ENTRY)
+#undef FLASHCOMM_GPU_ENTRY
 
 // For areas in host memory. It goes through shared memory at the price of registers and barriers, which the link hides.
-#define FLASHCOMM_DEFINE(suffix, T, code, in, out) FLASHCOMM_ENTRY(hostallreduce, suffix, T, code, in, out, true)
-FLASHCOMM_EACH_HOST_PAIR(FLASHCOMM_DEFINE)
-#undef FLASHCOMM_DEFINE
+#define FLASHCOMM_HOST_ENTRY(name, T, code, in, out) FLASHCOMM_ENTRY(name, T, code, in, out, true)
+FLASHCOMM_EACH_HOSTALLREDUCE(FLASHCOMM_HOST_ENTRY)
+#undef FLASHCOMM_HOST_ENTRY
 #undef FLASHCOMM_ENTRY
 
 }  // namespace flashcomm

@@ -62,39 +62,4 @@ __device__ __forceinline__ void store_payload(uint8_t* payload, unsigned group_s
   C::store_params(payload + C::kCodesBytes, group_shift, t);
 }
 
-// Calls X(suffix, type, code, bits) for each element type and codec.
-#define FLASHCOMM_EACH_WIDTH(X, suffix, T, code)                                                        \
-  X(suffix, T, code, 2) X(suffix, T, code, 3) X(suffix, T, code, 4) X(suffix, T, code, 5)               \
-  X(suffix, T, code, 6) X(suffix, T, code, 7) X(suffix, T, code, 8)
-#define FLASHCOMM_EACH_CODE(X, suffix, T)                                                               \
-  FLASHCOMM_EACH_WIDTH(X, suffix, T, plain) X(suffix, T, plain, 16)                                     \
-  FLASHCOMM_EACH_WIDTH(X, suffix, T, blocks)
-#define FLASHCOMM_EACH_CODEC(X) FLASHCOMM_EACH_CODE(X, fp16, __half) FLASHCOMM_EACH_CODE(X, bf16, __nv_bfloat16)
-
-// Calls PAIR(suffix, type, code, reduce bits, gather bits) for each pair of widths that there are kernels for (the same as
-// Legs::choose in wire/src/codec.rs takes): of the plain code all, and 16 with itself; of blocks each width with itself, and 4:8.
-#define FLASHCOMM_EACH_GATHER(PAIR, suffix, T, in)                                                      \
-  PAIR(suffix, T, plain, in, 2) PAIR(suffix, T, plain, in, 3) PAIR(suffix, T, plain, in, 4)             \
-  PAIR(suffix, T, plain, in, 5) PAIR(suffix, T, plain, in, 6) PAIR(suffix, T, plain, in, 7)             \
-  PAIR(suffix, T, plain, in, 8)
-#define FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, code)                                                     \
-  PAIR(suffix, T, code, 2, 2) PAIR(suffix, T, code, 3, 3) PAIR(suffix, T, code, 4, 4)                   \
-  PAIR(suffix, T, code, 5, 5) PAIR(suffix, T, code, 6, 6) PAIR(suffix, T, code, 7, 7)                   \
-  PAIR(suffix, T, code, 8, 8) PAIR(suffix, T, code, 4, 8)
-#define FLASHCOMM_EACH_PAIR_OF(PAIR, suffix, T)                                                         \
-  FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 2) FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 3)                   \
-  FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 4) FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 5)                   \
-  FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 6) FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 7)                   \
-  FLASHCOMM_EACH_GATHER(PAIR, suffix, T, 8) PAIR(suffix, T, plain, 16, 16)                              \
-  FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, blocks)
-#define FLASHCOMM_EACH_PAIR(PAIR) \
-  FLASHCOMM_EACH_PAIR_OF(PAIR, fp16, __half) FLASHCOMM_EACH_PAIR_OF(PAIR, bf16, __nv_bfloat16)
-
-// The same for each pair of widths that has kernels of its own for areas in host memory (has_host_kernel in src/kernels.rs):
-// those of the plain code and of blocks that are likely.
-#define FLASHCOMM_EACH_HOST_PAIR_OF(PAIR, suffix, T)                                                    \
-  FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, plain) FLASHCOMM_EACH_EQUAL(PAIR, suffix, T, blocks)
-#define FLASHCOMM_EACH_HOST_PAIR(PAIR) \
-  FLASHCOMM_EACH_HOST_PAIR_OF(PAIR, fp16, __half) FLASHCOMM_EACH_HOST_PAIR_OF(PAIR, bf16, __nv_bfloat16)
-
 }  // namespace flashcomm

@@ -11,14 +11,6 @@
 
 namespace flashcomm {
 
-// Mirrors DequantizeArgs in src/kernels.rs.
-struct DequantizeArgs {
-  const uint8_t* payload;
-  void* output;
-  uint64_t slot_bytes;
-  Slice slice;
-};
-
 template <class T, Code kCode, int kBits>
 __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
   using C = Codec<T, kCode, kBits>;
@@ -37,12 +29,11 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
   }
 }
 
-#define FLASHCOMM_DEFINE(suffix, T, code, bits)                                                   \
-  extern "C" __global__ void __launch_bounds__(kTileThreads)                                      \
-      flashcomm_dequantize_##suffix##_##code##bits(const __grid_constant__ DequantizeArgs args) { \
-    dequantize<T, Code::code, bits>(args);                                                        \
+#define FLASHCOMM_ENTRY(name, T, code, bits)                                                                        \
+  extern "C" __global__ void __launch_bounds__(kTileThreads) name(const __grid_constant__ DequantizeArgs args) { \
+    dequantize<T, Code::code, bits>(args);                                                                       \
   }
-FLASHCOMM_EACH_CODEC(FLASHCOMM_DEFINE)
-#undef FLASHCOMM_DEFINE
+FLASHCOMM_EACH_DEQUANTIZE(FLASHCOMM_ENTRY)
+#undef FLASHCOMM_ENTRY
 
 }  // namespace flashcomm

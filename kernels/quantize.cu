@@ -11,15 +11,6 @@
 
 namespace flashcomm {
 
-// Mirrors QuantizeArgs in src/kernels.rs.
-struct QuantizeArgs {
-  const void* input;
-  uint8_t* outgoing;
-  uint64_t slot_bytes;
-  uint32_t rank;  // the calling rank: its own chunk stays with it
-  Slice slice;
-};
-
 template <class T, Code kCode, int kBits>
 __device__ __forceinline__ void quantize(const QuantizeArgs& args) {
   using C = Codec<T, kCode, kBits>;
@@ -36,12 +27,11 @@ __device__ __forceinline__ void quantize(const QuantizeArgs& args) {
   store_payload<C>(payload, shift, C::encode_input(x, shift));
 }
 
-#define FLASHCOMM_DEFINE(suffix, T, code, bits)                                               \
-  extern "C" __global__ void __launch_bounds__(kTileThreads)                                  \
-      flashcomm_quantize_##suffix##_##code##bits(const __grid_constant__ QuantizeArgs args) { \
-    quantize<T, Code::code, bits>(args);                                                      \
+#define FLASHCOMM_ENTRY(name, T, code, bits)                                                                      \
+  extern "C" __global__ void __launch_bounds__(kTileThreads) name(const __grid_constant__ QuantizeArgs args) { \
+    quantize<T, Code::code, bits>(args);                                                                       \
   }
-FLASHCOMM_EACH_CODEC(FLASHCOMM_DEFINE)
-#undef FLASHCOMM_DEFINE
+FLASHCOMM_EACH_QUANTIZE(FLASHCOMM_ENTRY)
+#undef FLASHCOMM_ENTRY
 
 }  // namespace flashcomm

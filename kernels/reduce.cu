@@ -15,18 +15,6 @@
 
 namespace flashcomm {
 
-// Mirrors ReduceArgs in src/kernels.rs.
-struct ReduceArgs {
-  const void* input;
-  const uint8_t* incoming;
-  uint8_t* outgoing;
-  uint64_t slot_bytes;
-  uint32_t rank;
-  uint32_t world;
-  Slice slice;
-  float scale;  // of the sum: 1, or 1 / world for an average
-};
-
 template <class T, Code kCode, int kReduceBits, int kGatherBits>
 __device__ __forceinline__ void reduce(const ReduceArgs& args) {
   using In = Codec<T, kCode, kReduceBits>;
@@ -55,12 +43,11 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
 }
 
 // One entry for each pair of widths.
-#define FLASHCOMM_DEFINE(suffix, T, code, in, out)                                                       \
-  extern "C" __global__ void __launch_bounds__(kTileThreads)                                             \
-      flashcomm_reduce_##suffix##_##code##in##_##code##out(const __grid_constant__ ReduceArgs args) {    \
-    reduce<T, Code::code, in, out>(args);                                                                \
+#define FLASHCOMM_ENTRY(name, T, code, in, out)                                                              \
+  extern "C" __global__ void __launch_bounds__(kTileThreads) name(const __grid_constant__ ReduceArgs args) { \
+    reduce<T, Code::code, in, out>(args);                                                                    \
   }
-FLASHCOMM_EACH_PAIR(FLASHCOMM_DEFINE)
-#undef FLASHCOMM_DEFINE
+FLASHCOMM_EACH_REDUCE(FLASHCOMM_ENTRY)
+#undef FLASHCOMM_ENTRY
 
 }  // namespace flashcomm

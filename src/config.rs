@@ -15,7 +15,7 @@ use flashcomm_wire::{Code, GroupSize, Legs, Width};
 use log::LevelFilter;
 use once_cell::sync::OnceCell;
 
-use crate::kernels::ElementType;
+use crate::element::ElementType;
 use table::find;
 pub use table::{Malformed, SETTINGS, Setting};
 

@@ -15,7 +15,7 @@
 //!
 //! # The map
 //!
-//! A room is a folder or a file beside this one. It uses only rooms of later lines (`tests/map.rs` reads this):
+//! A room is a folder or a file beside this one. It uses only rooms of later lines (`tests/cpu/map.rs` reads this):
 //!
 //! ```text
 //! tooling                        the door for the command and the tests
@@ -29,7 +29,7 @@
 //! record, route, nvtx, logging   inputs saved; pure: forward or compress; ranges for profilers
 //! error, config                  what can go wrong; the settings
 //! kernels                        launches
-//! cuda, nccl, verdict            the driver; the real library, found; what ranks agreed on
+//! cuda, nccl, verdict, element   the driver; the real library, found; what ranks agreed on; types
 //! ```
 //!
 //! Below all of them is the crate `flashcomm-wire`: the specification of what travels.
@@ -48,6 +48,7 @@ mod allreduce;
 mod comm;
 mod config;
 mod cuda;
+mod element;
 mod error;
 mod exchange;
 mod kernels;

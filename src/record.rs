@@ -36,7 +36,7 @@ use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 
 use crate::config::Config;
 use crate::cuda::{self, Capture, Context, CudaResult, Event, Lent, PinnedMemory, RelaxedCapture, StreamHandle};
-use crate::kernels::ElementType;
+use crate::element::ElementType;
 
 /// Bytes of a sample at most: 128 tiles.
 pub const SAMPLE_BYTES: usize = 128 * TILE_ELEMS * 2;

@@ -7,7 +7,7 @@
 use std::ffi::CStr;
 
 use crate::config::Config;
-use crate::kernels::ElementType;
+use crate::element::ElementType;
 use crate::nccl::{DataType, RedOp};
 use crate::verdict::Verdict;
 

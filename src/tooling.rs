@@ -30,7 +30,8 @@ pub mod cuda {
 /// The kernels as the library loads and launches them. `bench --kernels` times them, `doctor` sees whether the driver takes
 /// them, and tests compare their bits with the specification. Other launches would prove other kernels.
 pub mod kernels {
-    pub use crate::kernels::{ElementType, Kernels, Piece};
+    pub use crate::element::ElementType;
+    pub use crate::kernels::{Kernels, Piece};
 }
 
 /// How ranks come to an exchange. `doctor` goes through the rounds of an attach over pipes, and says what the library's own

@@ -18,7 +18,7 @@ struct Pairs<__half> {
   // In both halves, or in the lower and in the upper one.
   static constexpr uint32_t kEighth = 0x30003000, kMinusEighth = 0xb000b000;
   static constexpr uint32_t kPlusMinus = 0xbc003c00, kMinusPlus = 0x3c00bc00;
-  static constexpr float kLeastUnit = 1.0f / 131072, kGreatestUnit = 8128.0f;
+  static constexpr float kLeastUnit = kLeastUnitFp16, kGreatestUnit = kGreatestUnitFp16;
   __device__ static uint32_t mul(uint32_t a, uint32_t b) { return E::word(__hmul2_rn(E::pair(a), E::pair(b))); }
   __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
     return E::word(__hfma2(E::pair(a), E::pair(b), E::pair(c)));
@@ -37,7 +37,7 @@ struct Pairs<__nv_bfloat16> {
   using E = Element<__nv_bfloat16>;
   static constexpr uint32_t kEighth = 0x3e003e00, kMinusEighth = 0xbe00be00;
   static constexpr uint32_t kPlusMinus = 0xbf803f80, kMinusPlus = 0x3f80bf80;
-  static constexpr float kLeastUnit = 0x1p-100f, kGreatestUnit = 0x1p120f;
+  static constexpr float kLeastUnit = kLeastUnitBf16, kGreatestUnit = kGreatestUnitBf16;
   __device__ static uint32_t mul(uint32_t a, uint32_t b) { return E::word(__hmul2_rn(E::pair(a), E::pair(b))); }
   __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
     return E::word(__hfma2(E::pair(a), E::pair(b), E::pair(c)));
@@ -54,7 +54,6 @@ template <class T, int kBits>
 struct Blocks {
   using P = Planes<kBits>;
   static constexpr int kHalfRange = 1 << (kBits - 1);
-  static constexpr float kMaxLevel = 15.0f;
 
   struct Thread {
     typename P::Words codes;

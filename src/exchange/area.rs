@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use super::shared::SharedMemory;
 use crate::cuda::{self, Context, DeviceMemory, IpcHandle, Lent, Registered, Stream};
 use crate::error::{Error, Result};
-use crate::kernels::AreaMemory;
+use crate::kernels::Areas;
 
 /// Bytes of an [`Offer`].
 pub const OFFER_BYTES: usize = 80;
@@ -74,10 +74,10 @@ impl Area {
     ///
     /// # Errors
     /// When memory or the driver does not allow it.
-    pub fn new(memory: AreaMemory, n_bytes: usize, context: &Context, stream: &Stream) -> Result<(Self, Offer)> {
+    pub fn new(memory: Areas, n_bytes: usize, context: &Context, stream: &Stream) -> Result<(Self, Offer)> {
         let mut offer = [0; OFFER_BYTES];
         match memory {
-            AreaMemory::Gpu => {
+            Areas::InGpuMemory => {
                 let area = Lent::<DeviceMemory>::new(context.device(), n_bytes)
                     .map_err(Error::cuda("allocating the receive area (FLASHCOMM_BUFFER_MIB makes it smaller)"))?;
                 area.clear(stream).map_err(Error::cuda("clearing the receive area"))?;
@@ -92,7 +92,7 @@ impl Area {
                 }
                 Ok((Area::Gpu(area), offer))
             }
-            AreaMemory::Host => {
+            Areas::InHostMemory => {
                 let shared = SharedMemory::create(n_bytes, context.numa_node())?;
                 offer[..16].copy_from_slice(shared.name());
                 Ok((Area::Host(HostArea::new(shared)?), offer))
@@ -109,10 +109,10 @@ impl Area {
     }
 
     /// Where it lives.
-    pub fn memory(&self) -> AreaMemory {
+    pub fn memory(&self) -> Areas {
         match self {
-            Area::Gpu(_) => AreaMemory::Gpu,
-            Area::Host(_) => AreaMemory::Host,
+            Area::Gpu(_) => Areas::InGpuMemory,
+            Area::Host(_) => Areas::InHostMemory,
         }
     }
 

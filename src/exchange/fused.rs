@@ -12,8 +12,9 @@ use flashcomm_wire::{Plan, Rings, rings};
 
 use super::area::{Area, Mapped, Offer, Peer};
 use crate::cuda::{Context, DeviceMemory, PinnedMemory, Stream, StreamHandle};
+use crate::element::ElementType;
 use crate::error::{Error, Result};
-use crate::kernels::{self, AllReduceArgs, AreaMemory, ElementType, GaveUp, Kernels};
+use crate::kernels::{self, ABORTED, AllReduceArgs, Areas, GaveUp, Kernels};
 
 /// What this rank has made for an exchange, before the others' areas are known.
 pub struct Prepared {
@@ -53,7 +54,7 @@ impl Prepared {
     ///
     /// # Errors
     /// When memory or the driver does not allow it.
-    pub fn new(memory: AreaMemory, rings: Rings, context: &Context, stream: &Stream) -> Result<Self> {
+    pub fn new(memory: Areas, rings: Rings, context: &Context, stream: &Stream) -> Result<Self> {
         let (area, offer) = Area::new(memory, rings.area_bytes(), context, stream)?;
         let signals =
             DeviceMemory::new(rings.channels * 4).map_err(Error::cuda("allocating the channels' counters"))?;
@@ -116,7 +117,7 @@ impl Fused {
     }
 
     /// Where the areas live.
-    pub fn memory(&self) -> AreaMemory {
+    pub fn memory(&self) -> Areas {
         self.mine.memory()
     }
 
@@ -179,9 +180,9 @@ impl Fused {
             output: std::ptr::null_mut(),
             count: 0,
             chunk_tiles: 0,
-            areas: self.areas,
-            signals: self.signals.at(0),
-            abort: self.control.address(),
+            areas: self.areas.map(<*mut c_void>::cast),
+            signals: self.signals.at(0).cast(),
+            abort: self.control.address().cast(),
             gave_up: self.gave_up_ptr(),
             timeout_ns: self.timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)),
             rank: self.rank as u32,
@@ -217,7 +218,7 @@ impl Fused {
     /// The error of a kernel that gave up, logged when first asked for.
     pub fn failure(&self) -> Option<Error> {
         let GaveUp { why, peer, channel, iteration, .. } = self.gave_up()?;
-        let error = Error::GaveUp { rank: self.rank, peer, channel, iteration, is_aborted: why == 1 };
+        let error = Error::GaveUp { rank: self.rank, peer, channel, iteration, is_aborted: why == ABORTED };
         if !self.is_reported.swap(true, Ordering::Relaxed) {
             log::error!("{error}");
         }

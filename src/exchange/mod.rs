@@ -8,7 +8,7 @@ pub mod residency;
 pub mod shared;
 
 use crate::config::ExchangeKind;
-use crate::kernels::AreaMemory;
+use crate::kernels::Areas;
 
 /// The exchange of a communicator.
 #[allow(clippy::large_enum_variant, reason = "a communicator has one, and it is boxed with it")]
@@ -24,8 +24,8 @@ impl Exchange {
     pub fn kind(&self) -> ExchangeKind {
         match self {
             Exchange::Fused(fused) => match fused.memory() {
-                AreaMemory::Gpu => ExchangeKind::Peer,
-                AreaMemory::Host => ExchangeKind::Host,
+                Areas::InGpuMemory => ExchangeKind::Peer,
+                Areas::InHostMemory => ExchangeKind::Host,
             },
             Exchange::Nccl(_) => ExchangeKind::Nccl,
         }

@@ -19,7 +19,7 @@ use crate::exchange::area::{OFFER_BYTES, Peer};
 use crate::exchange::fused::{Fused, Prepared};
 use crate::exchange::nccl::Staging;
 use crate::exchange::residency::Seat;
-use crate::kernels::{AreaMemory, Kernels};
+use crate::kernels::{Areas, Kernels};
 
 /// No offer, in rounds that are not about one.
 const NOTHING: [u8; OFFER_BYTES] = [0; OFFER_BYTES];
@@ -103,7 +103,7 @@ impl<M: Meeting> Rounds<M> {
         facts: &[Blob],
         Local { context, kernels, stream, timeout }: &Local<'_>,
     ) -> Result<SetUp<Fused>> {
-        let memory = if kind == ExchangeKind::Peer { AreaMemory::Gpu } else { AreaMemory::Host };
+        let memory = if kind == ExchangeKind::Peer { Areas::InGpuMemory } else { Areas::InHostMemory };
         let Some(rings) = choice::rings(facts) else {
             return Ok(Err(NotSetUp { why: Disagreement::NoSharedMemory, mine: None }));
         };

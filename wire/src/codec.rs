@@ -48,15 +48,17 @@ use crate::element::Element;
 
 mod blocks;
 
+pub use blocks::MAX_LEVEL;
+
 /// Elements of a tile, the unit of coding and of chunking.
 pub const TILE_ELEMS: usize = 4096;
 
 /// Elements of a tile that one warp codes.
-const WARP_ELEMS: usize = 1024;
+pub const WARP_ELEMS: usize = 1024;
 /// Elements that a warp loads at once: 32 lanes, 8 elements (16 bytes) each.
-const ROW_ELEMS: usize = 256;
+pub const ROW_ELEMS: usize = 256;
 /// Elements that a lane loads at once.
-const LANE_ELEMS: usize = 8;
+pub const LANE_ELEMS: usize = 8;
 /// Bytes of one group's scale and zero.
 const META_BYTES: usize = 4;
 
@@ -230,7 +232,7 @@ impl Codec {
     }
 
     /// Bytes of the parameters of one tile.
-    const fn params_bytes(self) -> usize {
+    pub const fn params_bytes(self) -> usize {
         let n_groups = TILE_ELEMS / self.group.n_elems();
         match self.code {
             Code::Plain => n_groups * META_BYTES,

@@ -10,12 +10,15 @@ use crate::codec::Legs;
 /// Ranks that a fused all-reduce takes at most.
 pub const MAX_WORLD: usize = 16;
 
+/// Ranks up to which there is a lag.
+pub const LAGGING_WORLD: usize = 4;
+
 /// Iterations of a channel from the push of a tile to the use of what peers pushed.
 ///
 /// `world`: number of ranks. Among few an iteration is short, and other work must hide the way of a signal; among many
 /// it is long, and what is under way should stay in the L2 cache.
 pub const fn lag(world: usize) -> usize {
-    if world <= 4 { 1 } else { 0 }
+    if world <= LAGGING_WORLD { 1 } else { 0 }
 }
 
 /// Tiles that a ring holds among `world` ranks.
@@ -23,8 +26,11 @@ pub const fn slots(world: usize) -> usize {
     1 + 2 * lag(world)
 }
 
-/// Bytes of a channel's row of signals.
-pub const SIGNAL_BYTES: usize = 128;
+/// Bytes of a cache line, at which rows of signals and slots begin.
+pub const LINE_BYTES: usize = 128;
+
+/// Bytes of a channel's row of signals: a line of its own.
+pub const SIGNAL_BYTES: usize = LINE_BYTES;
 
 /// The receive area of one rank.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,7 +59,7 @@ impl Rings {
 
     /// Bytes of a slot: a tile's payload in the wider leg, and the rest of its last cache line.
     pub fn slot_bytes(&self) -> usize {
-        self.legs.reduce.tile_bytes().max(self.legs.gather.tile_bytes()).next_multiple_of(128)
+        self.legs.reduce.tile_bytes().max(self.legs.gather.tile_bytes()).next_multiple_of(LINE_BYTES)
     }
 
     /// Offset of the signal of `sender` to `channel`.

@@ -8,7 +8,7 @@ use crate::memory;
 /// The argument struct from its bytes.
 pub fn args<A: Copy>(bytes: &[u8]) -> A {
     assert_eq!(bytes.len(), size_of::<A>(), "a kernel gets as many bytes as it says");
-    // SAFETY: as many bytes as the struct has; every pattern of them is one of its values (integers only).
+    // SAFETY: as many bytes as the struct has; every pattern of them is one of its values (numbers and raw pointers only).
     unsafe { bytes.as_ptr().cast::<A>().read_unaligned() }
 }
 

@@ -3,6 +3,7 @@
 //! The channels of a launch take turns: each goes on until it would have to wait for another rank. So they all are
 //! "resident", and waiting ones really wait.
 
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::time::{Duration, Instant};
 
@@ -13,29 +14,10 @@ use crate::access::{args, enter, load, store, store_decoded};
 use crate::code::{Code, Result};
 use crate::kernels::{Kernel, Shape};
 use crate::memory;
+use crate::shared::{ABORTED, AllReduceArgs, DEADLINE_PASSED, GaveUp};
 
 /// Channels of a block at most.
 pub const MAX_BLOCK_CHANNELS: u32 = 7;
-
-/// `AllReduceArgs` of `kernels/layout.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct AllReduceArgs {
-    input: usize,
-    output: usize,
-    count: u64,
-    chunk_tiles: u64,
-    areas: [usize; rings::MAX_WORLD],
-    signals: usize,
-    abort: usize,
-    gave_up: usize,
-    timeout_ns: u64,
-    rank: u32,
-    world: u32,
-    max_channels: u32,
-    group_shift: u32,
-    scale: f32,
-}
 
 /// Where an operation waits, or that it has ended.
 enum Progress {
@@ -90,7 +72,7 @@ pub fn run<E: Element>(kernel: &Kernel, bytes: &[u8], shape: Shape) -> Result<()
     }
     let launch = Launch { args, rings, n_channels };
     let new = |number: usize| {
-        let n_signals = word(args.signals + number * 4)?.load(Ordering::Relaxed);
+        let n_signals = word(args.signals as usize + number * 4)?.load(Ordering::Relaxed);
         let n_rounds = (n_tiles - number).div_ceil(n_channels);
         Ok(Channel { number, n_rounds, n_signals, iteration: 0, part: Part::Push, waits_since: None })
     };
@@ -104,7 +86,7 @@ pub fn run<E: Element>(kernel: &Kernel, bytes: &[u8], shape: Shape) -> Result<()
             match channel.step::<E>(&launch)? {
                 Progress::Done => {
                     has_advanced = true;
-                    word(args.signals + channel.number * 4)?.store(channel.n_signals, Ordering::Relaxed);
+                    word(args.signals as usize + channel.number * 4)?.store(channel.n_signals, Ordering::Relaxed);
                 }
                 Progress::Advanced => {
                     has_advanced = true;
@@ -135,7 +117,7 @@ impl Launch {
     }
 
     fn slot(&self, at_rank: usize, channel: &Channel, hop: usize, from: usize, round: usize) -> usize {
-        self.args.areas[at_rank] + self.rings.slot(channel.number, hop, from, round)
+        self.args.areas[at_rank] as usize + self.rings.slot(channel.number, hop, from, round)
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
@@ -145,20 +127,23 @@ impl Launch {
 
     fn gives_up(&self, channel: &mut Channel, peer: usize) -> Result<bool> {
         let since = *channel.waits_since.get_or_insert_with(Instant::now);
-        let [why_at, claimed, fields @ ..] = [0, 1, 2, 3, 4].map(|i| self.args.gave_up + i * 4);
+        let at = |offset: usize| word(self.args.gave_up as usize + offset);
+        let gave_up = at(offset_of!(GaveUp, why))?;
         let why = match () {
-            () if word(self.args.abort)?.load(Ordering::Relaxed) != 0 => 1,
-            () if self.args.timeout_ns != 0 && since.elapsed().as_nanos() > u128::from(self.args.timeout_ns) => 2,
-            () => word(why_at)?.load(Ordering::Relaxed),
+            () if word(self.args.abort as usize)?.load(Ordering::Relaxed) != 0 => ABORTED,
+            () if self.args.timeout_ns != 0 && since.elapsed().as_nanos() > u128::from(self.args.timeout_ns) => {
+                DEADLINE_PASSED
+            }
+            () => gave_up.load(Ordering::Relaxed),
         };
         if why == 0 {
             return Ok(false);
         }
-        if word(claimed)?.swap(1, Ordering::AcqRel) == 0 {
-            for (field, value) in fields.into_iter().zip([peer, channel.number, channel.iteration]) {
-                word(field)?.store(value as u32, Ordering::Relaxed);
-            }
-            word(why_at)?.store(why, Ordering::Release);
+        if at(offset_of!(GaveUp, claimed))?.swap(1, Ordering::AcqRel) == 0 {
+            at(offset_of!(GaveUp, peer))?.store(peer as u32, Ordering::Relaxed);
+            at(offset_of!(GaveUp, channel))?.store(channel.number as u32, Ordering::Relaxed);
+            at(offset_of!(GaveUp, iteration))?.store(channel.iteration as u32, Ordering::Relaxed);
+            gave_up.store(why, Ordering::Release);
         }
         Ok(true)
     }
@@ -216,7 +201,7 @@ impl Channel {
 
     /// A peer that has not given as many signals as this rank.
     fn not_heard(&self, launch: &Launch) -> Result<Option<usize>> {
-        let mine = launch.args.areas[launch.args.rank as usize];
+        let mine = launch.args.areas[launch.args.rank as usize] as usize;
         for peer in launch.others() {
             let told = word(mine + launch.rings.signal(self.number, peer))?.load(Ordering::Acquire);
             if (told.wrapping_sub(self.n_signals) as i32) < 0 {
@@ -231,7 +216,8 @@ impl Channel {
         self.n_signals = self.n_signals.wrapping_add(1);
         fence(Ordering::SeqCst);
         for peer in launch.others() {
-            let signal = word(launch.args.areas[peer] + launch.rings.signal(self.number, launch.args.rank as usize))?;
+            let signal =
+                word(launch.args.areas[peer] as usize + launch.rings.signal(self.number, launch.args.rank as usize))?;
             signal.store(self.n_signals, Ordering::Release);
         }
         Ok(())
@@ -240,7 +226,7 @@ impl Channel {
     fn push<E: Element>(&self, launch: &Launch, owner: usize) -> Result<()> {
         let Some(tile) = launch.tile(self, owner, self.iteration) else { return Ok(()) };
         let reduce = launch.rings.legs.reduce;
-        let payload = encode::<E>(reduce, &enter::<E>(reduce, launch.args.input, tile)?);
+        let payload = encode::<E>(reduce, &enter::<E>(reduce, launch.args.input as usize, tile)?);
         store(launch.slot(owner, self, 0, launch.args.rank as usize, self.iteration), &payload)
     }
 
@@ -248,7 +234,7 @@ impl Channel {
         let Some(tile) = launch.tile(self, owner, round) else { return Ok(()) };
         let gather = launch.rings.legs.gather;
         let payload = load(launch.slot(launch.args.rank as usize, self, 1, owner, round), gather.tile_bytes())?;
-        store_decoded::<E>(gather, &payload, launch.args.output, tile)
+        store_decoded::<E>(gather, &payload, launch.args.output as usize, tile)
     }
 
     fn reduce<E: Element>(&self, launch: &Launch, round: usize) -> Result<()> {
@@ -258,7 +244,7 @@ impl Channel {
         let mut sum = vec![-0.0f32; n_values];
         for from in 0..launch.rings.world {
             let term = if from == rank {
-                enter::<E>(reduce, launch.args.input, tile)?
+                enter::<E>(reduce, launch.args.input as usize, tile)?
             } else {
                 let mut term = vec![0.0; n_values];
                 reduce
@@ -272,7 +258,7 @@ impl Channel {
         for peer in launch.others() {
             store(launch.slot(peer, self, 1, rank, round), &payload)?;
         }
-        store_decoded::<E>(gather, &payload, launch.args.output, tile)
+        store_decoded::<E>(gather, &payload, launch.args.output as usize, tile)
     }
 }
 

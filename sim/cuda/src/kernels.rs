@@ -1,16 +1,20 @@
-//! Kernels: Rust functions of one block, found by name. The one place where a new kernel is added is [`find`].
+//! Kernels: Rust functions of one block, found by name in the library's own list. The one place where a new verb is added
+//! is [`find`].
 //!
-//! A kernel takes one struct by value, as those of `kernels/*.cu` do, and gets its bytes. It computes with the scalar
+//! A kernel takes one struct by value, the same as those of `kernels/*.cu`, and gets its bytes. It computes with the scalar
 //! codec of `flashcomm-wire`. All of it runs on the stream's thread. Blocks that wait for nothing run one after the
 //! other; the channels of the fused kernel, which wait for other ranks, take turns ([`fused`]).
 
-use flashcomm_wire::codec::Code as WireCode;
-use flashcomm_wire::{Codec, Element, GroupSize, TILE_ELEMS, Width};
+use flashcomm_wire::{Codec, Element, GroupSize, TILE_ELEMS};
 use half::{bf16, f16};
+use once_cell::sync::Lazy;
 
 use crate::access::{args, enter, load, store, store_decoded};
 use crate::code::{Code, Result};
+use crate::element::ElementType;
 use crate::fused;
+use crate::instances::{Instance, Verb};
+use crate::shared::{AllReduceArgs, DequantizeArgs, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS};
 
 /// The extent of a launch.
 #[derive(Clone, Copy, Debug)]
@@ -39,57 +43,35 @@ pub struct Kernel {
     pub arg_bytes: usize,
     /// Its blocks may be this high; each row has 128 threads.
     pub max_rows: u32,
-    codecs: [Option<(WireCode, Width)>; 2],
+    instance: &'static Instance,
     run: Run,
 }
 
 /// Threads of a row of every block of ours.
-pub const THREADS: u32 = 128;
+pub const THREADS: u32 = TILE_THREADS as u32;
 
-/// The kernel of this name: `flashcomm_<verb>_<dtype>_<code><bits>[_<code><bits>]`.
+/// The kernel of this name, if the library has it.
 pub fn find(name: &str) -> Option<Kernel> {
-    let rest = name.strip_prefix("flashcomm_")?;
-    let (verb, rest) = rest.split_once('_')?;
-    let (element, mut rest) = rest.split_once('_')?;
-    let mut codecs = [None; 2];
-    for place in &mut codecs {
-        if rest.is_empty() {
-            break;
-        }
-        let (code, behind) = rest.split_at(rest.find(|c: char| c.is_ascii_digit())?);
-        let (bits, next) = behind.split_once('_').unwrap_or((behind, ""));
-        *place = Some((WireCode::by_name(code)?, Width::new(bits.parse().ok()?)?));
-        rest = next;
-    }
-    if !rest.is_empty() {
-        return None;
-    }
-    let is_fp16 = match element {
-        "fp16" => true,
-        "bf16" => false,
-        _ => return None,
+    static ALL: Lazy<Vec<Instance>> = Lazy::new(Instance::all);
+    let instance = ALL.iter().find(|instance| instance.name() == name)?;
+    let by_type = |fp16: Run, bf16: Run| match instance.element() {
+        ElementType::Fp16 => fp16,
+        ElementType::Bf16 => bf16,
     };
-    let by_type = |fp16: Run, bf16: Run| if is_fp16 { fp16 } else { bf16 };
-    let (run, arg_bytes, n_codecs, max_rows) = match verb {
-        "quantize" => {
-            let run = by_type(Run::Blocks(quantize::<f16>), Run::Blocks(quantize::<bf16>));
-            (run, size_of::<QuantizeArgs>(), 1, 1)
+    let (run, arg_bytes, max_rows) = match instance.verb() {
+        Verb::Quantize => {
+            (by_type(Run::Blocks(quantize::<f16>), Run::Blocks(quantize::<bf16>)), size_of::<QuantizeArgs>(), 1)
         }
-        "reduce" => (by_type(Run::Blocks(reduce::<f16>), Run::Blocks(reduce::<bf16>)), size_of::<ReduceArgs>(), 2, 1),
-        "dequantize" => {
-            let run = by_type(Run::Blocks(dequantize::<f16>), Run::Blocks(dequantize::<bf16>));
-            (run, size_of::<DequantizeArgs>(), 1, 1)
+        Verb::Reduce => (by_type(Run::Blocks(reduce::<f16>), Run::Blocks(reduce::<bf16>)), size_of::<ReduceArgs>(), 1),
+        Verb::Dequantize => {
+            (by_type(Run::Blocks(dequantize::<f16>), Run::Blocks(dequantize::<bf16>)), size_of::<DequantizeArgs>(), 1)
         }
-        "allreduce" | "hostallreduce" => {
+        Verb::AllReduce | Verb::HostAllReduce => {
             let run = by_type(Run::Grid(fused::run::<f16>), Run::Grid(fused::run::<bf16>));
-            (run, size_of::<fused::AllReduceArgs>(), 2, fused::MAX_BLOCK_CHANNELS)
+            (run, size_of::<AllReduceArgs>(), fused::MAX_BLOCK_CHANNELS)
         }
-        _ => return None,
     };
-    if codecs.iter().flatten().count() != n_codecs {
-        return None;
-    }
-    Some(Kernel { name: name.into(), arg_bytes, max_rows, codecs, run })
+    Some(Kernel { name: name.into(), arg_bytes, max_rows, instance, run })
 }
 
 impl Kernel {
@@ -105,23 +87,12 @@ impl Kernel {
         }
     }
 
-    /// The codec of leg `i`; `group_shift` is log2 of a group's elements / 8.
+    /// The codec of hop `i` of those that it handles; `group_shift` is log2 of a group's elements / 8.
     pub fn codec(&self, i: usize, group_shift: u32) -> Result<Codec> {
         let group = 8u16.checked_shl(group_shift).and_then(GroupSize::new);
-        let ((code, width), group) = (self.codecs[i].ok_or(Code::INVALID_VALUE)?, group.ok_or(Code::LAUNCH_FAILED)?);
-        Ok(Codec { width, group, code })
+        let (code, width) = (self.instance.code(), *self.instance.widths().get(i).ok_or(Code::INVALID_VALUE)?);
+        Ok(Codec { width, group: group.ok_or(Code::LAUNCH_FAILED)?, code })
     }
-}
-
-/// `Slice` of `kernels/layout.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Slice {
-    count: u64,
-    first_tile: u64,
-    chunk_tiles: u64,
-    n_tiles: u32,
-    group_shift: u32,
 }
 
 impl Slice {
@@ -134,38 +105,6 @@ impl Slice {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct QuantizeArgs {
-    input: usize,
-    outgoing: usize,
-    slot_bytes: u64,
-    rank: u32,
-    slice: Slice,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ReduceArgs {
-    input: usize,
-    incoming: usize,
-    outgoing: usize,
-    slot_bytes: u64,
-    rank: u32,
-    world: u32,
-    slice: Slice,
-    scale: f32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct DequantizeArgs {
-    payload: usize,
-    output: usize,
-    slot_bytes: u64,
-    slice: Slice,
-}
-
 fn quantize<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()> {
     let args: QuantizeArgs = args(bytes);
     let codec = kernel.codec(0, args.slice.group_shift)?;
@@ -173,8 +112,8 @@ fn quantize<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<(
     let owner = slot + u32::from(slot >= args.rank);
     let Some(elements) = args.slice.tile(owner, tile) else { return Ok(()) };
     let mut payload = vec![0; codec.tile_bytes()];
-    codec.encode_tile::<E>(&enter::<E>(codec, args.input, elements)?, &mut payload);
-    store(args.outgoing + slot as usize * args.slot_bytes as usize + tile as usize * payload.len(), &payload)
+    codec.encode_tile::<E>(&enter::<E>(codec, args.input as usize, elements)?, &mut payload);
+    store(args.outgoing as usize + slot as usize * args.slot_bytes as usize + tile as usize * payload.len(), &payload)
 }
 
 fn reduce<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()> {
@@ -185,9 +124,10 @@ fn reduce<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()>
     let mut sum: Option<Vec<f32>> = None;
     for rank in 0..args.world {
         let term = if rank == args.rank {
-            enter::<E>(from, args.input, elements)?
+            enter::<E>(from, args.input as usize, elements)?
         } else {
-            let from_at = args.incoming + rank as usize * args.slot_bytes as usize + tile as usize * from.tile_bytes();
+            let from_at =
+                args.incoming as usize + rank as usize * args.slot_bytes as usize + tile as usize * from.tile_bytes();
             let mut term = vec![0.0; from.n_values(elements.1)];
             from.decode_tile::<E>(&load(from_at, from.tile_bytes())?, &mut term);
             term
@@ -201,7 +141,7 @@ fn reduce<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()>
     sum.iter_mut().for_each(|sum| *sum *= args.scale);
     let mut payload = vec![0; to.tile_bytes()];
     to.encode_tile::<E>(&sum, &mut payload);
-    store(args.outgoing + tile as usize * payload.len(), &payload)
+    store(args.outgoing as usize + tile as usize * payload.len(), &payload)
 }
 
 fn dequantize<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()> {
@@ -209,6 +149,6 @@ fn dequantize<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result
     let codec = kernel.codec(0, args.slice.group_shift)?;
     let [tile, owner, _] = at;
     let Some((start, n_elems)) = args.slice.tile(owner, tile) else { return Ok(()) };
-    let at = args.payload + owner as usize * args.slot_bytes as usize + tile as usize * codec.tile_bytes();
-    store_decoded::<E>(codec, &load(at, codec.tile_bytes())?, args.output, (start, n_elems))
+    let at = args.payload as usize + owner as usize * args.slot_bytes as usize + tile as usize * codec.tile_bytes();
+    store_decoded::<E>(codec, &load(at, codec.tile_bytes())?, args.output as usize, (start, n_elems))
 }

@@ -23,3 +23,14 @@ pub mod fused;
 pub mod kernels;
 pub mod memory;
 pub mod stream;
+
+// Which kernels there are and what they get: the library's own files.
+#[path = "../../../src/element.rs"]
+#[allow(dead_code, reason = "the library uses the rest")]
+mod element;
+#[path = "../../../src/kernels/instances.rs"]
+#[allow(dead_code, reason = "the library and build.rs use the rest")]
+mod instances;
+#[path = "../../../src/kernels/shared.rs"]
+#[allow(dead_code, reason = "the library and build.rs use the rest")]
+mod shared;

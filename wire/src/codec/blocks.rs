@@ -56,7 +56,7 @@ pub(super) const GROUP_BYTES: usize = 2;
 pub(super) const LEVELS_BYTES: usize = TILE_ELEMS / LANE_ELEMS / 2;
 
 /// The greatest level.
-const MAX_LEVEL: u8 = 15;
+pub const MAX_LEVEL: u8 = 15;
 
 /// The largest value of a group times this is 1/15 of it and a margin.
 const UNIT_SHARE: f32 = (1.0 + 1.0 / 2048.0) / MAX_LEVEL as f32;

@@ -1,150 +1,38 @@
 //! Typed launches of the kernels in `kernels/`, found by name in the embedded fatbin.
 //!
-//! The argument structs mirror those of the `.cu` files; the GPU tests would not survive a difference.
+//! What both sides know lives in two files that `build.rs` reads, too: [`shared`], the structs and constants, and
+//! [`instances`], which kernels there are.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 
-use flashcomm_wire::{Codec, Legs, Plan, TILE_ELEMS, rings};
+use flashcomm_wire::{Codec, Legs, Plan};
 use once_cell::sync::Lazy;
 use parking_lot::Mutex;
 
-use crate::cuda::{Context, CudaResult, Function, Module, Shape, StreamHandle};
+use self::instances::{Instance, Verb};
+use self::shared::{CHANNEL_SHARED_BYTES, DequantizeArgs, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS};
+use crate::cuda::{Context, CudaError, CudaResult, Function, Module, Shape, StreamHandle};
+use crate::element::ElementType;
+
+#[allow(dead_code, reason = "build.rs and the simulator use the rest")]
+mod instances;
+#[allow(dead_code, reason = "build.rs uses the rest")]
+mod shared;
+
+pub use shared::{ABORTED, AllReduceArgs, GaveUp};
 
 /// Every kernel for every architecture, from build.rs.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbin"));
 
-/// Threads that work on one tile.
-const TILE_THREADS: u32 = 128;
-
-/// Shared memory of a channel of the fused kernel, its `ChannelMemory`: `kStages` tiles of input, `kMaxParamsBytes`.
-pub const CHANNEL_SHARED_BYTES: usize = 2 * TILE_ELEMS * 2 + 512;
-
-/// Storage type of the elements.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum ElementType {
-    /// IEEE half precision.
-    Fp16,
-    /// bfloat16.
-    Bf16,
-}
-
-impl ElementType {
-    /// Both types, in the order of the kernel tables.
-    pub const ALL: [ElementType; 2] = [ElementType::Fp16, ElementType::Bf16];
-
-    /// As in kernel names and settings.
-    pub const fn name(self) -> &'static str {
-        match self {
-            ElementType::Fp16 => "fp16",
-            ElementType::Bf16 => "bf16",
-        }
-    }
-
-    /// Bytes of an element.
-    pub const fn n_bytes(self) -> usize {
-        2
-    }
-}
-
-/// Where the receive areas of a fused all-reduce live; each has a kernel of its own.
+/// Where the receive areas of a fused all-reduce live, which decides the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum AreaMemory {
-    /// GPU memory of the receiver.
-    Gpu,
-    /// Pinned host memory.
-    Host,
-}
-
-/// Mirrors `Slice` in `kernels/layout.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct SliceArgs {
-    count: u64,
-    first_tile: u64,
-    chunk_tiles: u64,
-    n_tiles: u32,
-    group_shift: u32,
-}
-
-#[repr(C)]
-struct QuantizeArgs {
-    input: *const c_void,
-    outgoing: *mut c_void,
-    slot_bytes: u64,
-    rank: u32,
-    slice: SliceArgs,
-}
-
-#[repr(C)]
-struct ReduceArgs {
-    input: *const c_void,
-    incoming: *const c_void,
-    outgoing: *mut c_void,
-    slot_bytes: u64,
-    rank: u32,
-    world: u32,
-    slice: SliceArgs,
-    scale: f32,
-}
-
-#[repr(C)]
-struct DequantizeArgs {
-    payload: *const c_void,
-    output: *mut c_void,
-    slot_bytes: u64,
-    slice: SliceArgs,
-}
-
-/// What a fused kernel that gives up waiting leaves for the host. Mirrors `GaveUp` in `kernels/layout.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct GaveUp {
-    /// 0: nobody has; 1: the communicator was aborted; 2: the deadline passed. Written last.
-    pub why: u32,
-    /// The one that writes the rest has come.
-    pub claimed: u32,
-    /// The rank that had not signalled.
-    pub peer: u32,
-    /// The channel that waited.
-    pub channel: u32,
-    /// Its iteration.
-    pub iteration: u32,
-}
-
-/// What the fused kernel needs, beside the operation. Mirrors `AllReduceArgs` in `kernels/layout.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct AllReduceArgs {
-    /// `count` elements.
-    pub input: *const c_void,
-    /// The same; may be the input.
-    pub output: *mut c_void,
-    /// Elements of the operation.
-    pub count: u64,
-    /// Tiles of the longest chunk.
-    pub chunk_tiles: u64,
-    /// Every rank's receive area ([`flashcomm_wire::Rings`]), as this rank's kernels reach it.
-    pub areas: [*mut c_void; rings::MAX_WORLD],
-    /// Device memory: signals that each channel ever gave.
-    pub signals: *mut c_void,
-    /// Host memory: a 32-bit word, not 0 once the communicator is aborted.
-    pub abort: *const c_void,
-    /// Host memory.
-    pub gave_up: *mut GaveUp,
-    /// Nanoseconds that a wait may last; 0: no bound.
-    pub timeout_ns: u64,
-    /// This rank.
-    pub rank: u32,
-    /// Ranks.
-    pub world: u32,
-    /// Channels that the areas have room for.
-    pub max_channels: u32,
-    /// log2 of a quantization group's elements / 8.
-    pub group_shift: u32,
-    /// What the sum is multiplied with.
-    pub scale: f32,
+pub enum Areas {
+    /// In GPU memory.
+    InGpuMemory,
+    /// In host memory.
+    InHostMemory,
 }
 
 /// The kernels of one element type and pair of widths.
@@ -153,7 +41,7 @@ struct Entries {
     quantize: Function,
     reduce: Function,
     dequantize: Function,
-    /// By [`AreaMemory`].
+    /// By [`Areas`].
     all_reduce: [Function; 2],
 }
 
@@ -171,8 +59,8 @@ pub struct Piece<'a> {
 }
 
 impl Piece<'_> {
-    fn args(&self, codec: Codec) -> SliceArgs {
-        SliceArgs {
+    fn args(&self, codec: Codec) -> Slice {
+        Slice {
             count: self.plan.count() as u64,
             first_tile: self.plan.first_tile(self.slice) as u64,
             chunk_tiles: self.plan.chunk_tiles() as u64,
@@ -222,20 +110,19 @@ impl Kernels {
     }
 
     fn find(module: &Module, legs: Legs) -> CudaResult<Self> {
-        let name = |codec: Codec| format!("{}{}", codec.code.name(), codec.width.bits());
-        let (reduce, gather) = (name(legs.reduce), name(legs.gather));
-        let function = |name: String| module.function(&CString::new(name).expect("kernel names hold no NUL"));
-        let host = if has_host_kernel(legs) { "hostallreduce" } else { "allreduce" };
         let entries = |element: ElementType| -> CudaResult<Entries> {
-            let element = element.name();
+            let function = |verb: Verb| -> Option<CudaResult<Function>> {
+                let instance = Instance::new(verb, element, legs)?;
+                Some(module.function(&CString::new(instance.name()).expect("kernel names hold no NUL")))
+            };
+            let not_found = CudaError(cudarc::driver::sys::CUresult::CUDA_ERROR_NOT_FOUND);
+            let of_all_legs = |verb| function(verb).unwrap_or(Err(not_found));
+            let all_reduce = of_all_legs(Verb::AllReduce)?;
             Ok(Entries {
-                quantize: function(format!("flashcomm_quantize_{element}_{reduce}"))?,
-                reduce: function(format!("flashcomm_reduce_{element}_{reduce}_{gather}"))?,
-                dequantize: function(format!("flashcomm_dequantize_{element}_{gather}"))?,
-                all_reduce: [
-                    function(format!("flashcomm_allreduce_{element}_{reduce}_{gather}"))?,
-                    function(format!("flashcomm_{host}_{element}_{reduce}_{gather}"))?,
-                ],
+                quantize: of_all_legs(Verb::Quantize)?,
+                reduce: of_all_legs(Verb::Reduce)?,
+                dequantize: of_all_legs(Verb::Dequantize)?,
+                all_reduce: [all_reduce, function(Verb::HostAllReduce).unwrap_or(Ok(all_reduce))?],
             })
         };
         Ok(Self { entries: [entries(ElementType::ALL[0])?, entries(ElementType::ALL[1])?] })
@@ -250,7 +137,7 @@ impl Kernels {
         let mut channels = context.attribute(optin)? / CHANNEL_SHARED_BYTES;
         let fused = || self.entries.iter().flat_map(|entries| entries.all_reduce);
         for function in fused() {
-            channels = channels.min(function.max_threads()? / TILE_THREADS as usize);
+            channels = channels.min(function.max_threads()? / TILE_THREADS);
         }
         for function in fused() {
             function.allow_shared(channels * CHANNEL_SHARED_BYTES)?;
@@ -262,7 +149,7 @@ impl Kernels {
         Ok(channels)
     }
 
-    /// The whole all-reduce over areas in `memory`, by `n_blocks` blocks of `block_channels` channels.
+    /// The whole all-reduce over `areas`, by `n_blocks` blocks of `block_channels` channels.
     ///
     /// # Safety
     /// The arguments are what they say until the kernel has run on `stream`, which is of the current context; every rank
@@ -270,12 +157,12 @@ impl Kernels {
     pub unsafe fn all_reduce(
         &self,
         element: ElementType,
-        memory: AreaMemory,
+        areas: Areas,
         (n_blocks, block_channels): (usize, usize),
         args: &AllReduceArgs,
         stream: StreamHandle,
     ) -> CudaResult<()> {
-        let function = self.entries(element).all_reduce[memory as usize];
+        let function = self.entries(element).all_reduce[areas as usize];
         // SAFETY: as the caller vouches; the struct is the kernel's.
         unsafe { function.launch(fused_shape(n_blocks, block_channels), stream, args) }
     }
@@ -296,7 +183,7 @@ impl Kernels {
         let n_owners = piece.plan.world() as u32 - 1;
         let args = QuantizeArgs {
             input,
-            outgoing,
+            outgoing: outgoing.cast(),
             slot_bytes: piece.plan.reduce_slot_bytes(piece.slice) as u64,
             rank: rank as u32,
             slice: piece.args(piece.plan.legs().reduce),
@@ -321,8 +208,8 @@ impl Kernels {
     ) -> CudaResult<()> {
         let args = ReduceArgs {
             input,
-            incoming,
-            outgoing,
+            incoming: incoming.cast(),
+            outgoing: outgoing.cast(),
             slot_bytes: piece.plan.reduce_slot_bytes(piece.slice) as u64,
             rank: rank as u32,
             world: piece.plan.world() as u32,
@@ -345,7 +232,7 @@ impl Kernels {
         stream: StreamHandle,
     ) -> CudaResult<()> {
         let args = DequantizeArgs {
-            payload: gathered,
+            payload: gathered.cast(),
             output,
             slot_bytes: piece.plan.gather_slot_bytes(piece.slice) as u64,
             slice: piece.args(piece.plan.legs().gather),
@@ -360,22 +247,15 @@ impl Kernels {
     }
 }
 
-/// Whether these legs have a kernel of their own for areas in host memory: `FLASHCOMM_EACH_HOST_PAIR` in
-/// `kernels/codec.cuh`. The others take the one for GPU memory there, too.
-fn has_host_kernel(legs: Legs) -> bool {
-    let widths = (legs.reduce.width.bits(), legs.gather.width.bits());
-    widths.0 == widths.1 && widths.0 <= 8 || widths == (4, 8)
-}
-
 /// A block for each tile.
 const fn tiles(x: u32, y: u32) -> Shape {
-    Shape { grid: (x, y), block: (TILE_THREADS, 1), shared_bytes: 0 }
+    Shape { grid: (x, y), block: (TILE_THREADS as u32, 1), shared_bytes: 0 }
 }
 
 const fn fused_shape(n_blocks: usize, block_channels: usize) -> Shape {
     Shape {
         grid: (n_blocks as u32, 1),
-        block: (TILE_THREADS, block_channels as u32),
+        block: (TILE_THREADS as u32, block_channels as u32),
         shared_bytes: (block_channels * CHANNEL_SHARED_BYTES) as u32,
     }
 }
@@ -392,4 +272,49 @@ struct Loaded {
     kernels: HashMap<(i32, Legs), Kernels>,
 }
 
-const _: () = assert!(TILE_ELEMS == 32 * TILE_THREADS as usize, "a thread codes 32 elements");
+#[cfg(test)]
+mod tests {
+    use flashcomm_wire::{Code, GroupSize, Width};
+
+    use super::*;
+
+    /// What `Legs::new` takes of any widths, codes and groups.
+    fn any_legs() -> impl Iterator<Item = Legs> {
+        let group = |n_elems| GroupSize::new(n_elems).unwrap();
+        let codecs: Vec<Codec> = (2..=16)
+            .filter_map(Width::new)
+            .flat_map(|width| Code::ALL.map(|code| Codec { width, group: group(128), code }))
+            .chain([Codec { width: Width::new(4).unwrap(), group: group(32), code: Code::Blocks }])
+            .collect();
+        let pairs =
+            codecs.clone().into_iter().flat_map(move |reduce| codecs.clone().into_iter().map(move |b| (reduce, b)));
+        pairs.filter_map(|(reduce, gather)| Legs::new(reduce, gather))
+    }
+
+    #[test]
+    fn what_settings_choose_has_kernels_and_nothing_else_has() {
+        let all = Instance::all();
+        for legs in any_legs() {
+            let widths = (legs.reduce.width, legs.gather.width);
+            let can_be_set = Legs::choose(Some(legs.code()), widths, legs.reduce.group) == Some(legs);
+            for element in ElementType::ALL {
+                for verb in [Verb::Quantize, Verb::Reduce, Verb::Dequantize, Verb::AllReduce] {
+                    let found = Instance::new(verb, element, legs);
+                    assert_eq!(found.is_some(), can_be_set, "{verb:?} {legs:?}");
+                    assert!(found.is_none_or(|found| all.contains(&found)), "{verb:?} {legs:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn kernels_are_as_many_as_documented_and_have_names_of_their_own() {
+        let all = Instance::all();
+        let of = |verb: Verb| all.iter().filter(|instance| instance.verb() == verb).count() / ElementType::ALL.len();
+        // Widths 2 to 8 in two codes and 16 bits; 49 plain pairs, 8 of blocks and 16:16; 8 of each code in host memory.
+        assert_eq!(Verb::ALL.map(of), [15, 58, 15, 58, 16]);
+        let names: std::collections::HashSet<&str> = all.iter().map(Instance::name).collect();
+        assert_eq!((all.len(), names.len()), (324, 324));
+        assert!(names.contains("flashcomm_allreduce_fp16_blocks4_blocks8"));
+    }
+}

@@ -1,0 +1,115 @@
+//! Which kernels there are: one list for the compiler, which defines them, and for the host, which looks them up by name.
+//!
+//! A kernel is an instance of a template for an element type, a code and one width or two. `build.rs` includes this file and
+//! writes the list into `shared.cuh`; the host can name only what [`Instance::new`] gives, and so can the simulator.
+//! Hence no kernel is looked up that was not compiled. The group size is no part of it: kernels take it as an argument.
+
+use flashcomm_wire::{Code, GroupSize, Legs, Width};
+
+use crate::element::ElementType;
+
+/// What a kernel does: the template.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verb {
+    /// Elements to hop 1's payloads.
+    Quantize,
+    /// Hop 1's payloads to hop 2's.
+    Reduce,
+    /// Hop 2's payloads to elements.
+    Dequantize,
+    /// The whole all-reduce, over areas in GPU memory.
+    AllReduce,
+    /// The same over areas in host memory.
+    HostAllReduce,
+}
+
+impl Verb {
+    /// All of them.
+    pub const ALL: [Verb; 5] = [Verb::Quantize, Verb::Reduce, Verb::Dequantize, Verb::AllReduce, Verb::HostAllReduce];
+
+    /// As in kernel names.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Verb::Quantize => "quantize",
+            Verb::Reduce => "reduce",
+            Verb::Dequantize => "dequantize",
+            Verb::AllReduce => "allreduce",
+            Verb::HostAllReduce => "hostallreduce",
+        }
+    }
+}
+
+/// A kernel of the fatbin.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Instance {
+    /// `flashcomm_<verb>_<dtype>_<code><bits>`, and `_<code><bits>` of hop 2 where it handles both hops.
+    name: String,
+    verb: Verb,
+    element: ElementType,
+    code: Code,
+    /// Of the hops that it handles, in order.
+    widths: Vec<Width>,
+}
+
+impl Instance {
+    /// The kernel for these legs, if there is one: there are kernels for what [`Legs::choose`] gives. In host memory they
+    /// are of the likely pairs of widths only; the other pairs take the one for GPU memory there, too.
+    pub fn new(verb: Verb, element: ElementType, legs: Legs) -> Option<Self> {
+        let (code, pair) = (legs.code(), (legs.reduce.width, legs.gather.width));
+        Legs::choose(Some(code), pair, legs.reduce.group).filter(|chosen| *chosen == legs)?;
+        let (reduce, gather) = pair;
+        let widths = match verb {
+            Verb::Quantize => vec![reduce],
+            Verb::Dequantize => vec![gather],
+            Verb::Reduce | Verb::AllReduce => vec![reduce, gather],
+            Verb::HostAllReduce if reduce == gather && !reduce.is_uncompressed() => vec![reduce, gather],
+            Verb::HostAllReduce if (reduce.bits(), gather.bits()) == (4, 8) => vec![reduce, gather],
+            Verb::HostAllReduce => return None,
+        };
+        let codecs: Vec<String> = widths.iter().map(|width| format!("{}{}", code.name(), width.bits())).collect();
+        let name = format!("flashcomm_{}_{}_{}", verb.name(), element.name(), codecs.join("_"));
+        Some(Self { name, verb, element, code, widths })
+    }
+
+    /// Every kernel there is, each once.
+    pub fn all() -> Vec<Self> {
+        let widths: Vec<Width> = (0..=16).filter_map(Width::new).collect();
+        let group = GroupSize::new(128).expect("a group size");
+        let mut all: Vec<Self> = Vec::new();
+        for (verb, element) in Verb::ALL.into_iter().flat_map(|verb| ElementType::ALL.map(|element| (verb, element))) {
+            for code in Code::ALL {
+                for pair in widths.iter().flat_map(|reduce| widths.iter().map(|gather| (*reduce, *gather))) {
+                    let legs = Legs::choose(Some(code), pair, group);
+                    let new = legs.and_then(|legs| Self::new(verb, element, legs));
+                    all.extend(new.filter(|new| !all.contains(new)));
+                }
+            }
+        }
+        all
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it does.
+    pub fn verb(&self) -> Verb {
+        self.verb
+    }
+
+    /// Of which elements.
+    pub fn element(&self) -> ElementType {
+        self.element
+    }
+
+    /// In which code.
+    pub fn code(&self) -> Code {
+        self.code
+    }
+
+    /// Of the hops that it handles, in order.
+    pub fn widths(&self) -> &[Width] {
+        &self.widths
+    }
+}
