@@ -18,7 +18,7 @@ use flashcomm_sim_schedule as schedule;
 use once_cell::sync::Lazy;
 use parking_lot::{Condvar, Mutex, RwLock};
 
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::device::Device;
 
 /// A piece of stream work.
@@ -149,12 +149,12 @@ pub fn check_capture_allows() -> Result<()> {
     };
     match ACTIVE.lock().iter().find(forbids) {
         None => Ok(()),
-        Some(session) => Err(session.invalidate(Code::STREAM_CAPTURE_UNSUPPORTED)),
+        Some(session) => Err(session.invalidate(CuResult::STREAM_CAPTURE_UNSUPPORTED)),
     }
 }
 
 impl Session {
-    fn invalidate(&self, code: Code) -> Code {
+    fn invalidate(&self, code: CuResult) -> CuResult {
         self.is_invalid.store(true, Ordering::Release);
         code
     }
@@ -248,7 +248,7 @@ impl Stream {
         for stream in Stream::all(self.device).into_iter().filter(|stream| stream.kind == Kind::Blocking) {
             let state = stream.state.lock();
             if let Some(capturing) = &state.capture {
-                return Err(capturing.session.invalidate(Code::STREAM_CAPTURE_IMPLICIT));
+                return Err(capturing.session.invalidate(CuResult::STREAM_CAPTURE_IMPLICIT));
             }
             if state.completed < state.issued {
                 before.push((stream.clone(), state.issued));
@@ -319,7 +319,7 @@ impl Stream {
         let issued = {
             let mut state = self.state.lock();
             if let Some(capturing) = state.capture_mut()? {
-                return Err(capturing.session.invalidate(Code::STREAM_CAPTURE_UNSUPPORTED));
+                return Err(capturing.session.invalidate(CuResult::STREAM_CAPTURE_UNSUPPORTED));
             }
             state.issued
         };
@@ -331,7 +331,7 @@ impl Stream {
     pub fn is_idle(&self) -> Result<bool> {
         let mut state = self.state.lock();
         if let Some(capturing) = state.capture_mut()? {
-            return Err(capturing.session.invalidate(Code::STREAM_CAPTURE_UNSUPPORTED));
+            return Err(capturing.session.invalidate(CuResult::STREAM_CAPTURE_UNSUPPORTED));
         }
         self.device.check()?;
         Ok(state.completed == state.issued)
@@ -356,7 +356,7 @@ impl Stream {
             let captures =
                 |stream: &Arc<Stream>| stream.kind == Kind::Blocking && stream.state.lock().capture.is_some();
             return match Stream::all(self.device).iter().any(captures) {
-                true => Err(Code::STREAM_CAPTURE_IMPLICIT),
+                true => Err(CuResult::STREAM_CAPTURE_IMPLICIT),
                 false => Ok(CaptureStatus::None),
             };
         }
@@ -375,10 +375,10 @@ impl Stream {
     /// Adds to them, or puts others in their place.
     pub fn update_dependencies(&self, nodes: &[usize], add: bool) -> Result<()> {
         let mut state = self.state.lock();
-        let capturing = state.capture_mut()?.ok_or(Code::INVALID_VALUE)?;
+        let capturing = state.capture_mut()?.ok_or(CuResult::INVALID_VALUE)?;
         let n_nodes = capturing.session.nodes.lock().len();
         if nodes.iter().any(|node| *node >= n_nodes) {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         let before = if add { capturing.last.clone() } else { Vec::new() };
         let before = std::mem::replace(&mut capturing.last, before);
@@ -393,10 +393,10 @@ impl Stream {
     pub fn begin_capture(&self, mode: i32) -> Result<()> {
         let mut state = self.state.lock();
         if self.kind == Kind::Legacy {
-            return Err(Code::STREAM_CAPTURE_UNSUPPORTED);
+            return Err(CuResult::STREAM_CAPTURE_UNSUPPORTED);
         }
         if state.capture.is_some() {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         let session = Arc::new(Session {
             id: CAPTURES.fetch_add(1, Ordering::Relaxed),
@@ -414,9 +414,9 @@ impl Stream {
 
     /// Ends a capture: its nodes.
     pub fn end_capture(&self) -> Result<Vec<Node>> {
-        let capturing = self.state.lock().capture.clone().ok_or(Code::INVALID_VALUE)?;
+        let capturing = self.state.lock().capture.clone().ok_or(CuResult::INVALID_VALUE)?;
         if !capturing.is_origin {
-            return Err(Code::STREAM_CAPTURE_UNMATCHED);
+            return Err(CuResult::STREAM_CAPTURE_UNMATCHED);
         }
         let session = &capturing.session;
         session.has_ended.store(true, Ordering::Release);
@@ -428,7 +428,7 @@ impl Stream {
             }
         }
         if session.is_invalid.load(Ordering::Acquire) {
-            return Err(Code::STREAM_CAPTURE_INVALIDATED);
+            return Err(CuResult::STREAM_CAPTURE_INVALIDATED);
         }
         // Taken out: an event that keeps the session must not keep what the nodes hold.
         let nodes = std::mem::take(&mut *session.nodes.lock());
@@ -440,7 +440,7 @@ impl Stream {
                 open.extend(&nodes[node].needs);
             }
         }
-        if is_joined.iter().all(|joined| *joined) { Ok(nodes) } else { Err(Code::STREAM_CAPTURE_UNJOINED) }
+        if is_joined.iter().all(|joined| *joined) { Ok(nodes) } else { Err(CuResult::STREAM_CAPTURE_UNJOINED) }
     }
 }
 
@@ -449,7 +449,7 @@ impl State {
     fn capture_mut(&mut self) -> Result<Option<&mut Capturing>> {
         match &mut self.capture {
             Some(capturing) if capturing.session.is_invalid.load(Ordering::Acquire) => {
-                Err(Code::STREAM_CAPTURE_INVALIDATED)
+                Err(CuResult::STREAM_CAPTURE_INVALIDATED)
             }
             capture => Ok(capture.as_mut()),
         }
@@ -504,13 +504,13 @@ impl Event {
 
     /// The event of a handle.
     pub fn find(handle: usize) -> Result<Arc<Self>> {
-        EVENTS.read().get(&handle).cloned().ok_or(Code::INVALID_HANDLE)
+        EVENTS.read().get(&handle).cloned().ok_or(CuResult::INVALID_HANDLE)
     }
 
     /// Destroys it.
     pub fn destroy(handle: usize) -> Result<()> {
         let event = EVENTS.write().remove(&handle); // dropped without the lock: it may hold other events
-        event.map(drop).ok_or(Code::INVALID_HANDLE)
+        event.map(drop).ok_or(CuResult::INVALID_HANDLE)
     }
 
     /// Records the work of a stream so far; `external`: at each replay of the graph being captured.
@@ -526,7 +526,7 @@ impl Event {
                 capturing.add(NodeWork::Record(self.clone()));
                 Ok(())
             }
-            (None, true) => Err(Code::INVALID_VALUE),
+            (None, true) => Err(CuResult::INVALID_VALUE),
             (None, false) => {
                 drop(state);
                 let mark = self.next_mark();
@@ -559,13 +559,13 @@ impl Event {
         let mut state = stream.state.lock();
         let Some(capturing) = state.capture_mut()? else {
             return match recorded {
-                _ if external => Err(Code::INVALID_VALUE),
+                _ if external => Err(CuResult::INVALID_VALUE),
                 EventState::Never => Ok(()),
                 EventState::Captured(session, _) if session.has_ended.load(Ordering::Acquire) => {
-                    Err(Code::CAPTURED_EVENT)
+                    Err(CuResult::CAPTURED_EVENT)
                 }
                 EventState::Captured(session, _) if stream.kind == Kind::Legacy => {
-                    Err(session.invalidate(Code::STREAM_CAPTURE_IMPLICIT))
+                    Err(session.invalidate(CuResult::STREAM_CAPTURE_IMPLICIT))
                 }
                 EventState::Captured(session, last) => {
                     state.capture = Some(Capturing { session, last, is_origin: false });
@@ -597,7 +597,7 @@ impl Event {
                 Ok(())
             }
             EventState::Never => Ok(()),
-            _ => Err(capturing.session.invalidate(Code::STREAM_CAPTURE_ISOLATION)),
+            _ => Err(capturing.session.invalidate(CuResult::STREAM_CAPTURE_ISOLATION)),
         }
     }
 
@@ -607,7 +607,7 @@ impl Event {
         match &*self.state.lock() {
             EventState::Never => Ok(true),
             EventState::Recorded(mark) => Ok(mark.at.lock().is_some()),
-            EventState::Captured(session, _) => Err(session.invalidate(Code::CAPTURED_EVENT)),
+            EventState::Captured(session, _) => Err(session.invalidate(CuResult::CAPTURED_EVENT)),
         }
     }
 
@@ -617,7 +617,7 @@ impl Event {
         match recorded {
             EventState::Never => {}
             EventState::Recorded(mark) => mark.wait(self.device),
-            EventState::Captured(session, _) => return Err(session.invalidate(Code::CAPTURED_EVENT)),
+            EventState::Captured(session, _) => return Err(session.invalidate(CuResult::CAPTURED_EVENT)),
         }
         self.device.check()
     }
@@ -625,8 +625,8 @@ impl Event {
     /// Milliseconds from `self` to `end`.
     pub fn elapsed_ms(&self, end: &Event) -> Result<f32> {
         let at = |event: &Event| match &*event.state.lock() {
-            EventState::Recorded(mark) if event.has_timing => mark.at.lock().ok_or(Code::NOT_READY),
-            _ => Err(Code::INVALID_HANDLE),
+            EventState::Recorded(mark) if event.has_timing => mark.at.lock().ok_or(CuResult::NOT_READY),
+            _ => Err(CuResult::INVALID_HANDLE),
         };
         let (start, end) = (at(self)?, at(end)?);
         Ok(end
