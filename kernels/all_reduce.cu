@@ -142,17 +142,17 @@ struct AllReduce {
 
   // ---- the output -----------------------------------------------------------------------------------------------
 
-  __device__ void write(const typename Gather::Thread& codes, const Tile& t) const {
+  __device__ void write(const typename Gather::Thread& encoded, const Tile& t) const {
     if (is_aligned16(args.output) && is_whole(t)) {
-      decode_to(codes, output + t.start, kTileElems, true);
+      decode_to(encoded, output + t.start, kTileElems, true);
     } else {
-      write_slowly(codes, output + t.start, t.n_elems);
+      write_slowly(encoded, output + t.start, t.n_elems);
     }
   }
-  __device__ static void decode_to(const typename Gather::Thread& codes, T* tile_ptr, int n_elems, bool is_vectors) {
+  __device__ static void decode_to(const typename Gather::Thread& encoded, T* tile_ptr, int n_elems, bool is_vectors) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const Vec16 elems = Gather::decode_row(codes, row);
+      const Vec16 elems = Gather::decode_row(encoded, row);
       if (is_vectors) {
         store_vec16_streaming(tile_ptr + lane_first(row), elems);
       } else {
@@ -160,31 +160,31 @@ struct AllReduce {
       }
     }
   }
-  __device__ __noinline__ static void write_slowly(typename Gather::Thread codes, T* tile_ptr, int n_elems) {
-    decode_to(codes, tile_ptr, n_elems, false);
+  __device__ __noinline__ static void write_slowly(typename Gather::Thread encoded, T* tile_ptr, int n_elems) {
+    decode_to(encoded, tile_ptr, n_elems, false);
   }
 
   // ---- payloads -------------------------------------------------------------------------------------------------
 
   template <class C>
-  __device__ void send(uint8_t* payload, const typename C::Thread& codes) const {
+  __device__ void send(uint8_t* payload, const typename C::Thread& encoded) const {
     if constexpr (kBundles) {
-      C::store_params(params(), args.group_shift, codes);
-      copy_params<C>(payload + C::kCodesBytes, params());
-      C::store_codes(payload, codes);
+      C::store_params(params(), args.group_shift, encoded);
+      copy_params<C>(payload + C::kQuantsBytes, params());
+      C::store_quants(payload, encoded);
     } else {
-      store_payload<C>(payload, args.group_shift, codes);
+      store_payload<C>(payload, args.group_shift, encoded);
     }
   }
 
   template <class C>
   __device__ typename C::Thread receive(const uint8_t* payload) const {
     if constexpr (kBundles) {
-      copy_params<C>(params(), payload + C::kCodesBytes);
-      typename C::Thread codes;
-      C::load_codes(payload, codes);
-      C::load_params(params(), args.group_shift, codes);
-      return codes;
+      copy_params<C>(params(), payload + C::kQuantsBytes);
+      typename C::Thread encoded;
+      C::load_quants(payload, encoded);
+      C::load_params(params(), args.group_shift, encoded);
+      return encoded;
     } else {
       return load_payload<C>(payload, args.group_shift);
     }
@@ -237,16 +237,16 @@ struct AllReduce {
 #pragma unroll 1
       for (unsigned rank = args.rank + 1; rank < args.world; ++rank) add_hop1(rank, round, sum);
       scale_sum(args.scale, sum);
-      const typename Gather::Thread codes = Gather::encode(sum, args.group_shift);
+      const typename Gather::Thread encoded = Gather::encode(sum, args.group_shift);
 #pragma unroll 1
       for (unsigned step = 0; step + 1 < args.world; ++step) {
-        send<Gather>(slot(other(step), 1, args.rank, round), codes);
+        send<Gather>(slot(other(step), 1, args.rank, round), encoded);
       }
       if constexpr (kBundles) {
         asm volatile("" : "+r"(round));  // worked out anew, the tile takes no registers from the sum
-        write(codes, tile(args.rank, round));
+        write(encoded, tile(args.rank, round));
       } else {
-        write(codes, t);
+        write(encoded, t);
       }
     }
   }
@@ -262,10 +262,10 @@ struct AllReduce {
     typename Gather::Thread next = receive<Gather>(slot(args.rank, 1, other(0), round));
 #pragma unroll 1
     for (unsigned step = 0; step + 1 < args.world; ++step) {
-      const typename Gather::Thread codes = next;
+      const typename Gather::Thread encoded = next;
       if (step + 2 < args.world) next = receive<Gather>(slot(args.rank, 1, other(step + 1), round));
       const Tile t = tile(other(step), round);
-      if (t.n_elems != 0) write(codes, t);
+      if (t.n_elems != 0) write(encoded, t);
     }
   }
 

@@ -4,13 +4,13 @@
 // A codec has
 //
 //   Thread                          what one thread holds of an encoded tile
-//   kCodesBytes, params_bytes(shift)   of the two parts of a payload: codes, and behind them what there is for each group
+//   kQuantsBytes, params_bytes(shift)   of the two parts of a payload: quants, and behind them what there is for each group
 //   encode_input(x, shift)          x: this thread's elements as they are stored; may be overwritten
 //   add_input(row, sum)             adds a row of them to a row of a sum, as they would be if they were not quantized
 //   encode(sum, shift)
 //   add(thread, sum)                adds what they decode to
 //   decode_row(thread, row)         a row as the output has it
-//   load_codes(payload, thread), store_codes(payload, thread)
+//   load_quants(payload, thread), store_quants(payload, thread)
 //   load_params(params, shift, thread), store_params(params, shift, thread)   where either part is: 16-byte aligned
 //
 // where shift is log2 of the lanes that hold one quantization group in a row. A warp needs no other: its rows hold whole
@@ -45,21 +45,21 @@ using Codec = typename CodecOf<T, kCode, kBits>::Type;
 
 template <class C>
 __device__ __forceinline__ unsigned payload_bytes(unsigned group_shift) {
-  return C::kCodesBytes + C::params_bytes(group_shift);
+  return C::kQuantsBytes + C::params_bytes(group_shift);
 }
 
 template <class C>
 __device__ __forceinline__ typename C::Thread load_payload(const uint8_t* payload, unsigned group_shift) {
   typename C::Thread t;
-  C::load_codes(payload, t);
-  C::load_params(payload + C::kCodesBytes, group_shift, t);
+  C::load_quants(payload, t);
+  C::load_params(payload + C::kQuantsBytes, group_shift, t);
   return t;
 }
 
 template <class C>
 __device__ __forceinline__ void store_payload(uint8_t* payload, unsigned group_shift, const typename C::Thread& t) {
-  C::store_codes(payload, t);
-  C::store_params(payload + C::kCodesBytes, group_shift, t);
+  C::store_quants(payload, t);
+  C::store_params(payload + C::kQuantsBytes, group_shift, t);
 }
 
 }  // namespace flashcomm

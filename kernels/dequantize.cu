@@ -20,12 +20,12 @@ __device__ __forceinline__ void dequantize(const DequantizeArgs& args) {
 
   const unsigned shift = args.slice.group_shift;
   const uint8_t* payload = args.payload + owner * args.slot_bytes + blockIdx.x * payload_bytes<C>(shift);
-  const typename C::Thread codes = load_payload<C>(payload, shift);
+  const typename C::Thread encoded = load_payload<C>(payload, shift);
   T* output = static_cast<T*>(args.output) + tile.start;
   const bool aligned = is_aligned16(output);
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    store_lane(output, lane_first(row), tile.n_elems, aligned, C::decode_row(codes, row));
+    store_lane(output, lane_first(row), tile.n_elems, aligned, C::decode_row(encoded, row));
   }
 }
 

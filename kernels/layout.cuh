@@ -1,4 +1,4 @@
-// Where everything stands: elements in a tile, tiles in an operation. The numbers are those of wire/src/codec.rs and
+// Where everything stands: elements in a tile, tiles in an operation. The numbers are those of wire/src/codec/ and
 // wire/src/plan.rs, and the GPU tests hold the two sides together byte for byte.
 //
 // shared.cuh, which build.rs writes from src/kernels/shared.rs, has what Rust knows too: the constants, the structs that

@@ -27,7 +27,7 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
   const uint8_t* incoming = args.incoming + blockIdx.x * payload_bytes<In>(shift);
   ThreadElems sum;
   start_sum(sum);
-#pragma unroll 1  // unrolled, the senders' codes would take 150 registers
+#pragma unroll 1  // unrolled, the senders' quants would take 150 registers
   for (unsigned rank = 0; rank < args.world; ++rank) {
     if (rank == args.rank) {
       ThreadVecs own;

@@ -1,5 +1,5 @@
-// Blocks of 8 elements, one lane's of a row, each transformed and with a level of its own. wire/src/codec/blocks.rs has the
-// formulas.
+// The code blocks: octets, 8 elements of one lane in a row, each transformed and with a level of its own.
+// wire/src/codec/blocks.rs has the formulas.
 #pragma once
 
 #include <type_traits>
@@ -56,12 +56,12 @@ struct Blocks {
   static constexpr int kHalfRange = 1 << (kBits - 1);
 
   struct Thread {
-    typename P::Words codes;
+    typename P::Words quants;
     uint32_t levels;    // of row r in byte r % 2, from bit r / 2 * 4 on
     uint32_t units[2];  // of the group in each row
   };
 
-  static constexpr unsigned kCodesBytes = P::kBytes;
+  static constexpr unsigned kQuantsBytes = P::kBytes;
   __device__ static unsigned params_bytes(unsigned group_shift) { return kTileThreads * 2 + n_groups(group_shift) * 2; }
 
   // x: turned into its transform.
@@ -108,7 +108,7 @@ struct Blocks {
   }
 
   __device__ static void add(const Thread& in, ThreadElems& sum) {
-    // The middle of the cell of code 0, under the pattern that puts the code into bits 8 to 15 of the mantissa: 2^15 + code.
+    // The middle of the cell of quant 0, under the pattern that puts the quant into bits 8 to 15 of the mantissa: 2^15 + quant.
     constexpr uint32_t kPattern = 0x47000000;
     constexpr float kMiddle = 32768.0f + kHalfRange - 0.5f;
 #pragma unroll
@@ -116,10 +116,10 @@ struct Blocks {
       const float step = __fmul_rn(half_bound(in, row), 2.0f / kHalfRange);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t codes = P::get_half(in.codes, row * 2 + half);
+        const uint32_t quants = P::get_half(in.quants, row * 2 + half);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float middle = __fsub_rn(__uint_as_float(__byte_perm(codes, kPattern, 0x7504 + e * 16)), kMiddle);
+          const float middle = __fsub_rn(__uint_as_float(__byte_perm(quants, kPattern, 0x7504 + e * 16)), kMiddle);
           float& s = sum[row][half * 4 + e];
           s = __fmaf_rn(middle, step, s);  // the product is exact
         }
@@ -128,16 +128,16 @@ struct Blocks {
   }
 
   __device__ static Vec16 decode_row(const Thread& in, int row) {
-    // In fp16 whatever the type: 2^(12 - b) + 2^(2 - b) * code. What is transformed is 2^(2 - b) times the middles.
+    // In fp16 whatever the type: 2^(12 - b) + 2^(2 - b) * quant. What is transformed is 2^(2 - b) times the middles.
     using H = Element<__half>;
     constexpr uint32_t kExponent = (12 - kBits + 15) << 2, kPattern = kExponent * 0x01010101u;
     constexpr uint32_t kZero = kExponent << 24 | kExponent << 8, kLast = kZero + (2 * kHalfRange - 1) * 0x00010001u;
     __half2 w[4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t codes = P::get_half(in.codes, row * 2 + half);
-      w[half * 2] = H::pair(__byte_perm(codes, kPattern, 0x4140));
-      w[half * 2 + 1] = H::pair(__byte_perm(codes, kPattern, 0x4342));
+      const uint32_t quants = P::get_half(in.quants, row * 2 + half);
+      w[half * 2] = H::pair(__byte_perm(quants, kPattern, 0x4140));
+      w[half * 2 + 1] = H::pair(__byte_perm(quants, kPattern, 0x4342));
     }
     __half2 a[4];
 #pragma unroll
@@ -166,8 +166,8 @@ struct Blocks {
     return out;
   }
 
-  __device__ static void load_codes(const uint8_t* payload, Thread& t) { P::load(payload, t.codes); }
-  __device__ static void store_codes(uint8_t* payload, const Thread& t) { P::store(payload, t.codes); }
+  __device__ static void load_quants(const uint8_t* payload, Thread& t) { P::load(payload, t.quants); }
+  __device__ static void store_quants(uint8_t* payload, const Thread& t) { P::store(payload, t.quants); }
   __device__ static void load_params(const uint8_t* params, unsigned group_shift, Thread& t) {
     t.levels = *reinterpret_cast<const uint16_t*>(params + threadIdx.x * 2);
     get<2>(params + kUnitsAt + my_groups(group_shift) * 8, t.units);
@@ -200,7 +200,7 @@ struct Blocks {
   }
 
   // Units and levels, and the inverse of the step in each row.
-  // largest: the largest magnitude of each block.
+  // largest: the largest magnitude of each octet.
   __device__ static void scales(const float (&largest)[kRows], unsigned group_shift, Thread& out, float (&inverse)[kRows]) {
     const float max = reduce_rows(largest, group_shift, max_nan);
     const float share = __fmul_rn(max, (1.0f + 1.0f / 2048) / kMaxLevel);
@@ -224,17 +224,17 @@ struct Blocks {
     out.units[1] = units[2] | units[3] << 16;
   }
 
-  // Adds a row's codes. No clamp: the margins of unit and level keep them within their bits.
+  // Adds a row's quants. No clamp: the margins of unit and level keep them within their bits.
   __device__ static void encode_row(const float (&x)[kLaneElems], int row, float inverse, Thread& out) {
     uint32_t q[kLaneElems];
 #pragma unroll
     for (int e = 0; e < kLaneElems; ++e) {
       q[e] = __float_as_uint(__fmaf_rd(x[e], inverse, kIntegerMagic + kHalfRange));
     }
-    P::put_row(q, row, out.codes);
+    P::put_row(q, row, out.quants);
   }
 
-  // Half of L, the bound of a row's block: its level / 2 times its unit.
+  // Half of L, the bound of a row's octet: its level / 2 times its unit.
   __device__ static float half_bound(const Thread& in, int row) {
     const uint32_t levels = in.levels >> (row / 2 * 4) & 0x0f0f;
     if constexpr (std::is_same_v<T, __half>) {

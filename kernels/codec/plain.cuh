@@ -1,4 +1,4 @@
-// The plain code: integers, and for each group a scale and a zero. wire/src/codec.rs has the formulas.
+// The plain code: quants, and for each group a scale and a zero. wire/src/codec/plain.rs has the formulas.
 #pragma once
 
 #include <type_traits>
@@ -10,15 +10,15 @@ namespace flashcomm {
 template <class T, int kBits>
 struct Plain {
   using P = Planes<kBits>;
-  static constexpr float kMaxCode = float((1 << kBits) - 1);
+  static constexpr float kMaxQuant = float((1 << kBits) - 1);
 
   // What one thread holds of an encoded tile.
   struct Thread {
-    typename P::Words codes;
+    typename P::Words quants;
     uint32_t params[kRows];  // of the group in each row: scale, zero << 16
   };
 
-  static constexpr unsigned kCodesBytes = P::kBytes;
+  static constexpr unsigned kQuantsBytes = P::kBytes;
   __device__ static unsigned params_bytes(unsigned group_shift) { return n_groups(group_shift) * 4; }
 
   __device__ static Thread encode(const ThreadElems& x, unsigned group_shift) {
@@ -80,10 +80,10 @@ struct Plain {
       const __half2 magic = Element<T>::pair(0x64006400);  // 1024, whose last mantissa bit is worth 1
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t codes = P::get_half(in.codes, row * 2 + half);
+        const uint32_t quants = P::get_half(in.quants, row * 2 + half);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const __half2 integers = Element<T>::pair(__byte_perm(codes, 0x64646464, e == 0 ? 0x4140 : 0x4342));
+          const __half2 integers = Element<T>::pair(__byte_perm(quants, 0x64646464, e == 0 ? 0x4140 : 0x4342));
           out.words[half * 2 + e] = Element<T>::word(__hfma2(__hsub2_rn(integers, magic), scale, zero));
         }
       }
@@ -95,8 +95,8 @@ struct Plain {
     return out;
   }
 
-  __device__ static void load_codes(const uint8_t* payload, Thread& t) { P::load(payload, t.codes); }
-  __device__ static void store_codes(uint8_t* payload, const Thread& t) { P::store(payload, t.codes); }
+  __device__ static void load_quants(const uint8_t* payload, Thread& t) { P::load(payload, t.quants); }
+  __device__ static void store_quants(uint8_t* payload, const Thread& t) { P::store(payload, t.quants); }
   __device__ static void load_params(const uint8_t* params, unsigned group_shift, Thread& t) {
     get<4>(params + my_groups(group_shift) * 16, t.params);
   }
@@ -110,26 +110,26 @@ struct Plain {
     const float zero = Element<T>::to_float(uint16_t(in.params[row] >> 16));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t codes = P::get_half(in.codes, row * 2 + half);
+      const uint32_t quants = P::get_half(in.quants, row * 2 + half);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const uint32_t integer = __byte_perm(codes, kIntegerPattern, 0x7550 + e);
+        const uint32_t integer = __byte_perm(quants, kIntegerPattern, 0x7550 + e);
         y[half * 4 + e] = __fmaf_rn(__fsub_rn(__uint_as_float(integer), kIntegerMagic), scale, zero);
       }
     }
   }
 
-  // Adds a row's codes; its scale and zero stand in out.params.
+  // Adds a row's quants; its scale and zero stand in out.params.
   __device__ static void encode_row(const float (&x)[kLaneElems], int row, float inverse, Thread& out) {
     const float zero = Element<T>::to_float(uint16_t(out.params[row] >> 16));
-    // No clamp: the directed roundings keep the product within the codes, it is 0 where 1/scale is no number, and in a
-    // group that is not finite it is NaN, of which every bit that can be a code's is 1.
+    // No clamp: the directed roundings keep the product within the quants, it is 0 where 1/scale is no number, and in a
+    // group that is not finite it is NaN, of which every bit that can be a quant's is 1.
     uint32_t q[kLaneElems];
 #pragma unroll
     for (int e = 0; e < kLaneElems; ++e) {
       q[e] = __float_as_uint(__fadd_rn(__fmul_rn(__fsub_rn(x[e], zero), inverse), kIntegerMagic));
     }
-    P::put_row(q, row, out.codes);
+    P::put_row(q, row, out.quants);
   }
 
   // Scale, zero and 1/scale (0 where that is no number) of the group in each row. Each lane works out one row, lane % 4.
@@ -141,7 +141,7 @@ struct Plain {
 
     // + 0.0f turns -0 into +0: which of the two is the minimum or the maximum depends on the order of comparison.
     const float zero = __fadd_rn(Element<T>::to_float(Element<T>::down(min)), 0.0f);
-    const float step = __fdiv_rn(__fsub_rn(max, zero), kMaxCode);
+    const float step = __fdiv_rn(__fsub_rn(max, zero), kMaxQuant);
     const float scale = __fadd_rn(Element<T>::to_float(Element<T>::up(step)), 0.0f);
     const bool finite = isfinite(min) && isfinite(max) && isfinite(zero) && isfinite(scale);
     const uint32_t mine = finite ? two_elements(Element<T>::nearest(scale), Element<T>::nearest(zero))

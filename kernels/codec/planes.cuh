@@ -1,5 +1,5 @@
-// Codes of kBits in a thread's words and in a payload: bit planes, the same for every code. (wire/src/codec.rs, "Layout of
-// a tile".)
+// Quants, integers of kBits, in a thread's words and in a payload: bit planes, the same for every code.
+// wire/src/codec/layout.rs has the layout.
 #pragma once
 
 #include "../element.cuh"
@@ -43,7 +43,7 @@ __device__ __forceinline__ void put(uint8_t* ptr, const uint32_t* words) {
 template <int kBits>
 struct Planes {
   static_assert(kBits >= 2 && kBits <= 8, "widths are 2 to 8 bits");
-  // A width's planes: 8, or those of 4, 2, 1 that add up to it. The widest holds the lowest bits of a code.
+  // A width's planes: 8, or those of 4, 2, 1 that add up to it. The widest holds the lowest bits of a quant.
   static constexpr bool kHas8 = kBits == 8, kHas4 = kBits & 4, kHas2 = kBits & 2, kHas1 = kBits & 1;
   static constexpr int kShift2 = kHas4 ? 4 : 0, kShift1 = kShift2 + (kHas2 ? 2 : 0);
   // First bytes of the planes in a payload, and first words in a thread's registers.
@@ -51,9 +51,9 @@ struct Planes {
   static constexpr int kPlane1At = kPlane2At + (kHas2 ? kTileElems / 4 : 0);
   static constexpr int kWord2 = kHas4 ? 4 : 0, kWord1 = kWord2 + (kHas2 ? 2 : 0);
 
-  using Words = uint32_t[kBits];  // a thread's 32 codes, plane by plane
+  using Words = uint32_t[kBits];  // a thread's 32 quants, plane by plane
 
-  // Bytes of a tile's codes; what a code has per group comes behind.
+  // Bytes of a tile's quants; what a code has per group comes behind.
   static constexpr int kBytes = kTileElems / 8 * kBits;
 
   // payload: the first byte of a tile, 16-byte aligned (every tile and every plane is a multiple of 64 bytes).
@@ -77,13 +77,13 @@ struct Planes {
     if constexpr (kHas1) put<1>(payload + at<1>(kPlane1At), words + kWord1);
   }
 
-  // Adds the codes of a row, integers of 8 bits at most under kIntegerPattern.
+  // Adds the quants of a row, integers of 8 bits at most under kIntegerPattern.
   __device__ static void put_row(const uint32_t (&integers)[kLaneElems], int row, Words& words) {
     put_half(pack_bytes(integers), row * 2, words);
     put_half(pack_bytes(integers + 4), row * 2 + 1, words);
   }
 
-  // Half row n of the planes, 4 codes as bytes.
+  // Half row n of the planes, 4 quants as bytes.
   __device__ static uint32_t get_half(const Words& words, int n) {
     uint32_t bytes = 0;
     if constexpr (kHas8) bytes = words[n];
@@ -107,8 +107,8 @@ struct Planes {
     return __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
   }
 
-  // In a plane of p bits half row n (4 codes, as bytes) stands in word n * p / 8, in each byte from bit n * p % 8 on, so
-  // that four codes move at a time.
+  // In a plane of p bits half row n (4 quants, as bytes) stands in word n * p / 8, in each byte from bit n * p % 8 on, so
+  // that four quants move at a time.
   __device__ static void put_half(uint32_t bytes, int n, Words& words) {
     if constexpr (kHas8) words[n] = bytes;
     if constexpr (kHas4) words[n / 2] |= plane_bits<4>(bytes, 0) << (n % 2 * 4);

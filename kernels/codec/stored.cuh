@@ -11,7 +11,7 @@ struct Stored {
     ThreadVecs vecs;
   };
 
-  static constexpr unsigned kCodesBytes = kTileElems * 2;
+  static constexpr unsigned kQuantsBytes = kTileElems * 2;
   __device__ static unsigned params_bytes(unsigned) { return 0; }
 
   __device__ static Thread encode(const ThreadElems& x, unsigned) {
@@ -37,11 +37,11 @@ struct Stored {
   }
   __device__ static Vec16 decode_row(const Thread& in, int row) { return in.vecs[row]; }
 
-  __device__ static void load_codes(const uint8_t* payload, Thread& t) {
+  __device__ static void load_quants(const uint8_t* payload, Thread& t) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) t.vecs[row] = load_vec16(payload + lane_first(row) * 2);
   }
-  __device__ static void store_codes(uint8_t* payload, const Thread& t) {
+  __device__ static void store_quants(uint8_t* payload, const Thread& t) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) store_vec16(payload + lane_first(row) * 2, t.vecs[row]);
   }

@@ -1,41 +1,11 @@
-//! The codec: one tile of up to [`TILE_ELEMS`] elements as integers of 2 to 8 bits, with parameters per quantization
-//! group; or as they are. This scalar code is the specification; the kernels' `kernels/codec.cuh` equals it bit for bit.
+//! The codec: one tile of up to [`TILE_ELEMS`] elements as integers of 2 to 8 bits, its *quants*, with parameters per
+//! quantization group; or as they are. This scalar code is the specification; the kernels' `kernels/codec.cuh` equals it
+//! bit for bit.
 //!
-//! How integers are made of a group is its [`Code`]: the plain one, below, or blocks, in the file beside this one.
-//! Blocks work in another *domain*: [`Codec::enter`] turns elements into what is encoded, summed and encoded again, and
-//! [`Codec::decode_tile_to`] turns it back (it is linear, so the sum does not mind).
-//!
-//! # Arithmetic of the plain code
-//!
-//! A quantization group is g consecutive elements (Flash Communication, arXiv 2412.04964, asymmetric). All arithmetic
-//! is IEEE fp32, rounding to nearest even unless said otherwise, with subnormals kept:
-//!
-//! ```text
-//! z  = min(group) rounded toward -inf to the storage type
-//! s  = (max(group) - z) / (2^b - 1) rounded toward +inf to the storage type; in both, -0 is written as +0
-//! q  = rint((x - z) * (1/s)), or 0 where 1/s is not finite
-//! x' = fma(q, s, z)
-//! ```
-//!
-//! The directed roundings see to it that q stays within 0 and 2^b - 1 without a clamp. A group that holds a NaN or an infinity, or whose `z`
-//! or `s` is not finite, is written with `s = z = NaN` and `q = 0`: it decodes to NaN throughout, so overflow checks
-//! downstream still fire.
-//!
-//! # Layout of a tile
-//!
-//! A tile is always encoded whole: past the last element, that element repeats. (So a short tile needs no special
-//! case anywhere; a receiver ignores the repeats.) A payload is the *planes* of the codes, widest first, then the
-//! groups' parameters; every part is a multiple of 64 bytes, and of 128 in the plain code.
-//!
-//! Codes are split by bits (*FlashCommunication V2*, arXiv 2508.03760): 8; 4+2+1; 4+2; 4+1; 4; 2+1; 2. The widest
-//! plane holds the lowest bits. Within a tile the elements are dealt to 128 threads so that every access of the
-//! kernels is one vector per thread: element `i` is code `k` of thread `t`, where (`warp`, `row`, `lane`, `e`) are
-//! the digits of `i` in the bases (4, 4, 32, 8), `t = warp * 32 + lane` and `k = row * 8 + e`. Thread `t` owns p
-//! consecutive 32-bit words of a plane of p bits, little-endian (the plane of 8 bits is two half planes of 4 words a
-//! thread). With `n = k / 4`, code `k` stands in word `n * p / 8`, in byte `k % 4`, from bit `n * p % 8` on: so four codes,
-//! one in each byte, move at a time.
-//! Whatever there is per group lies in the order (warp, lane / (g / 8), row), so that a thread's four groups are one
-//! access. Of the plain code that is `s`, `z`: 16 bytes per thread.
+//! How quants are made of a group is its [`Code`]; each has a file beside this one with its formulas, `plain.rs` and
+//! `blocks.rs`. Where quants and parameters stand in a payload is in `layout.rs`. Blocks work in another *domain*:
+//! [`Codec::enter`] turns elements into what is encoded, summed and encoded again, and [`Codec::decode_tile_to`] turns it
+//! back (it is linear, so the sum does not mind).
 //!
 //! # 16 bits
 //!
@@ -44,25 +14,20 @@
 
 use std::fmt;
 
+use self::layout::stored;
 use crate::element::Element;
 
 mod blocks;
+mod layout;
+mod plain;
 
 pub use blocks::MAX_LEVEL;
+pub use layout::{LANE_ELEMS, ROW_ELEMS, WARP_ELEMS};
 
 /// Elements of a tile, the unit of coding and of chunking.
 pub const TILE_ELEMS: usize = 4096;
 
-/// Elements of a tile that one warp codes.
-pub const WARP_ELEMS: usize = 1024;
-/// Elements that a warp loads at once: 32 lanes, 8 elements (16 bytes) each.
-pub const ROW_ELEMS: usize = 256;
-/// Elements that a lane loads at once.
-pub const LANE_ELEMS: usize = 8;
-/// Bytes of one group's scale and zero.
-const META_BYTES: usize = 4;
-
-/// Bits per code, 2 to 8; or 16, the elements themselves.
+/// Bits per quant, 2 to 8; or 16, the elements themselves.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Width(u8);
 
@@ -77,25 +42,14 @@ impl Width {
         self.0 == 16
     }
 
-    /// Bits per code.
+    /// Bits per quant.
     pub const fn bits(self) -> u8 {
         self.0
     }
 
-    /// The largest code, 2^b - 1, of a width that has codes.
-    pub const fn max_code(self) -> u8 {
+    /// The largest quant, 2^b - 1, of a width that has quants.
+    pub const fn max_quant(self) -> u8 {
         (u8::MAX) >> (8 - self.0)
-    }
-
-    /// The bit planes, widest first: (bits of the plane, position of its lowest bit in the code).
-    pub fn planes(self) -> impl Iterator<Item = (usize, u32)> {
-        let bits = self.0;
-        let mut shift = 0;
-        [8u8, 4, 2, 1].into_iter().filter(move |plane| bits & plane != 0).map(move |plane| {
-            let at = shift;
-            shift += u32::from(plane);
-            (usize::from(plane), at)
-        })
     }
 }
 
@@ -118,13 +72,13 @@ impl GroupSize {
     }
 }
 
-/// How the integers of a quantization group are made. A width of 16 bits has none of them.
+/// How the quants of a quantization group are made. A width of 16 bits has none of them.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum Code {
     /// Scale and zero point from the extremes of the group.
     #[default]
     Plain,
-    /// Blocks of 8 elements, each transformed, with a scale of 4 bits below the group's: the least error per bit.
+    /// Octets, blocks of 8 elements, each transformed, with a scale of 4 bits below the group's: the least error per bit.
     Blocks,
 }
 
@@ -149,11 +103,11 @@ impl Code {
 /// How a tile is coded.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Codec {
-    /// Bits per code.
+    /// Bits per quant.
     pub width: Width,
     /// Elements per quantization group.
     pub group: GroupSize,
-    /// What the integers are made of.
+    /// What the quants are made of.
     pub code: Code,
 }
 
@@ -203,22 +157,15 @@ impl fmt::Display for Legs {
     }
 }
 
-/// Scale and zero point of one group, as fp32 values that the storage type holds exactly.
-#[derive(Clone, Copy, Debug)]
-struct GroupParams {
-    scale: f32,
-    zero: f32,
-}
-
 impl Codec {
     /// The plain code at a width.
     pub const fn plain(width: Width, group: GroupSize) -> Self {
         Self { width, group, code: Code::Plain }
     }
 
-    /// Bytes of one encoded tile: codes, then the groups' parameters; or the elements.
+    /// Bytes of one encoded tile: quants, then the groups' parameters; or the elements.
     pub const fn tile_bytes(self) -> usize {
-        if self.width.is_uncompressed() { self.codes_bytes() } else { self.codes_bytes() + self.params_bytes() }
+        if self.width.is_uncompressed() { self.quants_bytes() } else { self.quants_bytes() + self.params_bytes() }
     }
 
     /// Bits that an element takes on the wire.
@@ -226,8 +173,8 @@ impl Codec {
         (self.tile_bytes() * 8) as f64 / TILE_ELEMS as f64
     }
 
-    /// Bytes of the codes of one tile.
-    const fn codes_bytes(self) -> usize {
+    /// Bytes of the quants of one tile.
+    const fn quants_bytes(self) -> usize {
         TILE_ELEMS / 8 * self.width.bits() as usize
     }
 
@@ -235,7 +182,7 @@ impl Codec {
     pub const fn params_bytes(self) -> usize {
         let n_groups = TILE_ELEMS / self.group.n_elems();
         match self.code {
-            Code::Plain => n_groups * META_BYTES,
+            Code::Plain => n_groups * plain::GROUP_BYTES,
             Code::Blocks => blocks::LEVELS_BYTES + n_groups * blocks::GROUP_BYTES,
         }
     }
@@ -332,137 +279,6 @@ impl Codec {
                 Code::Blocks => self.decode_blocks_to(payload, start, group),
             }
         }
-    }
-
-    fn encode_plain<E: Element>(self, group: &[f32], start: usize, payload: &mut [u8]) {
-        let params = self.group_params::<E>(group.iter().copied());
-        self.write_params::<E>(start, params, payload);
-        for (i, x) in group.iter().enumerate() {
-            self.write_code(start + i, self.quantize(*x, params), payload);
-        }
-    }
-
-    fn decode_plain<E: Element>(self, payload: &[u8], start: usize, group: &mut [f32]) {
-        let GroupParams { scale, zero } = self.read_params::<E>(start, payload);
-        for (i, value) in group.iter_mut().enumerate() {
-            *value = f32::from(self.read_code(start + i, payload)).mul_add(scale, zero);
-        }
-    }
-
-    fn decode_plain_to<E: Element>(self, payload: &[u8], start: usize, group: &mut [E]) {
-        let GroupParams { scale, zero } = self.read_params::<E>(start, payload);
-        for (i, x) in group.iter_mut().enumerate() {
-            *x = E::fused(f32::from(self.read_code(start + i, payload)), scale, zero);
-        }
-    }
-
-    fn group_params<E: Element>(self, values: impl Iterator<Item = f32>) -> GroupParams {
-        let (mut min, mut max, mut all_finite) = (f32::INFINITY, f32::NEG_INFINITY, true);
-        for x in values {
-            (min, max) = (min.min(x), max.max(x));
-            all_finite &= x.is_finite();
-        }
-        // Adding +0 turns -0 into +0: which of the two is the minimum, or the maximum, depends on the order of
-        // comparison.
-        let zero = E::from_f32_down(min).to_f32() + 0.0;
-        let scale = E::from_f32_up((max - zero) / f32::from(self.width.max_code())).to_f32() + 0.0;
-        if all_finite && zero.is_finite() && scale.is_finite() {
-            GroupParams { scale, zero }
-        } else {
-            GroupParams { scale: f32::NAN, zero: f32::NAN }
-        }
-    }
-
-    fn quantize(self, x: f32, GroupParams { scale, zero }: GroupParams) -> u8 {
-        if scale.is_nan() {
-            return self.width.max_code(); // a group that is not finite; its codes do not matter
-        }
-        let inverse = 1.0 / scale;
-        if !inverse.is_finite() {
-            return 0; // a constant group, or a scale so small that its inverse overflows
-        }
-        let q = ((x - zero) * inverse).round_ties_even();
-        debug_assert!((0.0..=f32::from(self.width.max_code())).contains(&q), "{x} {zero} {scale}");
-        q as u8
-    }
-
-    fn write_params<E: Element>(self, start: usize, params: GroupParams, payload: &mut [u8]) {
-        let at = self.codes_bytes() + self.group_at(start) * META_BYTES;
-        store::<E>(payload, at, params.scale);
-        store::<E>(payload, at + 2, params.zero);
-    }
-
-    fn read_params<E: Element>(self, start: usize, payload: &[u8]) -> GroupParams {
-        let at = self.codes_bytes() + self.group_at(start) * META_BYTES;
-        GroupParams { scale: stored::<E>(payload, at).to_f32(), zero: stored::<E>(payload, at + 2).to_f32() }
-    }
-
-    /// The how-many-eth of the groups, as their parameters lie, is the one that starts at element `start`.
-    fn group_at(self, start: usize) -> usize {
-        let Place { warp, row, lane, .. } = Place::of(start);
-        let groups_per_row = ROW_ELEMS / self.group.n_elems();
-        let column = lane * LANE_ELEMS / self.group.n_elems();
-        (warp * groups_per_row + column) * (WARP_ELEMS / ROW_ELEMS) + row
-    }
-
-    fn write_code(self, i: usize, code: u8, payload: &mut [u8]) {
-        self.for_each_plane(i, |byte, bit, mask, shift| payload[byte] |= ((code >> shift) & mask) << bit);
-    }
-
-    fn read_code(self, i: usize, payload: &[u8]) -> u8 {
-        let mut code = 0;
-        self.for_each_plane(i, |byte, bit, mask, shift| code |= ((payload[byte] >> bit) & mask) << shift);
-        code
-    }
-
-    /// Calls `visit(byte of the payload, bit in it, mask of the plane, shift in the code)` for each plane of code `i`.
-    fn for_each_plane(self, i: usize, mut visit: impl FnMut(usize, usize, u8, u32)) {
-        let place = Place::of(i);
-        let (thread, k) = (place.thread(), place.row * LANE_ELEMS + place.e);
-        let mut plane_at = 0;
-        for (plane_bits, shift) in self.width.planes() {
-            let n = k / 4;
-            let word = n * plane_bits / 8;
-            let word_at = match plane_bits {
-                8 => word / 4 * TILE_ELEMS / 2 + (thread * 4 + word % 4) * 4,
-                _ => (thread * plane_bits + word) * 4,
-            };
-            visit(plane_at + word_at + k % 4, n * plane_bits % 8, u8::MAX >> (8 - plane_bits), shift);
-            plane_at += TILE_ELEMS / 8 * plane_bits;
-        }
-    }
-}
-
-/// The element that stands at byte `at`.
-fn stored<E: Element>(payload: &[u8], at: usize) -> E {
-    E::from_bits(u16::from_le_bytes([payload[at], payload[at + 1]]))
-}
-
-/// Stores `x`, rounded to nearest, at byte `at`.
-fn store<E: Element>(payload: &mut [u8], at: usize, x: f32) {
-    payload[at..at + 2].copy_from_slice(&E::from_f32_nearest(x).to_bits().to_le_bytes());
-}
-
-/// The digits of an element's index in a tile, in the bases (4, 4, 32, 8).
-struct Place {
-    warp: usize,
-    row: usize,
-    lane: usize,
-    e: usize,
-}
-
-impl Place {
-    fn of(i: usize) -> Self {
-        Place {
-            warp: i / WARP_ELEMS,
-            row: i % WARP_ELEMS / ROW_ELEMS,
-            lane: i % ROW_ELEMS / LANE_ELEMS,
-            e: i % LANE_ELEMS,
-        }
-    }
-
-    fn thread(&self) -> usize {
-        self.warp * 32 + self.lane
     }
 }
 

@@ -6,9 +6,9 @@ use half::{bf16, f16};
 pub trait Element: Copy + PartialEq + std::fmt::Debug + Send + Sync + 'static {
     /// The one NaN that the codec writes (all of CUDA's conversions produce it, too).
     const CANONICAL_NAN: Self;
-    /// The least unit of the code of blocks: from here on, half a unit of 7 significant bits times a level is exact.
+    /// The least unit of the code `blocks`: from here on, half a unit of 7 significant bits times a level is exact.
     const LEAST_UNIT: f32;
-    /// The greatest unit of the code of blocks: half of it times a level is finite.
+    /// The greatest unit of the code `blocks`: half of it times a level is finite.
     const GREATEST_UNIT: f32;
     /// Bits of the value, as stored.
     fn to_bits(self) -> u16;

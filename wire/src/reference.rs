@@ -140,7 +140,7 @@ mod tests {
         let input: Vec<f16> = (0..count).map(|i| f16::from_f32(60000.0 - i as f32)).collect();
         for code in Code::ALL {
             let codec = Codec { code, ..legs(8, 8).reduce };
-            // Blocks of equal elements are among their worst.
+            // Octets of equal elements are the worst of blocks.
             let most = if code == Code::Blocks { 1500.0 } else { 300.0 };
             let average = all_reduce(&[&input, &input, &input], Op::Average, Legs::new(codec, codec).unwrap());
             for (x, y) in input.iter().zip(&average) {

@@ -2,7 +2,7 @@
 
 use flashcomm_wire::{Codec, Element};
 
-use crate::code::Result;
+use crate::cu_result::Result;
 use crate::memory;
 
 /// The argument struct from its bytes.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicI32, AtomicI64, Ordering};
 
 use once_cell::sync::Lazy;
 
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 
 /// Multiprocessors of a device.
 pub const MULTIPROCESSORS: i32 = 16;
@@ -49,7 +49,7 @@ pub fn count() -> i32 {
 
 /// Device `ordinal`.
 pub fn of(ordinal: i32) -> Result<&'static Device> {
-    DEVICES.get(usize::try_from(ordinal).unwrap_or(usize::MAX)).ok_or(Code::INVALID_DEVICE)
+    DEVICES.get(usize::try_from(ordinal).unwrap_or(usize::MAX)).ok_or(CuResult::INVALID_DEVICE)
 }
 
 thread_local! {
@@ -58,7 +58,7 @@ thread_local! {
 
 /// The device of this thread's current context, if there is one and nothing has gone wrong in it.
 pub fn current() -> Result<&'static Device> {
-    let device = peek().ok_or(Code::INVALID_CONTEXT)?;
+    let device = peek().ok_or(CuResult::INVALID_CONTEXT)?;
     device.check()?;
     Ok(device)
 }
@@ -75,7 +75,7 @@ pub fn push(device: Option<&'static Device>) {
 
 /// Takes the current context off this thread's stack.
 pub fn pop() -> Result<Option<&'static Device>> {
-    STACK.with_borrow_mut(Vec::pop).ok_or(Code::INVALID_CONTEXT)
+    STACK.with_borrow_mut(Vec::pop).ok_or(CuResult::INVALID_CONTEXT)
 }
 
 /// Replaces the current context.
@@ -91,12 +91,12 @@ impl Device {
     pub fn check(&self) -> Result<()> {
         match self.error.load(Ordering::Acquire) {
             0 => Ok(()),
-            code => Err(Code(code)),
+            code => Err(CuResult(code)),
         }
     }
 
     /// Marks the context as lost.
-    pub fn lose(&self, code: Code) {
+    pub fn lose(&self, code: CuResult) {
         let _ = self.error.compare_exchange(0, code.0, Ordering::AcqRel, Ordering::Relaxed);
     }
 
@@ -108,6 +108,6 @@ impl Device {
     /// Releases it once; whoever released it as often as it was retained gets an error.
     pub fn release(&self) -> Result<()> {
         let released = self.retained.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n > 0).then_some(n - 1));
-        released.map(drop).map_err(|_| Code::INVALID_CONTEXT)
+        released.map(drop).map_err(|_| CuResult::INVALID_CONTEXT)
     }
 }

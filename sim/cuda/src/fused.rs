@@ -11,7 +11,7 @@ use flashcomm_sim_schedule as schedule;
 use flashcomm_wire::{Codec, Element, Legs, Rings, TILE_ELEMS, rings};
 
 use crate::access::{args, enter, load, store, store_decoded};
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::kernels::{Kernel, Shape};
 use crate::memory;
 use crate::shared::{ABORTED, AllReduceArgs, DEADLINE_PASSED, GaveUp};
@@ -68,7 +68,7 @@ pub fn run<E: Element>(kernel: &Kernel, bytes: &[u8], shape: Shape) -> Result<()
     let n_channels = (shape.grid[0] * shape.block[1]) as usize;
     let n_tiles = args.chunk_tiles as usize;
     if n_channels > rings.channels && n_tiles > rings.channels {
-        return Err(Code::ILLEGAL_ADDRESS); // would write past the areas
+        return Err(CuResult::ILLEGAL_ADDRESS); // would write past the areas
     }
     let launch = Launch { args, rings, n_channels };
     let new = |number: usize| {

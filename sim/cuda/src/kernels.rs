@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use once_cell::sync::Lazy;
 
 use crate::access::{args, enter, load, store, store_decoded};
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::element::ElementType;
 use crate::fused;
 use crate::instances::{Instance, Verb};
@@ -90,8 +90,8 @@ impl Kernel {
     /// The codec of hop `i` of those that it handles; `group_shift` is log2 of a group's elements / 8.
     pub fn codec(&self, i: usize, group_shift: u32) -> Result<Codec> {
         let group = 8u16.checked_shl(group_shift).and_then(GroupSize::new);
-        let (code, width) = (self.instance.code(), *self.instance.widths().get(i).ok_or(Code::INVALID_VALUE)?);
-        Ok(Codec { width, group: group.ok_or(Code::LAUNCH_FAILED)?, code })
+        let (code, width) = (self.instance.code(), *self.instance.widths().get(i).ok_or(CuResult::INVALID_VALUE)?);
+        Ok(Codec { width, group: group.ok_or(CuResult::LAUNCH_FAILED)?, code })
     }
 }
 
@@ -137,7 +137,7 @@ fn reduce<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()>
             Some(sum) => sum.iter_mut().zip(term).for_each(|(sum, term)| *sum += term),
         }
     }
-    let mut sum = sum.ok_or(Code::LAUNCH_FAILED)?;
+    let mut sum = sum.ok_or(CuResult::LAUNCH_FAILED)?;
     sum.iter_mut().for_each(|sum| *sum *= args.scale);
     let mut payload = vec![0; to.tile_bytes()];
     to.encode_tile::<E>(&sum, &mut payload);

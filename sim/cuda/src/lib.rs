@@ -17,7 +17,7 @@
 
 pub mod access;
 pub mod api;
-pub mod code;
+pub mod cu_result;
 pub mod device;
 pub mod fused;
 pub mod kernels;

@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 use once_cell::sync::Lazy;
 use parking_lot::RwLock;
 
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::device::{self, Device};
 
 /// Address space of each range.
@@ -124,7 +124,7 @@ impl Table {
             return Ok(offset);
         }
         if block > ARENA_BYTES - self.end {
-            return Err(Code::OUT_OF_MEMORY);
+            return Err(CuResult::OUT_OF_MEMORY);
         }
         self.end += block;
         Ok(self.end - block)
@@ -144,12 +144,12 @@ impl Table {
 /// Allocates memory of `device`, or pinned host memory.
 pub fn allocate(n_bytes: usize, kind: Kind, device: &Device) -> Result<usize> {
     if n_bytes == 0 || n_bytes > ARENA_BYTES {
-        return Err(if n_bytes == 0 { Code::INVALID_VALUE } else { Code::OUT_OF_MEMORY });
+        return Err(if n_bytes == 0 { CuResult::INVALID_VALUE } else { CuResult::OUT_OF_MEMORY });
     }
     let used = device.used_bytes.fetch_add(n_bytes as i64, Ordering::Relaxed);
     if kind == Kind::Device && used + n_bytes as i64 > device::total_bytes() {
         device.used_bytes.fetch_sub(n_bytes as i64, Ordering::Relaxed);
-        return Err(Code::OUT_OF_MEMORY);
+        return Err(CuResult::OUT_OF_MEMORY);
     }
     let mut table = ARENA.table.write();
     let offset = table.take(n_bytes)?;
@@ -166,7 +166,7 @@ pub fn allocate(n_bytes: usize, kind: Kind, device: &Device) -> Result<usize> {
 /// Frees what [`allocate`] gave.
 pub fn free(address: usize, kind: Kind) -> Result<()> {
     let mut table = ARENA.table.write();
-    let allocation = *table.live.get(&address).filter(|found| found.kind == kind).ok_or(Code::INVALID_VALUE)?;
+    let allocation = *table.live.get(&address).filter(|found| found.kind == kind).ok_or(CuResult::INVALID_VALUE)?;
     table.live.remove(&address);
     table.serials.remove(&address);
     let offset = address - if kind == Kind::Pinned { ARENA.bytes } else { ARENA.fenced };
@@ -183,10 +183,10 @@ pub fn free(address: usize, kind: Kind) -> Result<()> {
 /// Registers the application's memory for use by devices.
 pub fn register(address: usize, n_bytes: usize) -> Result<()> {
     let mut table = ARENA.table.write();
-    let end = address.checked_add(n_bytes).ok_or(Code::INVALID_VALUE)?;
+    let end = address.checked_add(n_bytes).ok_or(CuResult::INVALID_VALUE)?;
     let overlaps = table.live.range(..end).next_back().is_some_and(|(start, found)| start + found.n_bytes > address);
     if overlaps {
-        return Err(Code::HOST_MEMORY_ALREADY_REGISTERED);
+        return Err(CuResult::HOST_MEMORY_ALREADY_REGISTERED);
     }
     table.live.insert(address, Allocation { address, n_bytes, kind: Kind::Registered, device: 0 });
     Ok(())
@@ -196,7 +196,7 @@ pub fn register(address: usize, n_bytes: usize) -> Result<()> {
 pub fn unregister(address: usize) -> Result<()> {
     let mut table = ARENA.table.write();
     if table.live.get(&address).is_none_or(|found| found.kind != Kind::Registered) {
-        return Err(Code::HOST_MEMORY_NOT_REGISTERED);
+        return Err(CuResult::HOST_MEMORY_NOT_REGISTERED);
     }
     table.live.remove(&address);
     Ok(())
@@ -212,7 +212,7 @@ pub fn resolve(address: usize, n_bytes: usize) -> Result<*mut u8> {
     if n_bytes == 0 {
         return Ok(std::ptr::dangling_mut());
     }
-    let found = *ARENA.table.read().find(address, n_bytes).ok_or(Code::ILLEGAL_ADDRESS)?;
+    let found = *ARENA.table.read().find(address, n_bytes).ok_or(CuResult::ILLEGAL_ADDRESS)?;
     Ok(match found.kind {
         Kind::Device | Kind::Imported => (address - ARENA.fenced + ARENA.bytes) as *mut u8,
         Kind::Pinned | Kind::Registered => address as *mut u8,
@@ -227,7 +227,7 @@ pub fn is_fenced(address: usize) -> bool {
 /// The handle by which other processes map a device allocation.
 pub fn export(address: usize) -> Result<IpcHandle> {
     let table = ARENA.table.read();
-    let found = table.find(address, 1).filter(|found| found.kind == Kind::Device).ok_or(Code::INVALID_VALUE)?;
+    let found = table.find(address, 1).filter(|found| found.kind == Kind::Device).ok_or(CuResult::INVALID_VALUE)?;
     Ok(IpcHandle {
         magic: IPC_MAGIC,
         process: std::process::id(),
@@ -243,14 +243,14 @@ pub fn export(address: usize) -> Result<IpcHandle> {
 /// Maps what a handle of another process names. (One's own cannot be opened, as with the driver.)
 pub fn import(handle: &IpcHandle, device: &Device) -> Result<usize> {
     if handle.magic != IPC_MAGIC || handle.process == std::process::id() {
-        return Err(Code::INVALID_VALUE);
+        return Err(CuResult::INVALID_VALUE);
     }
     if handle.device != device.ordinal && !device::reach_each_other() {
-        return Err(Code::PEER_ACCESS_UNSUPPORTED);
+        return Err(CuResult::PEER_ACCESS_UNSUPPORTED);
     }
     let path = format!("/proc/{}/fd/{}", handle.process, handle.file);
-    let file = File::options().read(true).write(true).open(path).map_err(|_| Code::INVALID_VALUE)?;
-    let n_bytes = usize::try_from(handle.n_bytes).map_err(|_| Code::INVALID_VALUE)?;
+    let file = File::options().read(true).write(true).open(path).map_err(|_| CuResult::INVALID_VALUE)?;
+    let n_bytes = usize::try_from(handle.n_bytes).map_err(|_| CuResult::INVALID_VALUE)?;
     let mut table = ARENA.table.write();
     let offset = table.take(n_bytes)?;
     let at = (ARENA.bytes + offset) as *mut libc::c_void;
@@ -258,7 +258,7 @@ pub fn import(handle: &IpcHandle, device: &Device) -> Result<usize> {
     let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
     if map(at, block_bytes(n_bytes), access, flags, file.as_raw_fd(), handle.offset as usize).is_none() {
         table.give_back(offset, n_bytes);
-        return Err(Code::INVALID_VALUE);
+        return Err(CuResult::INVALID_VALUE);
     }
     let address = ARENA.fenced + offset;
     table.live.insert(address, Allocation { address, n_bytes, kind: Kind::Imported, device: device.ordinal });
@@ -268,13 +268,15 @@ pub fn import(handle: &IpcHandle, device: &Device) -> Result<usize> {
 /// Undoes [`import`].
 pub fn close(address: usize) -> Result<()> {
     let mut table = ARENA.table.write();
-    let found = *table.live.get(&address).filter(|found| found.kind == Kind::Imported).ok_or(Code::INVALID_VALUE)?;
+    let found =
+        *table.live.get(&address).filter(|found| found.kind == Kind::Imported).ok_or(CuResult::INVALID_VALUE)?;
     table.live.remove(&address);
     let offset = address - ARENA.fenced;
     let at = (ARENA.bytes + offset) as *mut libc::c_void;
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    map(at, block_bytes(found.n_bytes), access, flags, ARENA.file.as_raw_fd(), offset).ok_or(Code::INVALID_VALUE)?;
+    map(at, block_bytes(found.n_bytes), access, flags, ARENA.file.as_raw_fd(), offset)
+        .ok_or(CuResult::INVALID_VALUE)?;
     table.give_back(offset, found.n_bytes);
     Ok(())
 }

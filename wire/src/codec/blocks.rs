@@ -1,5 +1,6 @@
-//! Blocks of 8 elements, which is what one lane holds of a row: each is transformed, and coded with a scale of its own.
+//! The code `blocks`. Its name comes from blocks of 8 elements, which are called *octets* here, since a block is CUDA's.
 //!
+//! An octet is what one lane holds of a row. Each is transformed, and coded with a scale of its own.
 //! An outlier spoils 8 elements instead of a group, and less of it since the transform spreads it over them; nothing
 //! but the largest value of a group passes between lanes. The scale is symmetric: 2^b cells between -L and L, decoded
 //! to their middles. L is a *level* of 0 to 15 times the group's *unit*.
@@ -15,7 +16,7 @@
 //! It is applied to elements as they are stored, two at a time, so every result is rounded to the storage type, as is
 //! `a / 8`, but not `b / 8`, which is part of a fused multiply-add. It is an eighth of a Hadamard matrix, thus nothing
 //! overflows, of the elements with the signs of 3 and 7 changed: so what all 8 have in common spreads over four values
-//! and does not make one large. Its inverse is the matrix, then the signs. That is exact: a decoded block is a scale
+//! and does not make one large. Its inverse is the matrix, then the signs. That is exact: a decoded octet is a scale
 //! times integers.
 //!
 //! # The code
@@ -24,7 +25,7 @@
 //!
 //! ```text
 //! unit U  = max(up7(max |v| of the group * ((1 + 2^-11) / 15)), least)
-//! level k = ceil(max |v| of the block * (inv(U) * (1 + 2^-12))), the product unrounded
+//! level k = ceil(max |v| of the octet * (inv(U) * (1 + 2^-12))), the product unrounded
 //! step s  = U * k / 2^(b-1)
 //! q       = 2^(b-1) + floor(v * inv(U * max(k, 1) / 2^(b-1))), the product unrounded
 //! v'      = (q - 2^(b-1) + 1/2) * s, exact
@@ -32,9 +33,9 @@
 //! ```
 //!
 //! The margins see to it that k is at most 15 and q within its bits without a clamp, and that L = U * k is exact in the
-//! storage type: `least` is 2^-17 in fp16, 2^-100 in bf16. A group of zeros, and a block of zeros, decode to zeros.
+//! storage type: `least` is 2^-17 in fp16, 2^-100 in bf16. A group of zeros, and an octet of zeros, decode to zeros.
 //! Where U is a NaN or greater than 8128 in fp16, 2^120 in bf16, which takes a NaN, an infinity, or a sum twice as
-//! large as fp16 holds, U is written as NaN, every level as 15 and every code as 2^b - 1: the group decodes to NaN
+//! large as fp16 holds, U is written as NaN, every level as 15 and every quant as 2^b - 1: the group decodes to NaN
 //! throughout.
 //!
 //! `inv(x)` is what a GPU computes in 5 instructions, at most 7e-6 below 1/x: the float with the bits 0x7ef311c7 less
@@ -42,17 +43,18 @@
 //!
 //! # Layout
 //!
-//! Behind the codes stand the levels, 2 bytes per thread with that of row r in byte r % 2, from bit r / 2 * 4 on (so
+//! Behind the quants stand the levels, 2 bytes per thread with that of row r in byte r % 2, from bit r / 2 * 4 on (so
 //! two rows' move at a time), then the units, 2 bytes per group, 8 per thread. That is 0.625 bits per element at a
 //! group of 128.
 
-use super::{Codec, LANE_ELEMS, Place, TILE_ELEMS, store, stored};
+use super::layout::{Place, store, stored};
+use super::{Codec, LANE_ELEMS, TILE_ELEMS};
 use crate::element::Element;
 
 /// Bytes of one group's unit.
 pub(super) const GROUP_BYTES: usize = 2;
 
-/// Bytes of a tile's levels: 4 bits per block.
+/// Bytes of a tile's levels: 4 bits per octet.
 pub(super) const LEVELS_BYTES: usize = TILE_ELEMS / LANE_ELEMS / 2;
 
 /// The greatest level.
@@ -63,22 +65,22 @@ const UNIT_SHARE: f32 = (1.0 + 1.0 / 2048.0) / MAX_LEVEL as f32;
 /// A margin of half of that: levels are at most 15, and what they bound is strictly within.
 const LEVEL_MARGIN: f32 = 1.0 + 1.0 / 4096.0;
 
-/// Transforms one block.
-pub(super) fn enter<E: Element>(block: &mut [f32]) {
+/// Transforms one octet.
+pub(super) fn enter<E: Element>(octet: &mut [f32]) {
     // Rounding a sum to fp32 first changes nothing: 24 bits are 2 and twice as many as elements have.
     let round = |x: f32| E::from_f32_nearest(x).to_f32();
     for e in 0..4 {
-        let (a, b) = (round(block[e] * 0.125), block[e + 4] * 0.125);
-        (block[e], block[e + 4]) = (round(a + b), round(a - b));
+        let (a, b) = (round(octet[e] * 0.125), octet[e + 4] * 0.125);
+        (octet[e], octet[e + 4]) = (round(a + b), round(a - b));
     }
     for e in [0, 1, 4, 5] {
-        let (a, b) = (block[e], block[e + 2]);
+        let (a, b) = (octet[e], octet[e + 2]);
         let (sum, difference) = (round(a + b), round(a - b));
-        (block[e], block[e + 2]) = if e % 2 == 0 { (sum, difference) } else { (difference, sum) };
+        (octet[e], octet[e + 2]) = if e % 2 == 0 { (sum, difference) } else { (difference, sum) };
     }
     for e in [0, 2, 4, 6] {
-        let (a, b) = (block[e], block[e + 1]);
-        (block[e], block[e + 1]) = (round(a + b), round(a - b));
+        let (a, b) = (octet[e], octet[e + 1]);
+        (octet[e], octet[e + 1]) = (round(a + b), round(a - b));
     }
 }
 
@@ -86,24 +88,24 @@ impl Codec {
     pub(super) fn encode_blocks<E: Element>(self, group: &[f32], start: usize, payload: &mut [u8]) {
         let unit = unit::<E>(group);
         store::<E>(payload, self.unit_at(start), unit);
-        for (n, block) in group.chunks_exact(LANE_ELEMS).enumerate() {
+        for (n, octet) in group.chunks_exact(LANE_ELEMS).enumerate() {
             let at = start + n * LANE_ELEMS;
-            let level = level(block, unit);
+            let level = level(octet, unit);
             let (byte, bit) = self.level_at(at);
             payload[byte] |= level << bit;
             let inverse = inverse(self.step(unit, level.max(1)));
-            for (e, v) in block.iter().enumerate() {
-                self.write_code(at + e, self.cell(*v, inverse), payload);
+            for (e, v) in octet.iter().enumerate() {
+                self.write_quant(at + e, self.cell(*v, inverse), payload);
             }
         }
     }
 
     pub(super) fn decode_blocks<E: Element>(self, payload: &[u8], start: usize, group: &mut [f32]) {
         let unit = stored::<E>(payload, self.unit_at(start)).to_f32();
-        for (n, block) in group.chunks_mut(LANE_ELEMS).enumerate() {
+        for (n, octet) in group.chunks_mut(LANE_ELEMS).enumerate() {
             let at = start + n * LANE_ELEMS;
             let step = self.step(unit, self.read_level(at, payload));
-            for (e, v) in block.iter_mut().enumerate() {
+            for (e, v) in octet.iter_mut().enumerate() {
                 *v = self.middle(at + e, payload) * step;
             }
         }
@@ -111,12 +113,12 @@ impl Codec {
 
     pub(super) fn decode_blocks_to<E: Element>(self, payload: &[u8], start: usize, group: &mut [E]) {
         let unit = stored::<E>(payload, self.unit_at(start)).to_f32();
-        for (n, block) in group.chunks_mut(LANE_ELEMS).enumerate() {
+        for (n, octet) in group.chunks_mut(LANE_ELEMS).enumerate() {
             let at = start + n * LANE_ELEMS;
             let step = self.step(unit, self.read_level(at, payload));
             let mut integers: Vec<f32> = (0..LANE_ELEMS).map(|e| self.middle(at + e, payload)).collect();
             hadamard(&mut integers);
-            for (e, x) in block.iter_mut().enumerate() {
+            for (e, x) in octet.iter_mut().enumerate() {
                 let step = if e % 4 == 3 { -step } else { step };
                 *x = E::from_f32_nearest(integers[e].mul_add(step, 0.0));
             }
@@ -130,22 +132,22 @@ impl Codec {
 
     /// Cells on one side of 0, 2^(b-1).
     fn half_range(self) -> f32 {
-        f32::from(self.width.max_code() / 2 + 1)
+        f32::from(self.width.max_quant() / 2 + 1)
     }
 
     /// The cell of `v`.
     fn cell(self, v: f32, inverse: f32) -> u8 {
         if inverse.is_nan() {
-            return self.width.max_code();
+            return self.width.max_quant();
         }
         let q = (f64::from(v) * f64::from(inverse)).floor() + f64::from(self.half_range());
-        debug_assert!((0.0..=f64::from(self.width.max_code())).contains(&q), "{v} {inverse}");
+        debug_assert!((0.0..=f64::from(self.width.max_quant())).contains(&q), "{v} {inverse}");
         q as u8
     }
 
     /// The middle of cell `i`, in cells.
     fn middle(self, i: usize, payload: &[u8]) -> f32 {
-        f32::from(self.read_code(i, payload)) - self.half_range() + 0.5
+        f32::from(self.read_quant(i, payload)) - self.half_range() + 0.5
     }
 
     fn read_level(self, i: usize, payload: &[u8]) -> u8 {
@@ -153,24 +155,24 @@ impl Codec {
         payload[byte] >> bit & MAX_LEVEL
     }
 
-    /// Byte of the payload, and bit in it, where the level stands of the block that starts at element `i`.
+    /// Byte of the payload, and bit in it, where the level stands of the octet that starts at element `i`.
     fn level_at(self, i: usize) -> (usize, usize) {
         let place = Place::of(i);
-        (self.codes_bytes() + place.thread() * 2 + place.row % 2, place.row / 2 * 4)
+        (self.quants_bytes() + place.thread() * 2 + place.row % 2, place.row / 2 * 4)
     }
 
     /// Byte of the payload where the unit stands of the group that starts at element `start`.
     fn unit_at(self, start: usize) -> usize {
-        self.codes_bytes() + LEVELS_BYTES + self.group_at(start) * GROUP_BYTES
+        self.quants_bytes() + LEVELS_BYTES + self.group_at(start) * GROUP_BYTES
     }
 }
 
-/// Multiplies a block with the Hadamard matrix. Exact, of the middles of cells.
-fn hadamard(block: &mut [f32]) {
+/// Multiplies an octet with the Hadamard matrix. Exact, of the middles of cells.
+fn hadamard(octet: &mut [f32]) {
     for distance in [1, 2, 4] {
         for i in (0..LANE_ELEMS).filter(|i| i & distance == 0) {
-            let (a, b) = (block[i], block[i + distance]);
-            (block[i], block[i + distance]) = (a + b, a - b);
+            let (a, b) = (octet[i], octet[i + distance]);
+            (octet[i], octet[i + distance]) = (a + b, a - b);
         }
     }
 }
@@ -186,14 +188,14 @@ fn unit<E: Element>(group: &[f32]) -> f32 {
     if unit <= E::GREATEST_UNIT { unit } else { f32::NAN }
 }
 
-/// The level of a block: the least whose L is greater than every value, 0 if they are all 0.
-fn level(block: &[f32], unit: f32) -> u8 {
+/// The level of an octet: the least whose L is greater than every value, 0 if they are all 0.
+fn level(octet: &[f32], unit: f32) -> u8 {
     if unit.is_nan() {
         return MAX_LEVEL;
     }
     let per_unit = inverse(unit) * LEVEL_MARGIN;
-    let level = (f64::from(largest(block)) * f64::from(per_unit)).ceil();
-    debug_assert!(level <= f64::from(MAX_LEVEL), "{block:?} {unit}");
+    let level = (f64::from(largest(octet)) * f64::from(per_unit)).ceil();
+    debug_assert!(level <= f64::from(MAX_LEVEL), "{octet:?} {unit}");
     level as u8
 }
 

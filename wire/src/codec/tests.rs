@@ -96,7 +96,7 @@ proptest! {
     fn the_error_is_at_most_half_a_step(x in proptest::collection::vec(-100.0f32..100.0, 128), bits in 2u8..=8) {
         let y = round_trip::<f16>(codec(bits, 128), &x);
         let range = x.iter().copied().fold(f32::MIN, f32::max) - x.iter().copied().fold(f32::MAX, f32::min);
-        let step = range / f32::from(codec(bits, 128).width.max_code());
+        let step = range / f32::from(codec(bits, 128).width.max_quant());
         for (x, y) in x.iter().zip(&y) {
             prop_assert!((x - y).abs() <= 0.5 * step + 0.002 * range, "{x} {y} {step}");
         }
@@ -104,8 +104,8 @@ proptest! {
 }
 
 #[test]
-fn codes_stand_where_the_layout_says() {
-    // All codes 0 but one, at the top: its bits are the only ones set, at the documented places.
+fn quants_stand_where_the_layout_says() {
+    // All quants 0 but one, at the top: its bits are the only ones set, at the documented places.
     for codec in all_codecs() {
         for i in few([4095, 0, 1, 7, 8, 255, 256, 300, 1023, 1024, 2049]) {
             let mut x = vec![0.0; TILE_ELEMS];
@@ -141,7 +141,7 @@ fn scales_and_zeros_stand_where_the_layout_says() {
         for start in few((0..TILE_ELEMS).step_by(g).rev()) {
             let mut x = vec![0.0; TILE_ELEMS];
             x[start..start + g].fill(-3.0);
-            x[start] = -3.0 + f32::from(codec.width.max_code());
+            x[start] = -3.0 + f32::from(codec.width.max_quant());
             let mut payload = vec![0; codec.tile_bytes()];
             codec.encode_tile::<bf16>(&x, &mut payload);
             let (warp, row, lane) = (start / 1024, start / 256 % 4, start / 8 % 32);

@@ -4,14 +4,14 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{driver, put};
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::device::{self, Device};
 use crate::stream::{Stream, check_capture_allows};
 
 static INITIALIZED: AtomicBool = AtomicBool::new(false);
 
 fn initialized() -> Result<()> {
-    if INITIALIZED.load(Ordering::Acquire) { Ok(()) } else { Err(Code::NOT_INITIALIZED) }
+    if INITIALIZED.load(Ordering::Acquire) { Ok(()) } else { Err(CuResult::NOT_INITIALIZED) }
 }
 
 /// Handle of a device's primary context: no address of anything.
@@ -24,27 +24,27 @@ fn of_handle(handle: usize) -> Result<Option<&'static Device>> {
         return Ok(None);
     }
     let found = (0..device::count()).filter_map(|i| device::of(i).ok()).find(|device| handle_of(device) == handle);
-    found.map(Some).ok_or(Code::INVALID_CONTEXT)
+    found.map(Some).ok_or(CuResult::INVALID_CONTEXT)
 }
 
 driver! {
     fn cuInit(flags: u32) {
         if flags != 0 {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         INITIALIZED.store(true, Ordering::Release);
         Ok(())
     }
     fn cuDriverGetVersion(version: *mut c_int) { put(version, 13000) }
     fn cuGetErrorString(code: c_int, text: *mut *const c_char) {
-        let found = Code(code).texts();
+        let found = CuResult(code).texts();
         put(text, found.map_or(std::ptr::null(), |(_, text)| text.as_ptr()))?;
-        found.map(drop).ok_or(Code::INVALID_VALUE)
+        found.map(drop).ok_or(CuResult::INVALID_VALUE)
     }
     fn cuGetErrorName(code: c_int, text: *mut *const c_char) {
-        let found = Code(code).texts();
+        let found = CuResult(code).texts();
         put(text, found.map_or(std::ptr::null(), |(name, _)| name.as_ptr()))?;
-        found.map(drop).ok_or(Code::INVALID_VALUE)
+        found.map(drop).ok_or(CuResult::INVALID_VALUE)
     }
     fn cuDeviceGetCount(count: *mut c_int) {
         initialized()?;
@@ -58,7 +58,7 @@ driver! {
         device::of(device)?;
         let text = c"flashcomm simulated device".to_bytes_with_nul();
         if (n_bytes as usize) < text.len() {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         // SAFETY: the caller vouches for `n_bytes` bytes, which are enough.
         unsafe { std::ptr::copy_nonoverlapping(text.as_ptr().cast(), name, text.len()) };
@@ -67,7 +67,7 @@ driver! {
     fn cuDeviceGetPCIBusId(id: *mut c_char, n_bytes: c_int, device: c_int) {
         let text = format!("0000:{:02x}:00.0\0", 1 + device::of(device)?.ordinal);
         if (n_bytes as usize) < text.len() {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         // SAFETY: the caller vouches for `n_bytes` bytes, which are enough.
         unsafe { std::ptr::copy_nonoverlapping(text.as_ptr().cast(), id, text.len()) };
@@ -83,7 +83,7 @@ driver! {
         // SAFETY: the caller's own arguments.
         match unsafe { cuDeviceGetUuid_v2(uuid, device) } {
             0 => Ok(()),
-            code => Err(Code(code)),
+            code => Err(CuResult(code)),
         }
     }
     fn cuDeviceTotalMem_v2(n_bytes: *mut usize, device: c_int) {
@@ -116,9 +116,9 @@ driver! {
     fn cuCtxEnablePeerAccess(context: usize, flags: u32) {
         let current = device::current()?;
         match of_handle(context)? {
-            Some(_) if !device::reach_each_other() => Err(Code::PEER_ACCESS_UNSUPPORTED),
+            Some(_) if !device::reach_each_other() => Err(CuResult::PEER_ACCESS_UNSUPPORTED),
             Some(peer) if peer.ordinal != current.ordinal && flags == 0 => Ok(()),
-            _ => Err(Code::INVALID_VALUE),
+            _ => Err(CuResult::INVALID_VALUE),
         }
     }
     fn cuDevicePrimaryCtxRetain(context: *mut usize, device: c_int) {
@@ -163,7 +163,7 @@ driver! {
             put(status, if found.is_some() { 0 } else { 1 })?;
         }
         put(function, found.unwrap_or(std::ptr::null_mut()))?;
-        found.map(drop).ok_or(Code::NOT_FOUND)
+        found.map(drop).ok_or(CuResult::NOT_FOUND)
     }
 }
 

@@ -9,7 +9,7 @@ use once_cell::sync::Lazy;
 use parking_lot::RwLock;
 
 use super::{driver, put, stream};
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::device;
 use crate::kernels::{self, Kernel, Shape};
 use crate::stream::{Stream, check_capture_allows, fresh_handle};
@@ -28,7 +28,7 @@ fn load(module: *mut usize, image: *const c_void) -> Result<()> {
     let device = device::current()?;
     // SAFETY: the caller gives an image, which has at least a header.
     if schedule::fails("module") || image.is_null() || unsafe { image.cast::<u32>().read_unaligned() } != FATBIN_MAGIC {
-        return Err(Code::INVALID_IMAGE);
+        return Err(CuResult::INVALID_IMAGE);
     }
     // Loading may wait for all work of the device, which may wait for other ranks.
     Stream::synchronize_all(device)?;
@@ -38,18 +38,18 @@ fn load(module: *mut usize, image: *const c_void) -> Result<()> {
 }
 
 fn function(handle: usize) -> Result<Arc<Kernel>> {
-    FUNCTIONS.read().get(&handle).cloned().ok_or(Code::INVALID_HANDLE)
+    FUNCTIONS.read().get(&handle).cloned().ok_or(CuResult::INVALID_HANDLE)
 }
 
 fn launch(handle: usize, grid: [u32; 3], block: [u32; 3], on: usize, params: *mut *mut c_void) -> Result<()> {
     schedule::step();
     let kernel = function(handle)?;
     if schedule::fails("launch") {
-        return Err(Code::LAUNCH_FAILED);
+        return Err(CuResult::LAUNCH_FAILED);
     }
-    let [threads, rows, 1] = block else { return Err(Code::INVALID_VALUE) };
+    let [threads, rows, 1] = block else { return Err(CuResult::INVALID_VALUE) };
     if grid.contains(&0) || threads != kernels::THREADS || !(1..=kernel.max_rows).contains(&rows) || params.is_null() {
-        return Err(Code::INVALID_VALUE);
+        return Err(CuResult::INVALID_VALUE);
     }
     // SAFETY: the caller gives a pointer to each argument; these kernels have one.
     let source = unsafe { *params }.cast::<u8>();
@@ -70,14 +70,14 @@ driver! {
     fn cuModuleLoadDataEx(
         module: *mut usize, image: *const c_void, _n: u32, _options: *mut c_int, _values: *mut *mut c_void,
     ) { load(module, image) }
-    fn cuModuleUnload(module: usize) { MODULES.write().remove(&module).ok_or(Code::INVALID_HANDLE) }
+    fn cuModuleUnload(module: usize) { MODULES.write().remove(&module).ok_or(CuResult::INVALID_HANDLE) }
     fn cuModuleGetFunction(place: *mut usize, module: usize, name: *const c_char) {
         if !MODULES.read().contains_key(&module) {
-            return Err(Code::INVALID_HANDLE);
+            return Err(CuResult::INVALID_HANDLE);
         }
         // SAFETY: the caller gives a NUL-terminated name.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
-        let kernel = kernels::find(&name).ok_or(Code::NOT_FOUND)?;
+        let kernel = kernels::find(&name).ok_or(CuResult::NOT_FOUND)?;
         let mut functions = FUNCTIONS.write();
         let known = functions.iter().find(|(_, known)| known.name == kernel.name).map(|(handle, _)| *handle);
         let handle = known.unwrap_or_else(fresh_handle);
@@ -114,7 +114,7 @@ driver! {
     ) {
         // All blocks must be resident together.
         if grid_x * grid_y * grid_z > (BLOCKS_PER_MULTIPROCESSOR * device::MULTIPROCESSORS) as u32 {
-            return Err(Code(720));
+            return Err(CuResult(720));
         }
         launch(handle, [grid_x, grid_y, grid_z], [block_x, block_y, block_z], on, params)
     }

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use flashcomm_sim_schedule as schedule;
 
 use super::{driver, put, stream};
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::device;
 use crate::memory::{self, IpcHandle, Kind};
 use crate::stream::{CaptureStatus, Stream, Task, check_capture_allows};
 
-fn may(kind: &str, code: Code) -> Result<()> {
+fn may(kind: &str, code: CuResult) -> Result<()> {
     if schedule::fails(kind) { Err(code) } else { Ok(()) }
 }
 
@@ -58,7 +58,7 @@ fn copy_task(target: Place, source: Place, n_bytes: usize) -> Task {
 
 /// Copies on a stream. Pageable sources are staged; with a pageable target it returns after the copy, as the driver's.
 fn copy_async(target: Place, source: Place, n_bytes: usize, handle: usize) -> Result<()> {
-    may("copy", Code::INVALID_VALUE)?;
+    may("copy", CuResult::INVALID_VALUE)?;
     schedule::step();
     if n_bytes == 0 {
         return Ok(());
@@ -83,7 +83,7 @@ fn copy_now(target: Place, source: Place, n_bytes: usize) -> Result<()> {
     check_capture_allows()?;
     for place in [&target, &source] {
         if let Place::Device(address) = place {
-            memory::resolve(*address, n_bytes).map_err(|_| Code::INVALID_VALUE)?;
+            memory::resolve(*address, n_bytes).map_err(|_| CuResult::INVALID_VALUE)?;
         }
     }
     copy_async(target, source, n_bytes, 0)?;
@@ -110,18 +110,18 @@ fn set_now(address: usize, value: Vec<u8>, count: usize) -> Result<()> {
 
 fn allocate_pinned(place: *mut usize, n_bytes: usize) -> Result<()> {
     check_capture_allows()?;
-    may("hostalloc", Code::OUT_OF_MEMORY)?;
+    may("hostalloc", CuResult::OUT_OF_MEMORY)?;
     put(place, memory::allocate(n_bytes, Kind::Pinned, device::current()?)?)
 }
 
 /// One attribute of a pointer: how many bytes it has, and its value.
 fn attribute(which: c_int, address: usize) -> Result<(usize, u64)> {
-    let found = memory::allocation_of(address).ok_or(Code::INVALID_VALUE)?;
+    let found = memory::allocation_of(address).ok_or(CuResult::INVALID_VALUE)?;
     let is_device = matches!(found.kind, Kind::Device | Kind::Imported);
     Ok(match which {
         2 => (4, if is_device { 2 } else { 1 }), // memory type: device or host
         3 => (8, address as u64),                // device pointer
-        4 if is_device => return Err(Code::INVALID_VALUE),
+        4 if is_device => return Err(CuResult::INVALID_VALUE),
         4 => (8, address as u64),                         // host pointer
         6 => (4, 1),                                      // synchronous operations
         7 => (8, found.address as u64),                   // buffer id
@@ -131,7 +131,7 @@ fn attribute(which: c_int, address: usize) -> Result<(usize, u64)> {
         11 => (8, found.address as u64),                  // start of the range
         12 => (8, found.n_bytes as u64),                  // its size
         13 => (4, 1),                                     // mapped
-        _ => return Err(Code::INVALID_VALUE),
+        _ => return Err(CuResult::INVALID_VALUE),
     })
 }
 
@@ -139,7 +139,7 @@ driver! {
     fn cuMemAlloc_v2(address: *mut usize, n_bytes: usize) {
         check_capture_allows()?;
         schedule::step();
-        may("alloc", Code::OUT_OF_MEMORY)?;
+        may("alloc", CuResult::OUT_OF_MEMORY)?;
         put(address, memory::allocate(n_bytes, Kind::Device, device::current()?)?)
     }
     fn cuMemFree_v2(address: usize) {
@@ -149,7 +149,7 @@ driver! {
         }
         let device = device::current()?;
         if memory::allocation_of(address).is_none_or(|found| found.address != address || found.kind != Kind::Device) {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         // Freeing waits for all work of the device, which may wait for other ranks.
         Stream::synchronize_all(device)?;
@@ -157,7 +157,7 @@ driver! {
     }
     fn cuMemAllocAsync(address: *mut usize, n_bytes: usize, handle: usize) {
         stream(handle)?;
-        may("alloc", Code::OUT_OF_MEMORY)?;
+        may("alloc", CuResult::OUT_OF_MEMORY)?;
         put(address, memory::allocate(n_bytes, Kind::Device, device::current()?)?)
     }
     fn cuMemFreeAsync(address: usize, handle: usize) {
@@ -169,7 +169,7 @@ driver! {
         put(total, device::total_bytes() as usize)
     }
     fn cuMemGetAddressRange_v2(start: *mut usize, n_bytes: *mut usize, address: usize) {
-        let found = memory::allocation_of(address).ok_or(Code::NOT_FOUND)?;
+        let found = memory::allocation_of(address).ok_or(CuResult::NOT_FOUND)?;
         if !start.is_null() {
             put(start, found.address)?;
         }
@@ -185,9 +185,9 @@ driver! {
     fn cuMemHostRegister_v2(address: usize, n_bytes: usize, _flags: u32) {
         check_capture_allows()?;
         device::current()?;
-        may("register", Code::OUT_OF_MEMORY)?;
+        may("register", CuResult::OUT_OF_MEMORY)?;
         if address == 0 || n_bytes == 0 || memory::is_fenced(address) {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         memory::register(address, n_bytes)
     }
@@ -197,21 +197,21 @@ driver! {
         memory::unregister(address)
     }
     fn cuMemHostGetDevicePointer_v2(device_address: *mut usize, address: usize, _flags: u32) {
-        let found = memory::allocation_of(address).ok_or(Code::INVALID_VALUE)?;
+        let found = memory::allocation_of(address).ok_or(CuResult::INVALID_VALUE)?;
         match found.kind {
             Kind::Pinned | Kind::Registered => put(device_address, address),
-            Kind::Device | Kind::Imported => Err(Code::INVALID_VALUE),
+            Kind::Device | Kind::Imported => Err(CuResult::INVALID_VALUE),
         }
     }
     fn cuIpcGetMemHandle(handle: *mut IpcHandle, address: usize) {
-        may("ipc", Code::OUT_OF_MEMORY)?;
+        may("ipc", CuResult::OUT_OF_MEMORY)?;
         device::current()?;
         put(handle, memory::export(address)?)
     }
     fn cuIpcOpenMemHandle_v2(address: *mut usize, handle: IpcHandle, _flags: u32) {
         check_capture_allows()?;
         schedule::step();
-        may("ipc", Code::INVALID_VALUE)?;
+        may("ipc", CuResult::INVALID_VALUE)?;
         put(address, memory::import(&handle, device::current()?)?)
     }
     fn cuIpcCloseMemHandle(address: usize) {

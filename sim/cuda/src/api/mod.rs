@@ -12,16 +12,16 @@ pub mod stream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::device;
 use crate::stream::Stream;
 
 /// Runs the body of an export; a panic is a bug of the simulator, and is told as an unspecified failure.
 fn answer(body: impl FnOnce() -> Result<()>) -> i32 {
     match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(Ok(())) => Code::SUCCESS.0,
+        Ok(Ok(())) => CuResult::SUCCESS.0,
         Ok(Err(code)) => code.0,
-        Err(_) => Code::LAUNCH_FAILED.0,
+        Err(_) => CuResult::LAUNCH_FAILED.0,
     }
 }
 
@@ -40,7 +40,7 @@ use driver;
 /// Writes an answer where the caller wants it.
 fn put<T>(place: *mut T, value: T) -> Result<()> {
     if place.is_null() {
-        return Err(Code::INVALID_VALUE);
+        return Err(CuResult::INVALID_VALUE);
     }
     // SAFETY: not null, and the caller of the driver vouches for the place.
     unsafe { place.write(value) };
@@ -52,6 +52,6 @@ fn stream(handle: usize) -> Result<Arc<Stream>> {
     match handle {
         0 | 1 => Ok(Stream::legacy(device::current()?)),
         2 => Ok(Stream::per_thread(device::current()?)),
-        _ => Stream::find(handle).ok_or(Code::INVALID_HANDLE),
+        _ => Stream::find(handle).ok_or(CuResult::INVALID_HANDLE),
     }
 }

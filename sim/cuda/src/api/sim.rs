@@ -4,7 +4,7 @@ use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
 use super::{answer, stream};
-use crate::code::Code;
+use crate::cu_result::CuResult;
 use crate::memory;
 
 /// Data of a task that belongs to whoever issued it.
@@ -42,7 +42,7 @@ pub unsafe extern "C" fn flashcomm_sim_issue(
     answer(|| {
         stream(on)?.issue(Arc::new(move || match run(owned.data()) {
             0 => Ok(()),
-            code => Err(Code(code)),
+            code => Err(CuResult(code)),
         }))
     })
 }

@@ -10,7 +10,7 @@ use once_cell::sync::Lazy;
 use parking_lot::RwLock;
 
 use super::{driver, put, stream};
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::device;
 use crate::stream::{
     CaptureStatus, Event, Executable, Kind, Node, Stream, check_capture_allows, exchange_mode, fresh_handle,
@@ -36,7 +36,7 @@ const DISABLE_TIMING: u32 = 2;
 fn create(place: *mut usize, flags: u32) -> Result<()> {
     schedule::step();
     if schedule::fails("stream") {
-        return Err(Code::OUT_OF_MEMORY);
+        return Err(CuResult::OUT_OF_MEMORY);
     }
     let kind = if flags & NON_BLOCKING != 0 { Kind::NonBlocking } else { Kind::Blocking };
     put(place, Stream::new(device::current()?, kind).handle)
@@ -56,7 +56,7 @@ fn capture_info(handle: usize, status: *mut c_int, id: *mut u64) -> Result<()> {
 }
 
 fn instantiate(executable: *mut usize, graph: usize) -> Result<()> {
-    let nodes = GRAPHS.read().get(&graph).cloned().ok_or(Code::INVALID_VALUE)?;
+    let nodes = GRAPHS.read().get(&graph).cloned().ok_or(CuResult::INVALID_VALUE)?;
     let handle = fresh_handle();
     EXECUTABLES.write().insert(handle, Arc::new(Executable::new(nodes)));
     put(executable, handle)
@@ -66,7 +66,7 @@ driver! {
     fn cuStreamCreate(place: *mut usize, flags: u32) { create(place, flags) }
     fn cuStreamCreateWithPriority(place: *mut usize, flags: u32, _priority: c_int) { create(place, flags) }
     fn cuStreamDestroy_v2(handle: usize) {
-        Stream::find(handle).ok_or(Code::INVALID_HANDLE)?.close();
+        Stream::find(handle).ok_or(CuResult::INVALID_HANDLE)?.close();
         Ok(())
     }
     fn cuStreamSynchronize(handle: usize) {
@@ -78,7 +78,7 @@ driver! {
     }
     fn cuStreamQuery(handle: usize) {
         check_capture_allows()?;
-        if stream(handle)?.is_idle()? { Ok(()) } else { Err(Code::NOT_READY) }
+        if stream(handle)?.is_idle()? { Ok(()) } else { Err(CuResult::NOT_READY) }
     }
     fn cuStreamGetFlags(handle: usize, flags: *mut u32) {
         put(flags, u32::from(stream(handle)?.kind == Kind::NonBlocking))
@@ -93,7 +93,7 @@ driver! {
         n_nodes: *mut usize,
     ) {
         if !graph.is_null() {
-            return Err(Code::NOT_SUPPORTED); // a graph in the making is not simulated
+            return Err(CuResult::NOT_SUPPORTED); // a graph in the making is not simulated
         }
         capture_info(handle, status, id)?;
         if !nodes.is_null() || !n_nodes.is_null() {
@@ -125,12 +125,12 @@ driver! {
     }
     fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) {
         if mode.is_null() {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         // SAFETY: not null, and the caller vouches for it.
         let wanted = unsafe { *mode };
         if !(0..=2).contains(&wanted) {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         put(mode, exchange_mode(wanted))
     }
@@ -142,29 +142,29 @@ driver! {
     ) { instantiate(executable, graph) }
     fn cuGraphUpload(executable: usize, handle: usize) {
         stream(handle)?;
-        EXECUTABLES.read().get(&executable).map(|_| ()).ok_or(Code::INVALID_VALUE)
+        EXECUTABLES.read().get(&executable).map(|_| ()).ok_or(CuResult::INVALID_VALUE)
     }
     fn cuGraphLaunch(executable: usize, handle: usize) {
         schedule::step();
-        let executable = EXECUTABLES.read().get(&executable).cloned().ok_or(Code::INVALID_VALUE)?;
+        let executable = EXECUTABLES.read().get(&executable).cloned().ok_or(CuResult::INVALID_VALUE)?;
         let stream = stream(handle)?;
         let launched = executable.launch();
         stream.issue(Arc::new(move || executable.run(&launched)))
     }
     fn cuGraphGetNodes(graph: usize, _nodes: *mut usize, n_nodes: *mut usize) {
-        put(n_nodes, GRAPHS.read().get(&graph).ok_or(Code::INVALID_VALUE)?.len())
+        put(n_nodes, GRAPHS.read().get(&graph).ok_or(CuResult::INVALID_VALUE)?.len())
     }
     fn cuGraphExecDestroy(executable: usize) {
         let executable = EXECUTABLES.write().remove(&executable);
-        executable.map(drop).ok_or(Code::INVALID_VALUE)
+        executable.map(drop).ok_or(CuResult::INVALID_VALUE)
     }
     fn cuGraphDestroy(graph: usize) {
         let graph = GRAPHS.write().remove(&graph);
-        graph.map(drop).ok_or(Code::INVALID_VALUE)
+        graph.map(drop).ok_or(CuResult::INVALID_VALUE)
     }
     fn cuEventCreate(place: *mut usize, flags: u32) {
         if schedule::fails("event") {
-            return Err(Code::OUT_OF_MEMORY);
+            return Err(CuResult::OUT_OF_MEMORY);
         }
         put(place, Event::create(device::current()?, flags & DISABLE_TIMING == 0))
     }
@@ -175,7 +175,7 @@ driver! {
     }
     fn cuEventQuery(event: usize) {
         check_capture_allows()?;
-        if Event::find(event)?.is_complete()? { Ok(()) } else { Err(Code::NOT_READY) }
+        if Event::find(event)?.is_complete()? { Ok(()) } else { Err(CuResult::NOT_READY) }
     }
     fn cuEventSynchronize(event: usize) {
         check_capture_allows()?;

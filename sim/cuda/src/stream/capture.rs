@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::event::Event;
 use super::{Kind, State, Stream, Task};
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 
 /// A stream's part in a capture.
 #[derive(Clone)]
@@ -85,12 +85,12 @@ pub fn check_capture_allows() -> Result<()> {
     };
     match ACTIVE.lock().iter().find(forbids) {
         None => Ok(()),
-        Some(session) => Err(session.invalidate(Code::STREAM_CAPTURE_UNSUPPORTED)),
+        Some(session) => Err(session.invalidate(CuResult::STREAM_CAPTURE_UNSUPPORTED)),
     }
 }
 
 impl Session {
-    pub(super) fn invalidate(&self, code: Code) -> Code {
+    pub(super) fn invalidate(&self, code: CuResult) -> CuResult {
         self.is_invalid.store(true, Ordering::Release);
         code
     }
@@ -119,7 +119,7 @@ impl Stream {
             let captures =
                 |stream: &Arc<Stream>| stream.kind == Kind::Blocking && stream.state.lock().capture.is_some();
             return match Stream::all(self.device).iter().any(captures) {
-                true => Err(Code::STREAM_CAPTURE_IMPLICIT),
+                true => Err(CuResult::STREAM_CAPTURE_IMPLICIT),
                 false => Ok(CaptureStatus::None),
             };
         }
@@ -138,10 +138,10 @@ impl Stream {
     /// Adds to them, or puts others in their place.
     pub fn update_dependencies(&self, nodes: &[usize], add: bool) -> Result<()> {
         let mut state = self.state.lock();
-        let capturing = state.capture_mut()?.ok_or(Code::INVALID_VALUE)?;
+        let capturing = state.capture_mut()?.ok_or(CuResult::INVALID_VALUE)?;
         let n_nodes = capturing.session.nodes.lock().len();
         if nodes.iter().any(|node| *node >= n_nodes) {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         let before = if add { capturing.last.clone() } else { Vec::new() };
         let before = std::mem::replace(&mut capturing.last, before);
@@ -156,10 +156,10 @@ impl Stream {
     pub fn begin_capture(&self, mode: i32) -> Result<()> {
         let mut state = self.state.lock();
         if self.kind == Kind::Legacy {
-            return Err(Code::STREAM_CAPTURE_UNSUPPORTED);
+            return Err(CuResult::STREAM_CAPTURE_UNSUPPORTED);
         }
         if state.capture.is_some() {
-            return Err(Code::INVALID_VALUE);
+            return Err(CuResult::INVALID_VALUE);
         }
         let session = Arc::new(Session {
             id: CAPTURES.fetch_add(1, Ordering::Relaxed),
@@ -177,9 +177,9 @@ impl Stream {
 
     /// Ends a capture: its nodes.
     pub fn end_capture(&self) -> Result<Vec<Node>> {
-        let capturing = self.state.lock().capture.clone().ok_or(Code::INVALID_VALUE)?;
+        let capturing = self.state.lock().capture.clone().ok_or(CuResult::INVALID_VALUE)?;
         if !capturing.is_origin {
-            return Err(Code::STREAM_CAPTURE_UNMATCHED);
+            return Err(CuResult::STREAM_CAPTURE_UNMATCHED);
         }
         let session = &capturing.session;
         session.has_ended.store(true, Ordering::Release);
@@ -191,7 +191,7 @@ impl Stream {
             }
         }
         if session.is_invalid.load(Ordering::Acquire) {
-            return Err(Code::STREAM_CAPTURE_INVALIDATED);
+            return Err(CuResult::STREAM_CAPTURE_INVALIDATED);
         }
         // Taken out: an event that keeps the session must not keep what the nodes hold.
         let nodes = std::mem::take(&mut *session.nodes.lock());
@@ -203,7 +203,7 @@ impl Stream {
                 open.extend(&nodes[node].needs);
             }
         }
-        if is_joined.iter().all(|joined| *joined) { Ok(nodes) } else { Err(Code::STREAM_CAPTURE_UNJOINED) }
+        if is_joined.iter().all(|joined| *joined) { Ok(nodes) } else { Err(CuResult::STREAM_CAPTURE_UNJOINED) }
     }
 }
 
@@ -212,7 +212,7 @@ impl State {
     pub(super) fn capture_mut(&mut self) -> Result<Option<&mut Capturing>> {
         match &mut self.capture {
             Some(capturing) if capturing.session.is_invalid.load(Ordering::Acquire) => {
-                Err(Code::STREAM_CAPTURE_INVALIDATED)
+                Err(CuResult::STREAM_CAPTURE_INVALIDATED)
             }
             capture => Ok(capture.as_mut()),
         }

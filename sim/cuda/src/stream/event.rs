@@ -10,7 +10,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::capture::{Capturing, NodeWork, Session};
 use super::{Kind, Stream, fresh_handle};
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::device::Device;
 
 /// What a record completes.
@@ -61,13 +61,13 @@ impl Event {
 
     /// The event of a handle.
     pub fn find(handle: usize) -> Result<Arc<Self>> {
-        EVENTS.read().get(&handle).cloned().ok_or(Code::INVALID_HANDLE)
+        EVENTS.read().get(&handle).cloned().ok_or(CuResult::INVALID_HANDLE)
     }
 
     /// Destroys it.
     pub fn destroy(handle: usize) -> Result<()> {
         let event = EVENTS.write().remove(&handle); // dropped without the lock: it may hold other events
-        event.map(drop).ok_or(Code::INVALID_HANDLE)
+        event.map(drop).ok_or(CuResult::INVALID_HANDLE)
     }
 
     /// Records the work of a stream so far; `external`: at each replay of the graph being captured.
@@ -83,7 +83,7 @@ impl Event {
                 capturing.add(NodeWork::Record(self.clone()));
                 Ok(())
             }
-            (None, true) => Err(Code::INVALID_VALUE),
+            (None, true) => Err(CuResult::INVALID_VALUE),
             (None, false) => {
                 drop(state);
                 let mark = self.next_mark();
@@ -116,13 +116,13 @@ impl Event {
         let mut state = stream.state.lock();
         let Some(capturing) = state.capture_mut()? else {
             return match recorded {
-                _ if external => Err(Code::INVALID_VALUE),
+                _ if external => Err(CuResult::INVALID_VALUE),
                 EventState::Never => Ok(()),
                 EventState::Captured(session, _) if session.has_ended.load(Ordering::Acquire) => {
-                    Err(Code::CAPTURED_EVENT)
+                    Err(CuResult::CAPTURED_EVENT)
                 }
                 EventState::Captured(session, _) if stream.kind == Kind::Legacy => {
-                    Err(session.invalidate(Code::STREAM_CAPTURE_IMPLICIT))
+                    Err(session.invalidate(CuResult::STREAM_CAPTURE_IMPLICIT))
                 }
                 EventState::Captured(session, last) => {
                     state.capture = Some(Capturing { session, last, is_origin: false });
@@ -154,7 +154,7 @@ impl Event {
                 Ok(())
             }
             EventState::Never => Ok(()),
-            _ => Err(capturing.session.invalidate(Code::STREAM_CAPTURE_ISOLATION)),
+            _ => Err(capturing.session.invalidate(CuResult::STREAM_CAPTURE_ISOLATION)),
         }
     }
 
@@ -164,7 +164,7 @@ impl Event {
         match &*self.state.lock() {
             EventState::Never => Ok(true),
             EventState::Recorded(mark) => Ok(mark.at.lock().is_some()),
-            EventState::Captured(session, _) => Err(session.invalidate(Code::CAPTURED_EVENT)),
+            EventState::Captured(session, _) => Err(session.invalidate(CuResult::CAPTURED_EVENT)),
         }
     }
 
@@ -174,7 +174,7 @@ impl Event {
         match recorded {
             EventState::Never => {}
             EventState::Recorded(mark) => mark.wait(self.device),
-            EventState::Captured(session, _) => return Err(session.invalidate(Code::CAPTURED_EVENT)),
+            EventState::Captured(session, _) => return Err(session.invalidate(CuResult::CAPTURED_EVENT)),
         }
         self.device.check()
     }
@@ -182,8 +182,8 @@ impl Event {
     /// Milliseconds from `self` to `end`.
     pub fn elapsed_ms(&self, end: &Event) -> Result<f32> {
         let at = |event: &Event| match &*event.state.lock() {
-            EventState::Recorded(mark) if event.has_timing => mark.at.lock().ok_or(Code::NOT_READY),
-            _ => Err(Code::INVALID_HANDLE),
+            EventState::Recorded(mark) if event.has_timing => mark.at.lock().ok_or(CuResult::NOT_READY),
+            _ => Err(CuResult::INVALID_HANDLE),
         };
         let (start, end) = (at(self)?, at(end)?);
         Ok(end

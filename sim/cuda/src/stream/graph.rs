@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::capture::{Node, NodeWork};
 use super::event::Mark;
-use crate::code::Result;
+use crate::cu_result::Result;
 
 /// The records that the event nodes of one launch are about, by node.
 pub struct Launched(Vec<Option<Arc<Mark>>>);

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use crate::code::{Code, Result};
+use crate::cu_result::{CuResult, Result};
 use crate::device::Device;
 
 /// A piece of stream work.
@@ -158,7 +158,7 @@ impl Stream {
         for stream in Stream::all(self.device).into_iter().filter(|stream| stream.kind == Kind::Blocking) {
             let state = stream.state.lock();
             if let Some(capturing) = &state.capture {
-                return Err(capturing.session.invalidate(Code::STREAM_CAPTURE_IMPLICIT));
+                return Err(capturing.session.invalidate(CuResult::STREAM_CAPTURE_IMPLICIT));
             }
             if state.completed < state.issued {
                 before.push((stream.clone(), state.issued));
@@ -229,7 +229,7 @@ impl Stream {
         let issued = {
             let mut state = self.state.lock();
             if let Some(capturing) = state.capture_mut()? {
-                return Err(capturing.session.invalidate(Code::STREAM_CAPTURE_UNSUPPORTED));
+                return Err(capturing.session.invalidate(CuResult::STREAM_CAPTURE_UNSUPPORTED));
             }
             state.issued
         };
@@ -241,7 +241,7 @@ impl Stream {
     pub fn is_idle(&self) -> Result<bool> {
         let mut state = self.state.lock();
         if let Some(capturing) = state.capture_mut()? {
-            return Err(capturing.session.invalidate(Code::STREAM_CAPTURE_UNSUPPORTED));
+            return Err(capturing.session.invalidate(CuResult::STREAM_CAPTURE_UNSUPPORTED));
         }
         self.device.check()?;
         Ok(state.completed == state.issued)

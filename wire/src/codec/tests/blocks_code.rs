@@ -15,7 +15,7 @@ fn all_blocks() -> impl Iterator<Item = Codec> {
 // ---- oracles --------------------------------------------------------------------------------------------------------
 
 /// The matrix of the transform, signs included, times 8.
-fn block_matrix(row: usize, column: usize) -> f64 {
+fn octet_matrix(row: usize, column: usize) -> f64 {
     let sign = if column % 4 == 3 { -1.0 } else { 1.0 };
     if (row & column).count_ones().is_multiple_of(2) { sign } else { -sign }
 }
@@ -47,18 +47,18 @@ fn naive_blocks<E: Element>(x: &[f32], bits: u8) -> (Vec<f32>, Vec<f32>) {
     };
     let half = f64::from(1u16 << (bits - 1));
     let (mut out, mut sum) = (Vec::new(), Vec::new());
-    for block in v.chunks_exact(8) {
+    for octet in v.chunks_exact(8) {
         let margin = f64::from((inverse(unit) as f32) * (1.0 + 1.0 / 4096.0));
-        let level = (f64::from(largest(block)) * margin).ceil();
+        let level = (f64::from(largest(octet)) * margin).ceil();
         assert!(level <= 15.0);
         let step = unit * level / half;
         let per_step = inverse(unit * level.max(1.0) / half);
-        let cells: Vec<f64> = block.iter().map(|v| (f64::from(*v) * per_step).floor()).collect();
-        assert!(cells.iter().all(|cell| (-half..half).contains(cell)), "within the codes without a clamp");
+        let cells: Vec<f64> = octet.iter().map(|v| (f64::from(*v) * per_step).floor()).collect();
+        assert!(cells.iter().all(|cell| (-half..half).contains(cell)), "within the quants without a clamp");
         let middles: Vec<f64> = cells.iter().map(|cell| cell + 0.5).collect();
         sum.extend(middles.iter().map(|middle| (middle * step) as f32));
         out.extend((0..8).map(|e| {
-            let integer: f64 = (0..8).map(|j| block_matrix(j, e) * middles[j]).sum();
+            let integer: f64 = (0..8).map(|j| octet_matrix(j, e) * middles[j]).sum();
             (integer * step) as f32 + 0.0
         }));
     }
@@ -121,7 +121,7 @@ proptest! {
 
     #[test]
     #[cfg_attr(miri, ignore = "takes minutes")]
-    fn sums_beyond_elements_stay_within_their_codes(
+    fn sums_beyond_elements_stay_within_their_quants(
         codec in any_blocks(),
         x in proptest::collection::vec(-4.0f32..4.0, 128),
         exponent in -30i32..18,
@@ -131,7 +131,7 @@ proptest! {
         let y = round_trip::<f16>(codec, &x);
         let largest = x.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
         prop_assume!(largest < 60000.0);
-        let (steps, least) = (f32::from(codec.width.max_code()), 2.0f32.powi(-16));
+        let (steps, least) = (f32::from(codec.width.max_quant()), 2.0f32.powi(-16));
         for (x, y) in x.iter().zip(&y) {
             prop_assert!((x - y).abs() <= 1.03 * largest / steps + least, "{:?} {} {}", codec, x, y);
         }
@@ -141,28 +141,28 @@ proptest! {
 // ---- the transform --------------------------------------------------------------------------------------------------
 
 #[test]
-fn the_transform_of_a_block_is_its_matrix() {
+fn the_transform_of_an_octet_is_its_matrix() {
     for column in 0..8 {
-        let mut block = [0.0; 8];
-        block[column] = 8.0;
-        blocks::enter::<f16>(&mut block);
-        for (row, v) in block.iter().enumerate() {
-            assert_eq!(f64::from(*v), block_matrix(row, column), "{row} {column}");
+        let mut octet = [0.0; 8];
+        octet[column] = 8.0;
+        blocks::enter::<f16>(&mut octet);
+        for (row, v) in octet.iter().enumerate() {
+            assert_eq!(f64::from(*v), octet_matrix(row, column), "{row} {column}");
         }
     }
 }
 
 #[test]
-fn what_a_block_has_in_common_spreads_over_four_values() {
-    let mut block = [2.0; 8];
-    blocks::enter::<bf16>(&mut block);
-    assert_eq!(block, [1.0, 1.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0]);
+fn what_an_octet_has_in_common_spreads_over_four_values() {
+    let mut octet = [2.0; 8];
+    blocks::enter::<bf16>(&mut octet);
+    assert_eq!(octet, [1.0, 1.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0]);
 }
 
 #[test]
 fn the_largest_elements_do_not_overflow() {
     // The signs of a row of the matrix gather all in one value.
-    let x: Vec<f32> = (0..128).map(|i| block_matrix(5, i % 8) as f32 * 60000.0).collect();
+    let x: Vec<f32> = (0..128).map(|i| octet_matrix(5, i % 8) as f32 * 60000.0).collect();
     let (y, _) = sent::<f16>(blocks_of(8, 128), &x);
     assert!(y.iter().all(|y| y.is_finite()), "{y:?}");
 }
@@ -190,10 +190,10 @@ fn the_transform_rounds_each_result_once() {
         let (a, b) = (any(), any());
         if a.is_finite() && b.is_finite() {
             let share = f16::from_f64(a / 8.0).to_f64();
-            let mut block = [a as f32, 0.0, 0.0, 0.0, b as f32, 0.0, 0.0, 0.0];
-            blocks::enter::<f16>(&mut block);
-            assert_eq!(block[0], f16::from_f64(share + b / 8.0).to_f32(), "{a} {b}");
-            assert_eq!(block[4], f16::from_f64(share - b / 8.0).to_f32(), "{a} {b}");
+            let mut octet = [a as f32, 0.0, 0.0, 0.0, b as f32, 0.0, 0.0, 0.0];
+            blocks::enter::<f16>(&mut octet);
+            assert_eq!(octet[0], f16::from_f64(share + b / 8.0).to_f32(), "{a} {b}");
+            assert_eq!(octet[4], f16::from_f64(share - b / 8.0).to_f32(), "{a} {b}");
         }
     }
 }
@@ -226,7 +226,7 @@ fn zeros_stay_zeros_and_positive() {
 }
 
 #[test]
-fn a_block_of_zeros_stays_so_beside_others() {
+fn an_octet_of_zeros_stays_so_beside_others() {
     let x: Vec<f32> = (0..128).map(|i| if i / 8 == 3 { 0.0 } else { i as f32 }).collect();
     let (y, _) = sent::<f16>(blocks_of(4, 128), &x);
     assert!(y[24..32].iter().all(|y| y.to_bits() == 0));

@@ -3,20 +3,20 @@
 use std::ffi::CStr;
 
 /// What a call answers when it is not success.
-pub type Result<T> = std::result::Result<T, Code>;
+pub type Result<T> = std::result::Result<T, CuResult>;
 
 /// A `CUresult`.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Code(pub i32);
+pub struct CuResult(pub i32);
 
-macro_rules! codes {
+macro_rules! results {
     ($($name:ident = $value:literal, $cuda:literal, $text:literal;)*) => {
         #[allow(missing_docs, reason = "the driver's names")]
-        impl Code {
-            $(pub const $name: Code = Code($value);)*
+        impl CuResult {
+            $(pub const $name: CuResult = CuResult($value);)*
 
-            /// The driver's name and description of the code.
+            /// The driver's name and description of the result.
             pub fn texts(self) -> Option<(&'static CStr, &'static CStr)> {
                 match self.0 {
                     $($value => Some(($cuda, $text)),)*
@@ -27,7 +27,7 @@ macro_rules! codes {
     };
 }
 
-codes! {
+results! {
     SUCCESS = 0, c"CUDA_SUCCESS", c"no error";
     INVALID_VALUE = 1, c"CUDA_ERROR_INVALID_VALUE", c"invalid argument";
     OUT_OF_MEMORY = 2, c"CUDA_ERROR_OUT_OF_MEMORY", c"out of memory";
