@@ -1,8 +1,10 @@
-//! Bakes the commit into the command, as `FLASHCOMM_COMMIT`: what a file of measurements was made with.
+//! Bakes the commit into the command, as `FLASHCOMM_COMMIT`: what a file of measurements was made
+//! with.
 //!
-//! It is the short hash of HEAD, `-dirty` behind it where a file that the command or the library is made of differs from
-//! that commit, and `unknown` where there is no git or this is no checkout of it, as in an unpacked archive. Nothing fails for
-//! want of it. It is asked again when HEAD moves or one of those files changes, which compiles the command anyway.
+//! It is the short hash of HEAD, `-dirty` behind it where a file that the command or the library is
+//! made of differs from that commit, and `unknown` where there is no git or this is no checkout of
+//! it, as in an unpacked archive. Nothing fails for want of it. It is asked again when HEAD moves
+//! or one of those files changes, which compiles the command anyway.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,12 +25,14 @@ fn main() {
 
 /// `None` where git has no answer.
 fn commit(root: &Path) -> Option<String> {
-    // An archive that is unpacked inside of another project's checkout is not that project's commit.
+    // An archive that is unpacked inside of another project's checkout is not that project's
+    // commit.
     let top = PathBuf::from(git(root, &["rev-parse", "--show-toplevel"])?);
     if top.canonicalize().ok()? != root.canonicalize().ok()? {
         return None;
     }
-    // HEAD names a branch; the branch's file, or that of all packed ones, names the commit. The log has every move of HEAD.
+    // HEAD names a branch; the branch's file, or that of all packed ones, names the commit. The log
+    // has every move of HEAD.
     let branch = git(root, &["symbolic-ref", "--quiet", "HEAD"]).unwrap_or_default();
     for file in ["HEAD", "logs/HEAD", "packed-refs", &branch].into_iter().filter(|file| !file.is_empty()) {
         watch(&root.join(git(root, &["rev-parse", "--git-path", file])?));

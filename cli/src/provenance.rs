@@ -1,4 +1,5 @@
-//! What made a file of results, and when: a number that cannot be traced to its code is worth little.
+//! What made a file of results, and when: a number that cannot be traced to its code is worth
+//! little.
 
 use std::time::SystemTime;
 
@@ -9,7 +10,8 @@ use serde::Serialize;
 pub struct Provenance {
     /// The version.
     pub flashcomm: &'static str,
-    /// Hash of the commit that this command was built from, with `-dirty` where files differed; `unknown` without git.
+    /// Hash of the commit that this command was built from, with `-dirty` where files differed;
+    /// `unknown` without git.
     commit: &'static str,
     /// RFC 3339, UTC.
     date: String,

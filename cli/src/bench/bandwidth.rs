@@ -1,8 +1,9 @@
-//! Bytes per second of an all-reduce, as nccl-tests counts them, so that the numbers stand beside those of its
-//! `all_reduce_perf`. The source of both formulas is doc/PERFORMANCE.md of <https://github.com/NVIDIA/nccl-tests>.
+//! Bytes per second of an all-reduce, as nccl-tests counts them, so that the numbers stand beside
+//! those of its `all_reduce_perf`. The source of both formulas is doc/PERFORMANCE.md of
+//! <https://github.com/NVIDIA/nccl-tests>.
 //!
-//! The bytes are those of the caller, before compression. So the shim's bus bandwidth says which link NCCL would need to be
-//! as fast, and may lie above that of the link there is.
+//! The bytes are those of the caller, before compression. So the shim's bus bandwidth says which
+//! link NCCL would need to be as fast, and may lie above that of the link there is.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,8 +12,9 @@ use serde::{Deserialize, Serialize};
 pub struct Bandwidth {
     /// Algorithm bandwidth: bytes that a rank sums, over the time.
     pub algbw_gb_s: f64,
-    /// Bus bandwidth: what an optimal all-reduce of n ranks moves over the slowest link in that time, 2(n-1)/n of those bytes.
-    /// It compares between numbers of ranks, and with what the hardware is said to do.
+    /// Bus bandwidth: what an optimal all-reduce of n ranks moves over the slowest link in that
+    /// time, 2(n-1)/n of those bytes. It compares between numbers of ranks, and with what the
+    /// hardware is said to do.
     pub busbw_gb_s: f64,
 }
 

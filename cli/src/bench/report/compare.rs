@@ -1,4 +1,5 @@
-//! NCCL and the shim beside each other: by size the medians of the rounds, and from where on the shim is never slower.
+//! NCCL and the shim beside each other: by size the medians of the rounds, and from where on the
+//! shim is never slower.
 
 use std::collections::BTreeMap;
 
