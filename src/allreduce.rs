@@ -38,7 +38,7 @@ use crate::route::{self, Reason, Request, Route};
 use crate::{real, thread};
 
 /// An all-reduce as the application asked for it.
-pub struct Operation {
+pub(crate) struct Operation {
     /// Its communicator.
     pub comm: Arc<Comm>,
     /// Input, `count` elements.
@@ -59,7 +59,7 @@ pub struct Operation {
 
 impl Operation {
     /// A call of the application's: `comm`'s all-reduce of `input` into `output`, both on its device.
-    pub fn new(
+    pub(crate) fn new(
         comm: Arc<Comm>,
         input: *const c_void,
         output: *mut c_void,
@@ -72,14 +72,14 @@ impl Operation {
     }
 
     /// Where it goes by what is known of its communicator now.
-    pub fn route(&self) -> Route {
+    pub(crate) fn route(&self) -> Route {
         // In doubt (no driver, a communicator still in the making) the call is forwarded, as in a capture.
         let is_capturing = || !matches!(self.capture(), Ok(Capture::None));
         route::route(self.element, &self.request, self.comm.verdict(), Config::global(), is_capturing)
     }
 
     /// Saves its input, as it is when what was issued to the stream so far has run, if it is one of those to be saved.
-    pub fn record(&self) {
+    pub(crate) fn record(&self) {
         // Where a kernel has given up, the call will be refused, and the application may free its buffer.
         let has_failed = || self.comm.is_aborted() || self.comm.attached().is_some_and(|on| on.failure().is_some());
         if let Some(call) = self.recorded
@@ -170,7 +170,7 @@ impl Operation {
 
 /// Runs a batch in order: attaches the communicators that have no verdict, forwards what is not compressed, and
 /// compresses the rest. Empties `batch` and keeps its memory.
-pub fn run(batch: &mut Vec<Operation>) -> NcclResult {
+pub(crate) fn run(batch: &mut Vec<Operation>) -> NcclResult {
     let attached = attach::attach_all(batch.iter().map(|operation| &operation.comm));
     if attached.is_ok() {
         batch.iter().for_each(Operation::record);

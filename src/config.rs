@@ -4,7 +4,7 @@
 //! never stops anybody's server: it gives one warning, which names the variable, the value and what is allowed, and
 //! the default holds.
 
-mod table;
+pub(crate) mod table;
 
 use std::env;
 use std::ffi::{CStr, OsString};
@@ -16,8 +16,8 @@ use log::LevelFilter;
 use once_cell::sync::OnceCell;
 
 use crate::element::ElementType;
+pub(crate) use table::Malformed;
 use table::find;
-pub use table::{Malformed, SETTINGS, Setting};
 
 /// What carries the payloads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -114,12 +114,12 @@ impl std::error::Error for Error {}
 static LAST: Mutex<String> = Mutex::new(String::new());
 
 /// Keeps an error for [`last`].
-pub fn remember(error: &Error) {
+pub(crate) fn remember(error: &Error) {
     *LAST.lock() = error.to_string();
 }
 
 /// The last error that was remembered; empty where there was none.
-pub fn last() -> String {
+pub(crate) fn last() -> String {
     LAST.lock().clone()
 }
 

@@ -43,6 +43,10 @@
 //! the application vouches for its buffers, [`flashcomm_wire::Plan`] for ours. Handles are borrowed from the application
 //! and used only in calls on their communicator; the side table forgets a communicator before NCCL does.
 
+#![deny(unreachable_pub)]
+#![allow(rustdoc::private_intra_doc_links, reason = "read it with --document-private-items")]
+
+#[allow(unreachable_pub, reason = "what C calls is public; cbindgen makes the header of no other")]
 mod abi;
 mod allreduce;
 mod comm;

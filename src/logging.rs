@@ -10,7 +10,7 @@ use parking_lot::Once;
 use crate::config::Config;
 
 /// Sets up the log and reports what was malformed in the settings; later calls do nothing.
-pub fn init() {
+pub(crate) fn init() {
     static INIT: Once = Once::new();
     INIT.call_once(|| {
         let (config, malformed) = Config::global_with_warnings();

@@ -14,13 +14,13 @@ use crate::config::Config;
 
 /// Ranges of this thread, which end with this, the last one first.
 #[derive(Default)]
-pub struct Ranges {
+pub(crate) struct Ranges {
     open: usize,
 }
 
 impl Ranges {
     /// Opens one about an operation of `n_bytes`, inside those that are open. `message` is asked where a tool listens.
-    pub fn push(&mut self, n_bytes: u64, message: impl FnOnce() -> String) {
+    pub(crate) fn push(&mut self, n_bytes: u64, message: impl FnOnce() -> String) {
         let Some(tool) = tool() else { return };
         let message = CString::new(message()).unwrap_or_default();
         let attributes = EventAttributes {

@@ -39,10 +39,10 @@ use crate::cuda::{self, Capture, Context, CudaResult, Event, Lent, PinnedMemory,
 use crate::element::ElementType;
 
 /// Bytes of a sample at most: 128 tiles.
-pub const SAMPLE_BYTES: usize = 128 * TILE_ELEMS * 2;
+pub(crate) const SAMPLE_BYTES: usize = 128 * TILE_ELEMS * 2;
 
 /// The names in the header of a file.
-pub mod header {
+pub(crate) mod header {
     /// The version of flashcomm, by which a file of ours is told.
     pub const FLASHCOMM: &str = "flashcomm";
     /// The communicator's number.
@@ -59,7 +59,7 @@ pub mod header {
 
 /// What is recorded of one communicator.
 #[derive(Default)]
-pub struct Recording {
+pub(crate) struct Recording {
     /// Candidates so far.
     calls: AtomicU64,
     /// `None` where it could not be made.
@@ -89,7 +89,7 @@ struct Room {
 }
 
 /// A candidate whose input is to be saved.
-pub struct Input {
+pub(crate) struct Input {
     /// Its number on the communicator, from 1.
     pub call: u64,
     /// Where it is.
@@ -127,7 +127,7 @@ static PROCESS: AtomicU32 = AtomicU32::new(0);
 impl Recording {
     /// Counts a candidate. Its number, where its input is to be saved.
     #[inline]
-    pub fn count(&self) -> Option<u64> {
+    pub(crate) fn count(&self) -> Option<u64> {
         match Config::global().record {
             0 => None,
             wanted => self.count_one(wanted),
@@ -142,7 +142,7 @@ impl Recording {
     }
 
     /// Makes room, in attach before its first round. Does nothing where nothing is recorded.
-    pub fn prepare(&self, device: i32) {
+    pub(crate) fn prepare(&self, device: i32) {
         let wanted = Config::global().record;
         if wanted == 0 {
             return;
@@ -157,7 +157,7 @@ impl Recording {
     }
 
     /// The ranks have met: names the communicator, and begins.
-    pub fn begin(&self, number: u64, rank: usize, world: usize) {
+    pub(crate) fn begin(&self, number: u64, rank: usize, world: usize) {
         if self.room.get().is_some_and(|room| room.is_some()) {
             let _ = self.identity.set(Identity { number, rank, world });
             at_exit();
@@ -169,7 +169,7 @@ impl Recording {
     /// # Safety
     /// The input is good until what is issued to the stream now has run; the stream is live and of the communicator's
     /// context.
-    pub unsafe fn take(&self, input: &Input) {
+    pub(crate) unsafe fn take(&self, input: &Input) {
         let (Some(Some(room)), Some(identity)) = (self.room.get(), self.identity.get()) else { return };
         if IS_OFF.load(Relaxed) {
             return;
@@ -247,7 +247,7 @@ impl Drop for Room {
 }
 
 /// Writes the samples whose copies have run.
-pub fn poll() {
+pub(crate) fn poll() {
     if N_PENDING.load(Relaxed) == 0 || PROCESS.load(Relaxed) != std::process::id() {
         return;
     }

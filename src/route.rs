@@ -13,7 +13,7 @@ use crate::verdict::Verdict;
 
 /// What one call asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Request {
+pub(crate) struct Request {
     /// Elements.
     pub count: usize,
     /// Their type.
@@ -24,14 +24,14 @@ pub struct Request {
 
 impl Request {
     /// Bytes of the input; 0 for a type that this version does not know.
-    pub fn n_bytes(&self) -> u64 {
+    pub(crate) fn n_bytes(&self) -> u64 {
         (self.count as u64).saturating_mul(self.datatype.n_bytes())
     }
 }
 
 /// Where an all-reduce goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Route {
+pub(crate) enum Route {
     /// To the real NCCL, unchanged.
     Forward(Reason),
     /// The communicator must attach first; then ask again.
@@ -109,7 +109,7 @@ impl Reason {
 ///
 /// Looks at no setting but `FLASHCOMM_ENABLE`: these are the calls at which a communicator attaches, and if a setting
 /// had a say, ranks whose settings differ would never meet in the attach that is to tell them so.
-pub fn candidate(request: &Request, config: &Config) -> Result<ElementType, Reason> {
+pub(crate) fn candidate(request: &Request, config: &Config) -> Result<ElementType, Reason> {
     if !config.enable {
         return Err(Reason::Disabled);
     }
@@ -128,7 +128,7 @@ pub fn candidate(request: &Request, config: &Config) -> Result<ElementType, Reas
 }
 
 /// Where a candidate goes. `is_capturing` is asked only where the answer depends on it.
-pub fn route(
+pub(crate) fn route(
     element: ElementType,
     request: &Request,
     verdict: Verdict,

@@ -12,23 +12,28 @@
 /// what the library would; the documentation is compared with it; fuzzing feeds the parser. A
 /// second table would accept other values.
 pub mod settings {
-    pub use crate::config::{Config, ExchangeKind, SETTINGS, Setting};
+    pub use crate::config::table::{SETTINGS, Setting};
+    pub use crate::config::{Config, ExchangeKind};
 }
 
 /// NCCL's functions by version, and how a real NCCL is found and refused. `run` and `doctor` name
 /// the NCCL that the library would take, and tests compare its exports with the list. A second
 /// search would find another library.
 pub mod nccl {
-    pub use crate::nccl::CommPtr;
     pub use crate::nccl::load::RealLibrary;
     pub use crate::nccl::symbols::{SYMBOLS, Version};
+    pub use crate::nccl::types::CommPtr;
 }
 
 /// Contexts, streams and memory of the driver. `doctor`, `bench --kernels` and the tests of the
 /// kernels launch the library's kernels, which take these; two bindings of the driver would differ
 /// in version.
 pub mod cuda {
-    pub use crate::cuda::{Context, CudaResult, DeviceMemory, PinnedMemory, Stream, device_count, init, sys};
+    pub use crate::cuda::context::Context;
+    pub use crate::cuda::driver::{CudaResult, device_count, init};
+    pub use crate::cuda::memory::{DeviceMemory, PinnedMemory};
+    pub use crate::cuda::stream::Stream;
+    pub use cudarc::driver::sys;
 }
 
 /// The kernels as the library loads and launches them. `bench --kernels` times them, `doctor` sees

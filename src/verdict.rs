@@ -2,7 +2,7 @@
 
 /// Whether a communicator compresses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// Not asked yet.
     Open,
     /// Every rank compresses operations of this many bytes and more.

@@ -43,7 +43,7 @@ use crate::verdict::Verdict;
 /// # Errors
 /// [`Error::AttachTimeout`] when a rank does not answer, or what the driver or the real NCCL answered to a call that
 /// peers rely on. The communicator is off then, but operations of other ranks may be stuck, as after any NCCL error.
-pub fn attach_all<'a>(comms: impl Iterator<Item = &'a Arc<Comm>>) -> Result<()> {
+pub(crate) fn attach_all<'a>(comms: impl Iterator<Item = &'a Arc<Comm>>) -> Result<()> {
     let wish = Wish { legs: Config::global().legs, switched_off: false };
     let mut waits: Vec<Wait> = Vec::new();
     for comm in comms.filter(|comm| comm.verdict() == Verdict::Open) {
@@ -63,7 +63,7 @@ pub fn attach_all<'a>(comms: impl Iterator<Item = &'a Arc<Comm>>) -> Result<()> 
 
 /// A change that an engine asks for. What is `None` stays.
 #[derive(Clone)]
-pub struct Change {
+pub(crate) struct Change {
     /// The communicator.
     pub comm: Arc<Comm>,
     /// Widths of the reduce leg and of the gather leg.
@@ -77,7 +77,7 @@ pub struct Change {
 /// # Errors
 /// [`Error::Refused`] on every rank, where the ranks ask for different things, or one of them cannot; all keep what
 /// they had. Otherwise as for [`attach_all`].
-pub fn change_all(changes: &[Change]) -> Result<()> {
+pub(crate) fn change_all(changes: &[Change]) -> Result<()> {
     if !Config::global().enable {
         return Err(Error::Refused("FLASHCOMM_ENABLE=0: nothing is compressed in this process".into()));
     }
@@ -322,7 +322,7 @@ fn log_on(rank: usize, world: usize, legs: Legs, exchange: &Exchange, min_bytes:
 ///
 /// # Errors
 /// Where there is no driver, or the real NCCL does not tell the device (yet).
-pub fn device_of(comm: &Comm) -> Result<(i32, Context)> {
+pub(crate) fn device_of(comm: &Comm) -> Result<(i32, Context)> {
     let device = query(comm, "ncclCommCuDevice", real::comm_cu_device)? as i32;
     cuda::init().map_err(Error::cuda("initializing the driver"))?;
     let context = Context::retain(device).map_err(Error::cuda("retaining the context"))?;

@@ -26,7 +26,7 @@ use crate::record::Recording;
 use crate::verdict::Verdict;
 
 /// One communicator of this process, one rank of it.
-pub struct Comm {
+pub(crate) struct Comm {
     handle: CommHandle,
     aborted: AtomicBool,
     /// [`OPEN`], [`OFF`], or the number of the setup in use.
@@ -44,7 +44,7 @@ const OPEN: usize = usize::MAX;
 const OFF: usize = usize::MAX - 1;
 
 /// What an attached communicator holds for a pair of widths.
-pub struct Attached {
+pub(crate) struct Attached {
     /// This rank.
     pub rank: usize,
     /// Ranks of the communicator.
@@ -67,7 +67,7 @@ pub struct Attached {
 
 /// The application's `ncclComm_t`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct CommHandle(pub CommPtr);
+pub(super) struct CommHandle(pub CommPtr);
 
 // SAFETY: NCCL's handles may be passed between threads; that they are used by one at a time is the application's duty.
 unsafe impl Send for CommHandle {}
@@ -76,7 +76,7 @@ unsafe impl Sync for CommHandle {}
 
 impl Comm {
     /// Of a live handle; its ranks have not met yet.
-    pub fn new(handle: CommPtr) -> Self {
+    pub(crate) fn new(handle: CommPtr) -> Self {
         Comm {
             handle: CommHandle(handle),
             aborted: AtomicBool::new(false),
@@ -88,12 +88,12 @@ impl Comm {
     }
 
     /// The real handle.
-    pub fn handle(&self) -> CommPtr {
+    pub(crate) fn handle(&self) -> CommPtr {
         self.handle.0
     }
 
     /// What the ranks agreed on.
-    pub fn verdict(&self) -> Verdict {
+    pub(crate) fn verdict(&self) -> Verdict {
         match self.state.load(Ordering::Acquire) {
             OPEN => Verdict::Open,
             OFF => Verdict::Off,
@@ -103,37 +103,37 @@ impl Comm {
     }
 
     /// The setup in use, when the verdict is on (or was, before it was switched off).
-    pub fn attached(&self) -> Option<&Attached> {
+    pub(crate) fn attached(&self) -> Option<&Attached> {
         self.setups.get(self.state.load(Ordering::Acquire))?.get().map(|attached| &**attached)
     }
 
     /// The setup of a pair of widths, if it has ever been in use.
-    pub fn attached_with(&self, legs: Legs) -> Option<&Attached> {
+    pub(crate) fn attached_with(&self, legs: Legs) -> Option<&Attached> {
         self.setups().find(|attached| attached.legs == legs)
     }
 
     /// Every setup, the oldest first.
-    pub fn setups(&self) -> impl Iterator<Item = &Attached> {
+    pub(crate) fn setups(&self) -> impl Iterator<Item = &Attached> {
         self.setups.iter().map_while(|setup| setup.get().map(|attached| &**attached))
     }
 
     /// Whether the application has aborted or destroyed the communicator. Its handle must not be used any more.
-    pub fn is_aborted(&self) -> bool {
+    pub(crate) fn is_aborted(&self) -> bool {
         self.aborted.load(Ordering::Acquire)
     }
 
     /// As [`Comm::is_aborted`], for those who wait with an eye on it.
-    pub fn aborted(&self) -> &AtomicBool {
+    pub(crate) fn aborted(&self) -> &AtomicBool {
         &self.aborted
     }
 
     /// The application destroys the communicator.
-    pub fn retire(&self) {
+    pub(crate) fn retire(&self) {
         self.aborted.store(true, Ordering::Release);
     }
 
     /// Frees the kernels that wait for other ranks (invariant I5).
-    pub fn abort(&self) {
+    pub(crate) fn abort(&self) {
         self.aborted.store(true, Ordering::Release);
         for attached in self.setups() {
             if let Exchange::Fused(fused) = &*attached.exchange {
@@ -143,28 +143,28 @@ impl Comm {
     }
 
     /// Its device, where it was ever attached.
-    pub fn device(&self) -> Option<i32> {
+    pub(crate) fn device(&self) -> Option<i32> {
         self.setups().next().map(|attached| attached.context.device())
     }
 
     /// What went wrong on the GPU, if anything.
-    pub fn failure(&self) -> Option<Error> {
+    pub(crate) fn failure(&self) -> Option<Error> {
         self.setups().find_map(Attached::failure)
     }
 
     /// Whether all of its operations have run.
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.setups().next().is_none_or(|first| first.order.is_idle())
     }
 
     /// All ranks forward from now on. Does nothing once the verdict is settled: a settlement that comes late is that of a
     /// thread that nobody waited for.
-    pub fn settle_off(&self) {
+    pub(crate) fn settle_off(&self) {
         let _ = self.state.compare_exchange(OPEN, OFF, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// Takes a setup into use, at a point that all ranks agree on.
-    pub fn settle(&self, attached: Box<Attached>, switched_off: bool) {
+    pub(crate) fn settle(&self, attached: Box<Attached>, switched_off: bool) {
         if self.state.load(Ordering::Acquire) == OFF {
             return; // too late, as above
         }
@@ -181,7 +181,7 @@ impl Comm {
     }
 
     /// As [`Comm::settle`], for widths that have been in use before.
-    pub fn use_setup(&self, legs: Legs, switched_off: bool) {
+    pub(crate) fn use_setup(&self, legs: Legs, switched_off: bool) {
         if let Some(setup) = self.setups().position(|attached| attached.legs == legs) {
             self.switched_off.store(switched_off, Ordering::Relaxed);
             self.state.store(setup, Ordering::Release);
@@ -191,7 +191,7 @@ impl Comm {
 
 impl Attached {
     /// The error of a kernel that gave up waiting for another rank.
-    pub fn failure(&self) -> Option<Error> {
+    pub(crate) fn failure(&self) -> Option<Error> {
         match &*self.exchange {
             Exchange::Fused(fused) => fused.failure(),
             Exchange::Nccl(_) => None,

@@ -4,10 +4,10 @@
 //! An entry appears at the first candidate all-reduce and is dropped before a destroy or an abort is forwarded, since
 //! NCCL uses addresses again.
 
-pub mod attach;
+pub(crate) mod attach;
 mod communicator;
 mod order;
 mod table;
 
-pub use communicator::{Attached, Comm};
-pub use table::{abort, failure, known, of, reap, retire, turn_off};
+pub(crate) use communicator::{Attached, Comm};
+pub(crate) use table::{abort, failure, known, of, reap, retire, turn_off};

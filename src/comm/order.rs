@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use crate::cuda::{self, Capture, CudaResult, Dependencies, Event, GraphNode, StreamHandle};
 
 /// Chains the operations of a communicator.
-pub struct Order {
+pub(crate) struct Order {
     events: Mutex<Events>,
 }
 
@@ -38,7 +38,7 @@ impl Order {
     ///
     /// # Errors
     /// The driver's.
-    pub fn new() -> CudaResult<Self> {
+    pub(crate) fn new() -> CudaResult<Self> {
         Ok(Self { events: Mutex::new(Events { last: Event::new()?, captured: None }) })
     }
 
@@ -46,7 +46,7 @@ impl Order {
     ///
     /// # Safety
     /// `stream` is live and of the communicator's context, which is current.
-    pub unsafe fn begin(&self, stream: StreamHandle, capture: Capture) -> CudaResult<()> {
+    pub(crate) unsafe fn begin(&self, stream: StreamHandle, capture: Capture) -> CudaResult<()> {
         let events = self.events.lock();
         match capture {
             // SAFETY: the caller vouches for the stream.
@@ -66,7 +66,7 @@ impl Order {
     ///
     /// # Safety
     /// As for [`Order::begin`].
-    pub unsafe fn end(&self, stream: StreamHandle, capture: Capture) -> CudaResult<()> {
+    pub(crate) unsafe fn end(&self, stream: StreamHandle, capture: Capture) -> CudaResult<()> {
         let mut events = self.events.lock();
         let Capture::Active(id) = capture else {
             // SAFETY: the caller vouches for the stream.
@@ -102,7 +102,7 @@ impl Order {
     }
 
     /// Whether all operations have run.
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         // An error here means that the context is lost; nothing runs in it any more.
         self.events.lock().last.is_complete().unwrap_or(true)
     }

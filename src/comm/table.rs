@@ -36,7 +36,7 @@ impl Hasher for AddressHasher {
 static RETIRED: Mutex<Vec<Arc<Comm>>> = Mutex::new(Vec::new());
 
 /// The entry of a communicator, made at its first use. `handle` is not null.
-pub fn of(handle: CommPtr) -> Arc<Comm> {
+pub(crate) fn of(handle: CommPtr) -> Arc<Comm> {
     let handle = CommHandle(handle);
     if let Some(comm) = TABLE.read().get(&handle) {
         return comm.clone();
@@ -45,14 +45,14 @@ pub fn of(handle: CommPtr) -> Arc<Comm> {
 }
 
 /// The entry of a communicator, if it has one.
-pub fn known(handle: CommPtr) -> Option<Arc<Comm>> {
+pub(crate) fn known(handle: CommPtr) -> Option<Arc<Comm>> {
     TABLE.read().get(&CommHandle(handle)).cloned()
 }
 
 /// Drops the entry of a communicator that is about to be destroyed. What it holds stays until [`reap`] finds that its
 /// last operation has run.
 /// Its device, where it was attached.
-pub fn retire(handle: CommPtr) -> Option<i32> {
+pub(crate) fn retire(handle: CommPtr) -> Option<i32> {
     let comm = TABLE.write().remove(&CommHandle(handle))?;
     comm.retire();
     let device = comm.device()?;
@@ -62,7 +62,7 @@ pub fn retire(handle: CommPtr) -> Option<i32> {
 
 /// Drops the entry of a communicator that is about to be aborted, and frees its waiting kernels.
 /// Its device, where it was attached.
-pub fn abort(handle: CommPtr) -> Option<i32> {
+pub(crate) fn abort(handle: CommPtr) -> Option<i32> {
     if let Some(comm) = TABLE.read().get(&CommHandle(handle)) {
         comm.abort();
     }
@@ -70,13 +70,13 @@ pub fn abort(handle: CommPtr) -> Option<i32> {
 }
 
 /// As [`abort`], for a handle that stays: from now on the real NCCL answers what is done with it.
-pub fn turn_off(handle: CommPtr) {
+pub(crate) fn turn_off(handle: CommPtr) {
     abort(handle);
     of(handle).settle_off();
 }
 
 /// What went wrong in a communicator on the GPU, if anything.
-pub fn failure(handle: CommPtr) -> Option<Error> {
+pub(crate) fn failure(handle: CommPtr) -> Option<Error> {
     TABLE.read().get(&CommHandle(handle))?.failure()
 }
 
@@ -85,7 +85,7 @@ pub fn failure(handle: CommPtr) -> Option<Error> {
 ///
 /// Only those of `device`, that of the communicator that has ended: on another one a rank of another thread may have
 /// work that waits for this very thread, and freeing waits for it.
-pub fn reap(device: i32) {
+pub(crate) fn reap(device: i32) {
     // To ask an event and to free memory would break a capture of another thread otherwise.
     let _relaxed = RelaxedCapture::enter();
     let idle: Vec<Arc<Comm>> = {

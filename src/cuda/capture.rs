@@ -10,13 +10,13 @@ use super::stream::StreamHandle;
 
 /// Lets this thread allocate while some thread captures a graph in global mode, until dropped.
 #[derive(Debug)]
-pub struct RelaxedCapture {
+pub(crate) struct RelaxedCapture {
     previous: sys::CUstreamCaptureMode,
 }
 
 impl RelaxedCapture {
     /// Switches this thread to the relaxed capture mode.
-    pub fn enter() -> CudaResult<Self> {
+    pub(crate) fn enter() -> CudaResult<Self> {
         let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: `mode` is a valid place; the driver swaps in the previous mode.
         check(unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) })?;
@@ -33,7 +33,7 @@ impl Drop for RelaxedCapture {
 
 /// Whether work issued to a stream now is captured, and into which graph.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Capture {
+pub(crate) enum Capture {
     /// It runs.
     None,
     /// It becomes part of the graph of this capture, by the driver's unique id.
@@ -44,7 +44,7 @@ pub enum Capture {
 ///
 /// # Safety
 /// `stream` is a live stream or one of the driver's special handles, of the current context.
-pub unsafe fn capture_of(stream: StreamHandle) -> CudaResult<Capture> {
+pub(crate) unsafe fn capture_of(stream: StreamHandle) -> CudaResult<Capture> {
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     let mut id = 0;
     let (graph, dependencies, count) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
@@ -58,13 +58,13 @@ pub unsafe fn capture_of(stream: StreamHandle) -> CudaResult<Capture> {
 }
 
 /// A node of a graph that is being captured.
-pub type GraphNode = sys::CUgraphNode;
+pub(crate) type GraphNode = sys::CUgraphNode;
 
 /// The nodes that what is captured next from `stream` will depend on.
 ///
 /// # Safety
 /// `stream` is live, of the current context, and captures.
-pub unsafe fn capture_dependencies(stream: StreamHandle) -> CudaResult<Vec<GraphNode>> {
+pub(crate) unsafe fn capture_dependencies(stream: StreamHandle) -> CudaResult<Vec<GraphNode>> {
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     let (mut nodes, mut n_nodes) = (ptr::null(), 0);
     let (id, graph) = (ptr::null_mut(), ptr::null_mut());
@@ -79,7 +79,7 @@ pub unsafe fn capture_dependencies(stream: StreamHandle) -> CudaResult<Vec<Graph
 
 /// How [`update_capture_dependencies`] takes its nodes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Dependencies {
+pub(crate) enum Dependencies {
     /// Beside those that there are.
     Add,
     /// Instead of them; they need not be joined.
@@ -90,7 +90,7 @@ pub enum Dependencies {
 ///
 /// # Safety
 /// As for [`capture_dependencies`]; the nodes are of that capture.
-pub unsafe fn update_capture_dependencies(
+pub(crate) unsafe fn update_capture_dependencies(
     stream: StreamHandle,
     nodes: &mut [GraphNode],
     how: Dependencies,

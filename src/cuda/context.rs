@@ -102,7 +102,7 @@ impl Context {
 }
 
 /// The number of the device with that UUID, if this process sees it (`CUDA_VISIBLE_DEVICES`).
-pub fn ordinal_of(uuid: &[u8; 16]) -> CudaResult<Option<c_int>> {
+pub(crate) fn ordinal_of(uuid: &[u8; 16]) -> CudaResult<Option<c_int>> {
     let mut count = 0;
     // SAFETY: `count` is a valid place.
     check(unsafe { sys::cuDeviceGetCount(&mut count) })?;

@@ -62,7 +62,7 @@ impl Drop for DeviceMemory {
 }
 
 /// What another process needs to map device memory of this one.
-pub type IpcHandle = [u8; 64];
+pub(crate) type IpcHandle = [u8; 64];
 
 impl DeviceMemory {
     /// Sets every byte to 0 on `stream`, finished on return.
@@ -83,7 +83,7 @@ impl DeviceMemory {
 
 /// Maps the device memory of another process, with peer access to its device. It stays mapped while the process lives:
 /// whoever exported it may be gone before its memory is.
-pub fn open_ipc(handle: &IpcHandle) -> CudaResult<*mut c_void> {
+pub(crate) fn open_ipc(handle: &IpcHandle) -> CudaResult<*mut c_void> {
     let mut address = 0;
     let handle = sys::CUipcMemHandle { reserved: handle.map(|byte| byte as std::ffi::c_char) };
     let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
@@ -152,7 +152,7 @@ impl Drop for PinnedMemory {
 
 /// Host memory of the caller's, made known to every context; forgotten when dropped.
 #[derive(Debug)]
-pub struct Registered {
+pub(crate) struct Registered {
     host: *mut c_void,
     device: *mut c_void,
 }
@@ -167,7 +167,7 @@ impl Registered {
     ///
     /// # Safety
     /// The range stays mapped until this is dropped.
-    pub unsafe fn new(host: *mut c_void, n_bytes: usize) -> CudaResult<Self> {
+    pub(crate) unsafe fn new(host: *mut c_void, n_bytes: usize) -> CudaResult<Self> {
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         // SAFETY: as the caller vouches.
         check(unsafe { sys::cuMemHostRegister_v2(host, n_bytes, flags) })?;
@@ -180,7 +180,7 @@ impl Registered {
     }
 
     /// Its address for kernels.
-    pub fn device_address(&self) -> *mut c_void {
+    pub(crate) fn device_address(&self) -> *mut c_void {
         self.device
     }
 }

@@ -6,23 +6,20 @@
 //! Streams and contexts of the application are borrowed as raw handles. Everything that allocates or waits here is
 //! used in attach and at the end of a communicator only; the hot path launches kernels and records events.
 
-mod capture;
-mod context;
-mod driver;
-mod memory;
-mod module;
-mod pool;
-mod stream;
+pub(crate) mod capture;
+pub(crate) mod context;
+pub(crate) mod driver;
+pub(crate) mod memory;
+pub(crate) mod module;
+pub(crate) mod pool;
+pub(crate) mod stream;
 
-/// The driver's own names, for what has no type here: of the version of the bindings that these types are over.
-pub use cudarc::driver::sys;
-
-pub use capture::{
+pub(crate) use capture::{
     Capture, Dependencies, GraphNode, RelaxedCapture, capture_dependencies, capture_of, update_capture_dependencies,
 };
-pub use context::{Context, Entered, ordinal_of};
-pub use driver::{CudaError, CudaResult, device_count, init};
-pub use memory::{DeviceMemory, IpcHandle, PinnedMemory, Registered, open_ipc};
-pub use module::{Function, Module, Shape};
-pub use pool::Lent;
-pub use stream::{Event, Stream, StreamHandle};
+pub(crate) use context::{Context, Entered, ordinal_of};
+pub(crate) use driver::{CudaError, CudaResult, init};
+pub(crate) use memory::{DeviceMemory, IpcHandle, PinnedMemory, Registered, open_ipc};
+pub(crate) use module::{Function, Module, Shape};
+pub(crate) use pool::Lent;
+pub(crate) use stream::{Event, Stream, StreamHandle};

@@ -10,7 +10,7 @@ use super::stream::StreamHandle;
 
 /// A loaded module, never unloaded (its functions live as long as the process).
 #[derive(Debug)]
-pub struct Module(sys::CUmodule);
+pub(crate) struct Module(sys::CUmodule);
 
 // SAFETY: a module handle may be used from any thread; the driver locks.
 unsafe impl Send for Module {}
@@ -19,7 +19,7 @@ unsafe impl Sync for Module {}
 
 impl Module {
     /// Loads a fatbin into the current context.
-    pub fn load(image: &'static [u8]) -> CudaResult<Self> {
+    pub(crate) fn load(image: &'static [u8]) -> CudaResult<Self> {
         let mut handle = ptr::null_mut();
         // SAFETY: `image` is a whole fatbin, whose header says how long it is.
         check(unsafe { sys::cuModuleLoadData(&mut handle, image.as_ptr().cast()) })?;
@@ -27,7 +27,7 @@ impl Module {
     }
 
     /// The kernel of this name.
-    pub fn function(&self, name: &CStr) -> CudaResult<Function> {
+    pub(crate) fn function(&self, name: &CStr) -> CudaResult<Function> {
         let mut handle = ptr::null_mut();
         // SAFETY: `name` is NUL-terminated, the module lives.
         check(unsafe { sys::cuModuleGetFunction(&mut handle, self.0, name.as_ptr()) })?;
@@ -37,7 +37,7 @@ impl Module {
 
 /// The extent of a launch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Shape {
+pub(crate) struct Shape {
     /// Blocks, x and y.
     pub grid: (u32, u32),
     /// Threads of a block, x and y.
@@ -48,7 +48,7 @@ pub struct Shape {
 
 /// A kernel of a [`Module`].
 #[derive(Clone, Copy, Debug)]
-pub struct Function(sys::CUfunction);
+pub(crate) struct Function(sys::CUfunction);
 
 // SAFETY: a function handle may be used from any thread; the driver locks.
 unsafe impl Send for Function {}
@@ -58,14 +58,14 @@ unsafe impl Sync for Function {}
 impl Function {
     /// Lets blocks of the kernel have `n_bytes` of dynamic shared memory. Loads the kernel, too, where the driver puts that
     /// off to the first use.
-    pub fn allow_shared(self, n_bytes: usize) -> CudaResult<()> {
+    pub(crate) fn allow_shared(self, n_bytes: usize) -> CudaResult<()> {
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: a function of a loaded module.
         check(unsafe { sys::cuFuncSetAttribute(self.0, attribute, n_bytes as c_int) })
     }
 
     /// Threads that a block may have.
-    pub fn max_threads(self) -> CudaResult<usize> {
+    pub(crate) fn max_threads(self) -> CudaResult<usize> {
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
         let mut n_threads = 0;
         // SAFETY: `n_threads` is a valid place, and this a function of a loaded module.
@@ -74,7 +74,7 @@ impl Function {
     }
 
     /// Blocks of so many threads and so much shared memory that a multiprocessor holds at once.
-    pub fn occupancy(self, n_threads: u32, shared_bytes: usize) -> CudaResult<usize> {
+    pub(crate) fn occupancy(self, n_threads: u32, shared_bytes: usize) -> CudaResult<usize> {
         let mut n_blocks = 0;
         // SAFETY: `n_blocks` is a valid place.
         check(unsafe {
@@ -88,7 +88,7 @@ impl Function {
     /// # Safety
     /// `args` is what the kernel takes, its pointers are good for what the kernel does with them until it has run,
     /// and `stream` is live and of the current context.
-    pub unsafe fn launch<A>(self, shape: Shape, stream: StreamHandle, args: &A) -> CudaResult<()> {
+    pub(crate) unsafe fn launch<A>(self, shape: Shape, stream: StreamHandle, args: &A) -> CudaResult<()> {
         let mut params = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the caller vouches for the arguments; the driver copies them before it returns.
         check(unsafe {

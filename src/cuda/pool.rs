@@ -14,7 +14,7 @@ use super::driver::CudaResult;
 use super::memory::{DeviceMemory, PinnedMemory};
 
 /// Memory that can be lent.
-pub trait Lendable: Sized + 'static {
+pub(crate) trait Lendable: Sized + 'static {
     /// New memory, in the current context.
     fn allocate(n_bytes: usize) -> CudaResult<Self>;
     /// Its size.
@@ -51,7 +51,7 @@ impl Lendable for PinnedMemory {
 
 /// Memory on loan until this is dropped. Its bytes are what the last borrower left.
 #[derive(Debug)]
-pub struct Lent<M: Lendable> {
+pub(crate) struct Lent<M: Lendable> {
     device: i32,
     memory: ManuallyDrop<M>,
     is_lost: bool,
@@ -62,7 +62,7 @@ impl<M: Lendable> Lent<M> {
     ///
     /// # Errors
     /// The driver's, where none is idle and no more can be had.
-    pub fn new(device: i32, n_bytes: usize) -> CudaResult<Self> {
+    pub(crate) fn new(device: i32, n_bytes: usize) -> CudaResult<Self> {
         let idle = {
             let mut idle = M::idle().lock();
             let fits = |(owner, memory): &(i32, M)| *owner == device && memory.n_bytes() == n_bytes;
@@ -73,7 +73,7 @@ impl<M: Lendable> Lent<M> {
     }
 
     /// Something may still write to it, and nothing tells when that stops: nobody may have it again.
-    pub fn lose(&mut self) {
+    pub(crate) fn lose(&mut self) {
         self.is_lost = true;
     }
 }

@@ -8,7 +8,7 @@ use cudarc::driver::sys;
 use super::driver::{CudaError, CudaResult, check, log_drop};
 
 /// A stream of the application, or one of ours, borrowed.
-pub type StreamHandle = sys::CUstream;
+pub(crate) type StreamHandle = sys::CUstream;
 
 /// A stream of ours, for attach. It does not synchronize with the legacy default stream.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl Drop for Stream {
 
 /// An event without timing.
 #[derive(Debug)]
-pub struct Event(sys::CUevent);
+pub(crate) struct Event(sys::CUevent);
 
 // SAFETY: an event handle may be used from any thread; the driver locks.
 unsafe impl Send for Event {}
@@ -54,7 +54,7 @@ unsafe impl Sync for Event {}
 
 impl Event {
     /// A new event in the current context.
-    pub fn new() -> CudaResult<Self> {
+    pub(crate) fn new() -> CudaResult<Self> {
         let mut handle = ptr::null_mut();
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
         // SAFETY: `handle` is a valid place.
@@ -67,7 +67,7 @@ impl Event {
     ///
     /// # Safety
     /// `stream` is live and of the event's context.
-    pub unsafe fn record(&self, stream: StreamHandle, external: bool) -> CudaResult<()> {
+    pub(crate) unsafe fn record(&self, stream: StreamHandle, external: bool) -> CudaResult<()> {
         let external_flag = sys::CUevent_record_flags::CU_EVENT_RECORD_EXTERNAL as c_uint;
         // SAFETY: the caller vouches for the stream; the event lives.
         check(unsafe { sys::cuEventRecordWithFlags(self.0, stream, if external { external_flag } else { 0 }) })
@@ -77,14 +77,14 @@ impl Event {
     ///
     /// # Safety
     /// As for [`Event::record`].
-    pub unsafe fn make_wait(&self, stream: StreamHandle, external: bool) -> CudaResult<()> {
+    pub(crate) unsafe fn make_wait(&self, stream: StreamHandle, external: bool) -> CudaResult<()> {
         let external_flag = sys::CUevent_wait_flags::CU_EVENT_WAIT_EXTERNAL as c_uint;
         // SAFETY: the caller vouches for the stream; the event lives.
         check(unsafe { sys::cuStreamWaitEvent(stream, self.0, if external { external_flag } else { 0 }) })
     }
 
     /// Whether everything recorded has finished (also when nothing was recorded).
-    pub fn is_complete(&self) -> CudaResult<bool> {
+    pub(crate) fn is_complete(&self) -> CudaResult<bool> {
         // SAFETY: the event lives.
         match unsafe { sys::cuEventQuery(self.0) } {
             sys::CUresult::CUDA_SUCCESS => Ok(true),

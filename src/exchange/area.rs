@@ -16,14 +16,14 @@ use crate::error::{Error, Result};
 use crate::kernels::Areas;
 
 /// Bytes of an [`Offer`].
-pub const OFFER_BYTES: usize = 80;
+pub(crate) const OFFER_BYTES: usize = 80;
 
 /// What a rank tells the others of its area, in bytes that only [`Area::map`] understands.
-pub type Offer = [u8; OFFER_BYTES];
+pub(crate) type Offer = [u8; OFFER_BYTES];
 
 /// A rank, as the others see it.
 #[derive(Clone, Copy, Debug)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Tells processes of the host apart.
     pub process: u64,
     /// Its device, by the number that its process knows it by.
@@ -33,7 +33,7 @@ pub struct Peer {
 }
 
 /// An area that this rank owns.
-pub enum Area {
+pub(crate) enum Area {
     /// In its GPU's memory. Lent, never freed: a process that still has freed memory mapped would be left with a mapping
     /// whose behavior is undefined.
     Gpu(Lent<DeviceMemory>),
@@ -42,7 +42,7 @@ pub enum Area {
 }
 
 /// An area of another rank's, mapped here.
-pub struct Mapped {
+pub(crate) struct Mapped {
     /// Where this rank's kernels reach it.
     pub address: *mut c_void,
     /// Keeps the mapping, where it does not stay for good.
@@ -50,7 +50,7 @@ pub struct Mapped {
 }
 
 /// Shared host memory, as this rank's kernels reach it.
-pub struct HostArea {
+pub(crate) struct HostArea {
     // Dropped in this order: unregistered, then unmapped.
     registered: Registered,
     shared: SharedMemory,
@@ -74,7 +74,7 @@ impl Area {
     ///
     /// # Errors
     /// When memory or the driver does not allow it.
-    pub fn new(memory: Areas, n_bytes: usize, context: &Context, stream: &Stream) -> Result<(Self, Offer)> {
+    pub(crate) fn new(memory: Areas, n_bytes: usize, context: &Context, stream: &Stream) -> Result<(Self, Offer)> {
         let mut offer = [0; OFFER_BYTES];
         match memory {
             Areas::InGpuMemory => {
@@ -101,7 +101,7 @@ impl Area {
     }
 
     /// Where this rank's kernels reach it.
-    pub fn address(&self) -> *mut c_void {
+    pub(crate) fn address(&self) -> *mut c_void {
         match self {
             Area::Gpu(area) => area.at(0),
             Area::Host(area) => area.registered.device_address(),
@@ -109,7 +109,7 @@ impl Area {
     }
 
     /// Where it lives.
-    pub fn memory(&self) -> Areas {
+    pub(crate) fn memory(&self) -> Areas {
         match self {
             Area::Gpu(_) => Areas::InGpuMemory,
             Area::Host(_) => Areas::InHostMemory,
@@ -120,7 +120,7 @@ impl Area {
     ///
     /// # Errors
     /// When the driver or the system does not allow it.
-    pub fn map(&self, peer: &Peer, process: u64, n_bytes: usize, context: &Context) -> Result<Mapped> {
+    pub(crate) fn map(&self, peer: &Peer, process: u64, n_bytes: usize, context: &Context) -> Result<Mapped> {
         let Peer { process: theirs, device, offer } = peer;
         match self {
             Area::Gpu(_) if *theirs == process => {
@@ -139,14 +139,14 @@ impl Area {
     }
 
     /// Every rank has mapped it: what was named for that needs no name any more.
-    pub fn unlink(&mut self) {
+    pub(crate) fn unlink(&mut self) {
         if let Area::Host(host) = self {
             host.shared.unlink();
         }
     }
 
     /// Peers may still write to it, and nothing tells when they stop: nobody may have it again.
-    pub fn lose(&mut self) {
+    pub(crate) fn lose(&mut self) {
         if let Area::Gpu(area) = self {
             area.lose();
         }

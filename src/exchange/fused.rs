@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::kernels::{self, ABORTED, AllReduceArgs, Areas, GaveUp, Kernels};
 
 /// What this rank has made for an exchange, before the others' areas are known.
-pub struct Prepared {
+pub(crate) struct Prepared {
     rings: Rings,
     area: Area,
     offer: Offer,
@@ -54,7 +54,7 @@ impl Prepared {
     ///
     /// # Errors
     /// When memory or the driver does not allow it.
-    pub fn new(memory: Areas, rings: Rings, context: &Context, stream: &Stream) -> Result<Self> {
+    pub(crate) fn new(memory: Areas, rings: Rings, context: &Context, stream: &Stream) -> Result<Self> {
         let (area, offer) = Area::new(memory, rings.area_bytes(), context, stream)?;
         let signals =
             DeviceMemory::new(rings.channels * 4).map_err(Error::cuda("allocating the channels' counters"))?;
@@ -64,7 +64,7 @@ impl Prepared {
     }
 
     /// What the others need to map the area.
-    pub fn offer(&self) -> &Offer {
+    pub(crate) fn offer(&self) -> &Offer {
         &self.offer
     }
 
@@ -74,7 +74,7 @@ impl Prepared {
     ///
     /// # Errors
     /// When one cannot be mapped.
-    pub fn connect(
+    pub(crate) fn connect(
         self,
         rank: usize,
         peers: &[Peer],

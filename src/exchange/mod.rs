@@ -1,11 +1,11 @@
 //! What carries payloads between ranks: memory that every rank of the host can write ([`fused`]), or the real NCCL
 //! ([`nccl`]), which reaches wherever it does.
 
-pub mod area;
-pub mod fused;
-pub mod nccl;
-pub mod residency;
-pub mod shared;
+pub(crate) mod area;
+pub(crate) mod fused;
+pub(crate) mod nccl;
+pub(crate) mod residency;
+pub(crate) mod shared;
 
 use crate::config::ExchangeKind;
 use crate::kernels::Areas;

@@ -46,7 +46,7 @@ impl Staging {
 
 /// One hop of one rank.
 #[derive(Clone, Copy, Debug)]
-pub struct Transfer {
+pub(crate) struct Transfer {
     /// The communicator.
     pub comm: CommPtr,
     /// This rank in it.
@@ -67,7 +67,7 @@ pub struct Transfer {
 ///
 /// # Safety
 /// As for the calls that `issue` makes.
-pub unsafe fn grouped(issue: impl FnOnce() -> NcclResult) -> NcclResult {
+pub(crate) unsafe fn grouped(issue: impl FnOnce() -> NcclResult) -> NcclResult {
     // SAFETY: takes nothing.
     let started = unsafe { real::group_start() };
     if started != NcclResult::SUCCESS {
@@ -86,7 +86,7 @@ pub unsafe fn grouped(issue: impl FnOnce() -> NcclResult) -> NcclResult {
 ///
 /// # Safety
 /// The areas have the slots that [`Transfer`] tells of until the hop has run; handles and streams live.
-pub unsafe fn all_to_all(hops: impl Iterator<Item = Transfer>) -> NcclResult {
+pub(crate) unsafe fn all_to_all(hops: impl Iterator<Item = Transfer>) -> NcclResult {
     // SAFETY: as the caller vouches.
     let issue = |hop: Transfer| unsafe { if hop.world == 2 { gather(hop) } else { send_and_receive(hop) } };
     // SAFETY: as the caller vouches.
@@ -97,7 +97,7 @@ pub unsafe fn all_to_all(hops: impl Iterator<Item = Transfer>) -> NcclResult {
 ///
 /// # Safety
 /// As for [`all_to_all`].
-pub unsafe fn all_gather(hops: impl Iterator<Item = Transfer>) -> NcclResult {
+pub(crate) unsafe fn all_gather(hops: impl Iterator<Item = Transfer>) -> NcclResult {
     // SAFETY: as the caller vouches.
     unsafe { grouped(|| first_error(hops.map(|hop| gather(hop)))) }
 }

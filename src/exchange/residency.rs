@@ -20,7 +20,7 @@ const NCCL_MULTIPROCESSORS_SHARING: usize = 8;
 /// `multiprocessors` of the device, which `sharing` ranks of the communicator use; `is_first`: whether every rank's
 /// [`Seat`] is; `max_ctas`: the setting, 0 for none. By default the first communicator of a device, a later one and a
 /// kernel of the real NCCL fit on it together. Most engines have large sums on one communicator only, so it gets more.
-pub fn block_limit(multiprocessors: usize, sharing: usize, is_first: bool, max_ctas: u32) -> usize {
+pub(crate) fn block_limit(multiprocessors: usize, sharing: usize, is_first: bool, max_ctas: u32) -> usize {
     match max_ctas as usize {
         0 => {
             let left = multiprocessors.saturating_sub(nccl_multiprocessors(sharing)).max(multiprocessors / 2);

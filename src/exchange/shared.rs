@@ -17,11 +17,11 @@ use crate::error::{Error, Result};
 const PREFIX: &str = "flashcomm-";
 
 /// The random part of the name.
-pub type Name = [u8; 16];
+pub(crate) type Name = [u8; 16];
 
 /// A mapping of shared memory.
 #[derive(Debug)]
-pub struct SharedMemory {
+pub(crate) struct SharedMemory {
     address: *mut c_void,
     n_bytes: usize,
     name: Name,
@@ -39,7 +39,7 @@ impl SharedMemory {
     ///
     /// # Errors
     /// When the system has no room for it (containers bound /dev/shm) or does not allow it.
-    pub fn create(n_bytes: usize, numa_node: Option<u32>) -> Result<Self> {
+    pub(crate) fn create(n_bytes: usize, numa_node: Option<u32>) -> Result<Self> {
         sweep();
         // Another process may sweep away the name before the lock is there; then there is another one.
         let (file, name) = loop {
@@ -74,7 +74,7 @@ impl SharedMemory {
     ///
     /// # Errors
     /// When there is none of this name and size that belongs to this user.
-    pub fn open(name: Name, n_bytes: usize) -> Result<Self> {
+    pub(crate) fn open(name: Name, n_bytes: usize) -> Result<Self> {
         let file = open(&name, libc::O_RDWR)?;
         let length = file.metadata().map_err(|error| Error::System { doing: "measuring shared memory", error })?.len();
         if length != n_bytes as u64 {
@@ -86,22 +86,22 @@ impl SharedMemory {
     }
 
     /// Where it is mapped; whole pages.
-    pub fn address(&self) -> *mut c_void {
+    pub(crate) fn address(&self) -> *mut c_void {
         self.address
     }
 
     /// Bytes of it, whole pages when mapped.
-    pub fn n_bytes(&self) -> usize {
+    pub(crate) fn n_bytes(&self) -> usize {
         self.n_bytes
     }
 
     /// Its name, for [`SharedMemory::open`].
-    pub fn name(&self) -> &Name {
+    pub(crate) fn name(&self) -> &Name {
         &self.name
     }
 
     /// Removes the name. The memory stays for those who have it mapped.
-    pub fn unlink(&mut self) {
+    pub(crate) fn unlink(&mut self) {
         if let Some(_locked) = self.linked.take() {
             // SAFETY: a NUL-terminated name.
             unsafe { libc::shm_unlink(path(&self.name).as_ptr()) };

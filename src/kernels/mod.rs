@@ -16,12 +16,12 @@ use self::shared::{CHANNEL_SHARED_BYTES, DequantizeArgs, QuantizeArgs, ReduceArg
 use crate::cuda::{Context, CudaError, CudaResult, Function, Module, Shape, StreamHandle};
 use crate::element::ElementType;
 
-#[allow(dead_code, reason = "build.rs and the simulator use the rest")]
+#[allow(dead_code, unreachable_pub, reason = "build.rs and the simulator use the file, too")]
 mod instances;
-#[allow(dead_code, reason = "build.rs uses the rest")]
+#[allow(dead_code, unreachable_pub, reason = "build.rs uses the file, too")]
 mod shared;
 
-pub use shared::{ABORTED, AllReduceArgs, GaveUp};
+pub(crate) use shared::{ABORTED, AllReduceArgs, GaveUp};
 
 /// Every kernel for every architecture, from build.rs.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbin"));
@@ -261,7 +261,7 @@ const fn fused_shape(n_blocks: usize, block_channels: usize) -> Shape {
 }
 
 /// log2 of the lanes, of 8 elements each, that hold a quantization group.
-pub fn group_shift(codec: Codec) -> u32 {
+pub(crate) fn group_shift(codec: Codec) -> u32 {
     (codec.group.n_elems() / 8).ilog2()
 }
 

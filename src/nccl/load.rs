@@ -111,7 +111,7 @@ impl fmt::Display for Refusal {
 }
 
 /// The real library; `None`, logged once, where none is found.
-pub fn real_library() -> Option<&'static RealLibrary> {
+pub(crate) fn real_library() -> Option<&'static RealLibrary> {
     static REAL: OnceCell<Option<RealLibrary>> = OnceCell::new();
     REAL.get_or_init(|| {
         let library = find()?;

@@ -1,8 +1,8 @@
 //! The real NCCL: its types, its symbols, and how it is found. Calls into it are in [`crate::real`].
 
-pub mod load;
-pub mod symbols;
-pub mod types;
+pub(crate) mod load;
+pub(crate) mod symbols;
+pub(crate) mod types;
 
-pub use symbols::Symbol;
-pub use types::{CollConfig, CommConfig, CommPtr, DataType, NcclResult, RedOp, SimInfo, StreamPtr};
+pub(crate) use symbols::Symbol;
+pub(crate) use types::{CollConfig, CommConfig, CommPtr, DataType, NcclResult, RedOp, SimInfo, StreamPtr};

@@ -149,7 +149,7 @@ macro_rules! define_symbols {
         #[allow(non_camel_case_types, missing_docs, reason = "NCCL's names")]
         #[repr(usize)]
         #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-        pub enum Symbol {
+        pub(crate) enum Symbol {
             $($name, $twin,)*
         }
 

@@ -3,11 +3,11 @@
 
 /// Declares structures of which only the address is known here.
 macro_rules! opaque {
-    ($($(#[$doc:meta])* $name:ident;)*) => {$(
+    ($($(#[$doc:meta])* $visibility:vis $name:ident;)*) => {$(
         $(#[$doc])*
         #[repr(C)]
         #[derive(Debug)]
-        pub struct $name {
+        $visibility struct $name {
             _private: [u8; 0],
         }
     )*};
@@ -15,21 +15,21 @@ macro_rules! opaque {
 
 opaque! {
     /// What an `ncclComm_t` points to.
-    Comm;
+    pub Comm;
     /// What a `cudaStream_t` points to.
-    Stream;
+    pub(crate) Stream;
     /// `ncclCollConfig_t`, passed through.
-    CollConfig;
+    pub(crate) CollConfig;
     /// `ncclConfig_t`, passed through.
-    CommConfig;
+    pub(crate) CommConfig;
     /// `ncclSimInfo_t`, passed through.
-    SimInfo;
+    pub(crate) SimInfo;
 }
 
 /// `ncclComm_t`.
 pub type CommPtr = *mut Comm;
 /// `cudaStream_t`.
-pub type StreamPtr = *mut Stream;
+pub(crate) type StreamPtr = *mut Stream;
 
 /// `ncclResult_t`.
 #[repr(transparent)]
@@ -51,16 +51,16 @@ impl NcclResult {
 /// `ncclDataType_t`.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct DataType(pub i32);
+pub(crate) struct DataType(pub i32);
 
 #[allow(missing_docs, reason = "NCCL's names")]
 impl DataType {
-    pub const UINT8: Self = Self(1);
-    pub const FLOAT16: Self = Self(6);
-    pub const BFLOAT16: Self = Self(9);
+    pub(crate) const UINT8: Self = Self(1);
+    pub(crate) const FLOAT16: Self = Self(6);
+    pub(crate) const BFLOAT16: Self = Self(9);
 
     /// Bytes of an element; 0 for a type that is not known.
-    pub const fn n_bytes(self) -> u64 {
+    pub(crate) const fn n_bytes(self) -> u64 {
         match self.0 {
             0 | 1 | 10 | 11 => 1, // int8, uint8, float8e4m3, float8e5m2
             6 | 9 => 2,
@@ -74,11 +74,11 @@ impl DataType {
 /// `ncclRedOp_t`; user-defined operations are handles beyond the built-in ones.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct RedOp(pub i32);
+pub(crate) struct RedOp(pub i32);
 
 #[allow(missing_docs, reason = "NCCL's names")]
 impl RedOp {
-    pub const SUM: Self = Self(0);
+    pub(crate) const SUM: Self = Self(0);
     /// `ncclAvg`.
-    pub const AVG: Self = Self(4);
+    pub(crate) const AVG: Self = Self(4);
 }

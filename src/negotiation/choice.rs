@@ -93,12 +93,12 @@ fn reaches_all(rank: &Blob, world: usize) -> bool {
 }
 
 /// Whether all ranks run on one host.
-pub fn is_one_host(facts: &[Blob]) -> bool {
+pub(crate) fn is_one_host(facts: &[Blob]) -> bool {
     facts.iter().all(|rank| rank.location.host == facts[0].location.host)
 }
 
 /// Channels that a block of the fused kernel has on every rank.
-pub fn block_channels(facts: &[Blob]) -> usize {
+pub(crate) fn block_channels(facts: &[Blob]) -> usize {
     facts.iter().map(|rank| rank.location.block_channels).min().unwrap_or(0)
 }
 
@@ -118,7 +118,7 @@ pub fn rings(facts: &[Blob]) -> Option<Rings> {
 }
 
 /// From how many bytes on an all-reduce is compressed: what the ranks have set, or what was measured (docs/tuning.md).
-pub fn min_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
+pub(crate) fn min_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
     let default = || default_min_bytes(kind, facts.len(), is_one_host(facts));
     facts[0].agreement.min_bytes.unwrap_or_else(default)
 }

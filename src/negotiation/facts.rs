@@ -14,7 +14,7 @@ use crate::exchange::area::{OFFER_BYTES, Offer};
 pub const BLOB_BYTES: usize = 256;
 
 /// Pairs of widths that a communicator may have in its life: each keeps its memory.
-pub const MAX_SETUPS: usize = 8;
+pub(crate) const MAX_SETUPS: usize = 8;
 
 /// Where the offer begins; before it, fields of 8 bytes.
 const OFFER_AT: usize = 176;
@@ -355,7 +355,7 @@ mod tests {
             assert_eq!((*setting, theirs.as_str()), (name, value));
             assert!(error.to_string().contains(name) && error.to_string().contains("rank 2"));
         }
-        let shared = crate::config::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
+        let shared = crate::config::table::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
         assert_eq!(shared, 9, "eight are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
     }
 

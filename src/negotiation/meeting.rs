@@ -41,7 +41,7 @@ pub trait Meeting {
 }
 
 /// What a round came to: all ranks' blobs, or what keeps them from going on. The same on every rank.
-pub type Round = std::result::Result<Vec<Blob>, Disagreement>;
+pub(crate) type Round = std::result::Result<Vec<Blob>, Disagreement>;
 
 /// The rounds of one rank.
 pub struct Rounds<M> {
@@ -127,7 +127,7 @@ impl Neighbors {
 ///
 /// # Errors
 /// Those of `check` and of `is_done`.
-pub fn poll(check: impl Fn() -> Result<()>, mut is_done: impl FnMut() -> Result<bool>) -> Result<()> {
+pub(crate) fn poll(check: impl Fn() -> Result<()>, mut is_done: impl FnMut() -> Result<bool>) -> Result<()> {
     let mut pause = Duration::from_micros(20);
     loop {
         check()?;

@@ -9,9 +9,9 @@
 //!
 //! Attach (`comm::attach`) and `flashcomm doctor` go through the same rounds, over other meetings.
 
-pub mod choice;
-pub mod facts;
+pub(crate) mod choice;
+pub(crate) mod facts;
 mod identity;
-pub mod meeting;
-pub mod over_nccl;
-pub mod setup;
+pub(crate) mod meeting;
+pub(crate) mod over_nccl;
+pub(crate) mod setup;

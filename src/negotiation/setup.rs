@@ -33,7 +33,7 @@ pub struct NotSetUp {
 }
 
 /// What came of setting up `T`.
-pub type SetUp<T> = std::result::Result<T, NotSetUp>;
+pub(crate) type SetUp<T> = std::result::Result<T, NotSetUp>;
 
 /// What a rank sets an exchange up with.
 pub struct Local<'a> {

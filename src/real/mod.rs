@@ -16,7 +16,7 @@ macro_rules! calls {
         ///
         /// # Safety
         /// As NCCL documents.
-        pub unsafe fn $name($($arg: $type),*) -> NcclResult {
+        pub(crate) unsafe fn $name($($arg: $type),*) -> NcclResult {
             // SAFETY: as the caller vouches.
             unsafe { real!($symbol, fn($($type),*))($($arg),*) }
         }
@@ -43,7 +43,7 @@ calls! {
 
 /// Rank and world size of a communicator that the application is using; `None` where the real NCCL
 /// does not tell (yet).
-pub fn identity(comm: CommPtr) -> Option<(usize, usize)> {
+pub(crate) fn identity(comm: CommPtr) -> Option<(usize, usize)> {
     if comm.is_null() {
         return None;
     }

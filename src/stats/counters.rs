@@ -40,16 +40,16 @@ pub(super) const N_CALLS: usize = Call::ALL.len();
 pub(super) const N_REASONS: usize = Reason::ALL.len();
 
 /// Size classes of all-reduces: below 1 KiB, then one for each power of two, the last from 4 GiB on.
-pub const SIZE_CLASSES: usize = 24;
+pub(crate) const SIZE_CLASSES: usize = 24;
 
 /// The class of an all-reduce of so many bytes.
-pub const fn size_class(n_bytes: u64) -> usize {
+pub(super) const fn size_class(n_bytes: u64) -> usize {
     let class = (u64::BITS - n_bytes.leading_zeros()).saturating_sub(10) as usize;
     if class < SIZE_CLASSES { class } else { SIZE_CLASSES - 1 }
 }
 
 /// The fewest bytes of a class.
-pub const fn class_start(class: usize) -> u64 {
+pub(super) const fn class_start(class: usize) -> u64 {
     if class == 0 { 0 } else { 512 << class }
 }
 
@@ -113,7 +113,7 @@ fn add(counter: &AtomicU64, n: u64) {
 
 /// The counts of one communicator, or of several.
 #[derive(Clone, Default)]
-pub struct Counts {
+pub(crate) struct Counts {
     /// Calls that are no all-reduce, by [`Call`].
     pub calls: [u64; N_CALLS],
     /// By size class: calls, bytes of the caller's, bytes sent.
@@ -141,32 +141,32 @@ impl Counts {
     }
 
     /// All-reduces compressed.
-    pub fn n_compressed(&self) -> u64 {
+    pub(crate) fn n_compressed(&self) -> u64 {
         self.compressed.iter().map(|[calls, ..]| calls).sum()
     }
 
     /// Bytes of those, as the caller sees them.
-    pub fn bytes_in(&self) -> u64 {
+    pub(crate) fn bytes_in(&self) -> u64 {
         self.compressed.iter().map(|[_, bytes, _]| bytes).sum()
     }
 
     /// Bytes that this process's ranks put on the wire for them.
-    pub fn bytes_wire(&self) -> u64 {
+    pub(crate) fn bytes_wire(&self) -> u64 {
         self.compressed.iter().map(|[.., bytes]| bytes).sum()
     }
 
     /// All-reduces that went to the real NCCL.
-    pub fn forwarded(&self) -> u64 {
+    pub(crate) fn forwarded(&self) -> u64 {
         self.because().iter().map(|[calls, _]| calls).sum()
     }
 
     /// Bytes of those.
-    pub fn bytes_forwarded(&self) -> u64 {
+    pub(crate) fn bytes_forwarded(&self) -> u64 {
         self.because().iter().map(|[_, bytes]| bytes).sum()
     }
 
     /// All-reduces forwarded, by reason: calls and bytes.
-    pub fn because(&self) -> [[u64; 2]; N_REASONS] {
+    pub(crate) fn because(&self) -> [[u64; 2]; N_REASONS] {
         let mut sums = [[0; 2]; N_REASONS];
         for class in &self.forwarded {
             let to = sums.as_flattened_mut().iter_mut();
@@ -176,12 +176,12 @@ impl Counts {
     }
 
     /// Calls that are no all-reduce.
-    pub fn others(&self) -> u64 {
+    pub(crate) fn others(&self) -> u64 {
         self.calls.iter().sum()
     }
 
     /// In one line.
-    pub fn summary(&self) -> String {
+    pub(crate) fn summary(&self) -> String {
         let mut text = format!("{} all-reduces compressed", self.n_compressed());
         if self.n_compressed() > 0 {
             let (bytes_in, bytes_wire) = (self.bytes_in(), self.bytes_wire());

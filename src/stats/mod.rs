@@ -12,7 +12,7 @@
 
 mod counters;
 mod registry;
-pub mod report;
+pub(crate) mod report;
 
-pub use counters::{Call, Counters, Counts, SIZE_CLASSES};
-pub use registry::{Attached, Known, describe, end};
+pub(crate) use counters::{Call, Counters, Counts, SIZE_CLASSES};
+pub(crate) use registry::{Attached, Known, describe, end};

@@ -21,21 +21,21 @@ const MAX_ENDED: usize = 64;
 const KNOWN_SHIFT: u32 = 6;
 
 /// Tells rank and world size of a communicator, where it can.
-pub type Identify = fn(CommPtr) -> Option<(usize, usize)>;
+pub(super) type Identify = fn(CommPtr) -> Option<(usize, usize)>;
 
 /// The counters that a thread has used lately; each handle has two places.
-pub struct Known([Cell<Option<&'static Counters>>; 1 << KNOWN_SHIFT]);
+pub(crate) struct Known([Cell<Option<&'static Counters>>; 1 << KNOWN_SHIFT]);
 
 impl Known {
     /// None yet.
     #[allow(clippy::new_without_default, reason = "made by a constant expression only")]
-    pub const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Known([const { Cell::new(None) }; 1 << KNOWN_SHIFT])
     }
 
     /// The counters of a communicator. `identify` is asked for its rank and world size, at the thread's first call on it.
     #[inline]
-    pub fn of(&self, comm: CommPtr, identify: Identify) -> &'static Counters {
+    pub(crate) fn of(&self, comm: CommPtr, identify: Identify) -> &'static Counters {
         let handle = comm as usize;
         let place = ((handle as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (u64::BITS - KNOWN_SHIFT)) as usize;
         for place in [place, place ^ 1] {
@@ -61,7 +61,7 @@ impl Known {
 
 /// What a communicator is, beside its counts.
 #[derive(Clone, Debug, Default)]
-pub struct About {
+pub(super) struct About {
     /// Its place in the order of first use.
     pub number: u64,
     /// Rank and world size, where known.
@@ -72,7 +72,7 @@ pub struct About {
 
 /// What an attached communicator does.
 #[derive(Clone, Debug)]
-pub struct Attached {
+pub(crate) struct Attached {
     /// As `FLASHCOMM_BITS` has it.
     pub bits: String,
     /// As `FLASHCOMM_CODE` has it.
@@ -114,7 +114,7 @@ impl Registry {
 
 impl Counts {
     /// Of a communicator; nothing for one that has not been used.
-    pub fn of(comm: CommPtr) -> Box<Self> {
+    pub(crate) fn of(comm: CommPtr) -> Box<Self> {
         let mut counts = Box::new(Counts::default());
         if let Some(entry) = REGISTRY.lock().live.get(&(comm as usize)) {
             counts.add_counters(entry.counters);
@@ -123,7 +123,7 @@ impl Counts {
     }
 
     /// Of the process.
-    pub fn of_process() -> Box<Self> {
+    pub(crate) fn of_process() -> Box<Self> {
         let registry = REGISTRY.lock();
         let mut counts = Box::new(Counts::default());
         registry.live.values().for_each(|entry| counts.add_counters(entry.counters));
@@ -133,14 +133,14 @@ impl Counts {
 }
 
 /// Notes what a communicator is, for the report.
-pub fn describe(comm: CommPtr, rank: usize, world: usize, attached: Option<Attached>) {
+pub(crate) fn describe(comm: CommPtr, rank: usize, world: usize, attached: Option<Attached>) {
     let mut registry = REGISTRY.lock();
     let about = &mut registry.entry(comm, Some((rank, world))).about;
     about.attached = attached;
 }
 
 /// A communicator is about to be destroyed or aborted: its handle may come again as another's.
-pub fn end(comm: CommPtr) {
+pub(crate) fn end(comm: CommPtr) {
     let mut registry = REGISTRY.lock();
     let Some(Entry { counters, about }) = registry.live.remove(&(comm as usize)) else { return };
     let mut counts = Box::new(Counts::default());
@@ -158,7 +158,7 @@ pub fn end(comm: CommPtr) {
 }
 
 /// What ended communicators have counted.
-pub struct Ended {
+pub(super) struct Ended {
     pub(super) last: VecDeque<(About, Box<Counts>)>,
     pub(super) merged: Option<(u64, Box<Counts>)>,
 }

@@ -31,7 +31,7 @@ fn communicator_json(about: &About, counts: &Counts, ended: bool) -> Value {
 }
 
 /// Everything, as it is written at exit.
-pub fn to_json() -> Value {
+pub(crate) fn to_json() -> Value {
     let total = Counts::of_process();
     let registry = REGISTRY.lock();
     let mut communicators: Vec<(u64, Value)> = Vec::new();
@@ -72,7 +72,7 @@ fn rank() -> Option<usize> {
 }
 
 /// Arranges for the report when the process exits; later calls do nothing.
-pub fn init() {
+pub(crate) fn init() {
     static INIT: Once = Once::new();
     INIT.call_once(|| {
         if Config::global().stats_file.is_some() || log::log_enabled!(log::Level::Info) {

@@ -89,7 +89,7 @@ fn paths(text: &str) -> BTreeSet<Vec<String>> {
         }
     }
     // Of a module within the file.
-    found.remove(&["super", "*"].map(String::from).to_vec());
+    found.remove(["super", "*"].map(String::from).as_slice());
     let is_part = |letter: char| letter.is_alphanumeric() || letter == '_' || letter == ':';
     for start in ["crate::", "super::"] {
         for (at, _) in text.match_indices(start) {
