@@ -1,28 +1,34 @@
-// Signals: how a channel of the fused kernel tells its peers what is done, hears them, and gives up waiting.
+// Signals: how a channel of the fused kernel tells its peers what is done, hears them, and gives up
+// waiting.
 //
-// A channel speaks only to the channels of its own number on the other ranks. A signal is one 32-bit word that stays: it
-// holds how often the sender's channel has ever signalled. So a count means the same whether eager calls or replays of a
-// graph gave the ones before it, and nobody ever resets a word.
+// A channel speaks only to the channels of its own number on the other ranks. A signal is one
+// 32-bit word that stays: it holds how often the sender's channel has ever signalled. So a count
+// means the same whether eager calls or replays of a graph gave the ones before it, and nobody ever
+// resets a word.
 //
-//   word              where                           who writes             who reads
-//   signal            the receiver's area, a row for  the sender's channel   the receiver's channel of that number
-//                     each channel, a word for each
-//                     sender
-//   args.signals      this GPU, a word a channel      thread 0, at the end   the same channel of the next operation,
-//                                                                            which the stream puts after this one
-//   args.abort        host memory                     the host               channels that wait
-//   args.gave_up      host memory                     one channel that       the host; channels that wait
-//                                                     gives up
+//   word          where                      who writes            who reads
+//   signal        the receiver's area: a row  the sender's channel  the receiver's channel of
+//                 a channel, a word a sender                        that number
+//   args.signals  this GPU, a word a channel  thread 0, at the end  the same channel of the next
+//                                                                   operation on the stream
+//   args.abort    host memory                 the host              channels that wait
+//   args.gave_up  host memory                 one channel that      the host, and channels that
+//                                             gives up              wait
 //
-// Memory order, all of it at system scope, for sender and receiver may be on two GPUs and the words in memory of the host:
+// Memory order, all of it at system scope, for sender and receiver may be on two GPUs and the words
+// in memory of the host:
 //
-//   tell   the channel's stores; a barrier of the channel; for each peer one lane: fence.acq_rel, st.relaxed of the signal
-//   hear   for each peer one lane: ld.acquire of the signal until it is there; a barrier of the channel; the channel's loads
+//   tell   the channel's stores; a barrier of the channel; then for each peer one lane:
+//          fence.acq_rel, st.relaxed of the signal
+//   hear   for each peer one lane: ld.acquire of the signal until it is there; then a barrier of
+//          the channel; the channel's loads
 //
-// The fence and the acquiring load synchronize; the barriers carry that to the channel's other threads. Telling and hearing
-// are different warps' work, so that the fence of one does not hold up the other.
+// The fence and the acquiring load synchronize; the barriers carry that to the channel's other
+// threads. Telling and hearing are different warps' work, so that the fence of one does not hold up
+// the other.
 //
-// What a lane writes to args.gave_up is in order, too: the fields, a fence, why. Whoever reads why may read the rest.
+// What a lane writes to args.gave_up is in order, too: the fields, a fence, why. Whoever reads why
+// may read the rest.
 #pragma once
 
 #include "layout.cuh"
@@ -73,8 +79,9 @@ struct Signals {
     return reinterpret_cast<uint32_t*>(args.areas[at_rank]) + channel * kSignalWords + from;
   }
 
-  // Whether the lane that waits for peer threadIdx.x % 32 shall stop: the communicator was aborted, the deadline passed,
-  // or another channel gave up before. (Whoever has given up once does not wait again: work queued behind it ends at once.)
+  // Whether the lane that waits for peer threadIdx.x % 32 shall stop: the communicator was aborted,
+  // the deadline passed, or another channel gave up before. (Whoever has given up once does not
+  // wait again: work queued behind it ends at once.)
   // start: 0 at first; when the wait was first looked at.
   __device__ bool gives_up(uint64_t& start, unsigned iteration) const {
     unsigned why = ld_relaxed_sys(args.abort) != 0 ? kAborted : ld_relaxed_sys(&args.gave_up->why);

@@ -1,7 +1,8 @@
 //! The element types whose sums are compressed.
 //!
-//! The lowest room of the library: nothing is imported here, and settings, routes, kernels and records all name the types.
-//! `build.rs` and the simulator include the file, too, for names of kernels.
+//! The lowest room of the library: nothing is imported here, and settings, routes, kernels and
+//! records all name the types. `build.rs` and the simulator include the file, too, for names of
+//! kernels.
 
 /// Storage type of the elements.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -1,8 +1,10 @@
-//! Which kernels there are: one list for the compiler, which defines them, and for the host, which looks them up by name.
+//! Which kernels there are: one list for the compiler, which defines them, and for the host, which
+//! looks them up by name.
 //!
-//! A kernel is an instance of a template for an element type, a code and one width or two. `build.rs` includes this file and
-//! writes the list into `shared.cuh`; the host can name only what [`Instance::new`] gives, and so can the simulator.
-//! Hence no kernel is looked up that was not compiled. The group size is no part of it: kernels take it as an argument.
+//! A kernel is an instance of a template for an element type, a code and one width or two.
+//! `build.rs` includes this file and writes the list into `shared.cuh`; the host can name only what
+//! [`Instance::new`] gives, and so can the simulator. Hence no kernel is looked up that was not
+//! compiled. The group size is no part of it: kernels take it as an argument.
 
 use flashcomm_wire::{Code, GroupSize, Legs, Width};
 
@@ -42,7 +44,8 @@ impl Verb {
 /// A kernel of the fatbin.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Instance {
-    /// `flashcomm_<verb>_<dtype>_<code><bits>`, and `_<code><bits>` of hop 2 where it handles both hops.
+    /// `flashcomm_<verb>_<dtype>_<code><bits>`, and `_<code><bits>` of hop 2 where it handles both
+    /// hops.
     name: String,
     verb: Verb,
     element: ElementType,
@@ -52,8 +55,9 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// The kernel for these legs, if there is one: there are kernels for what [`Legs::choose`] gives. In host memory they
-    /// are of the likely pairs of widths only; the other pairs take the one for GPU memory there, too.
+    /// The kernel for these legs, if there is one: there are kernels for what [`Legs::choose`]
+    /// gives. In host memory they are of the likely pairs of widths only; the other pairs take the
+    /// one for GPU memory there, too.
     pub fn new(verb: Verb, element: ElementType, legs: Legs) -> Option<Self> {
         let (code, pair) = (legs.code(), (legs.reduce.width, legs.gather.width));
         Legs::choose(Some(code), pair, legs.reduce.group).filter(|chosen| *chosen == legs)?;

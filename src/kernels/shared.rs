@@ -1,11 +1,13 @@
 //! What Rust and CUDA both know of the kernels: constants, and the structs that they get.
 //!
-//! This is the one source. `build.rs` includes this file and writes of it `shared.cuh`, which the kernels include: the
-//! constants, the structs, and an assertion for the size of each and the place of every field. So a name that one side
-//! changes alone stops the build, and so does a layout that the two compilers see differently. The simulator includes the
-//! file, too. Whoever adds a field adds it here only.
+//! This is the one source. `build.rs` includes this file and writes of it `shared.cuh`, which the
+//! kernels include: the constants, the structs, and an assertion for the size of each and the place
+//! of every field. So a name that one side changes alone stops the build, and so does a layout that
+//! the two compilers see differently. The simulator includes the file, too. Whoever adds a field
+//! adds it here only.
 //!
-//! The numbers of the wire format are `flashcomm-wire`'s and pass through here on their way to CUDA.
+//! The numbers of the wire format are `flashcomm-wire`'s and pass through here on their way to
+//! CUDA.
 
 use std::ffi::c_void;
 

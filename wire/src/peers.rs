@@ -1,17 +1,19 @@
-//! What others send, to compare our codes with: the spike code of *FlashCommunication V2* (arXiv 2508.03760), symmetric
-//! integers, FP8 and MXFP4.
+//! What others send, to compare our codes with: the spike code of *FlashCommunication V2* (arXiv
+//! 2508.03760), symmetric integers, FP8 and MXFP4.
 //!
-//! The library has no kernels for these, so nothing here has a payload. A peer is a function that replaces the values of
-//! a quantization group by what they decode to; its scales are rounded to the type that it would send them in. The
-//! caller names the bits on the wire ([`spikes_bits_per_element`]), and [`two_hop_sum`] does with such a function what
+//! The library has no kernels for these, so nothing here has a payload. A peer is a function that
+//! replaces the values of a quantization group by what they decode to; its scales are rounded to
+//! the type that it would send them in. The caller names the bits on the wire
+//! ([`spikes_bits_per_element`]), and [`two_hop_sum`] does with such a function what
 //! [`crate::reference`] does with ours. `wire/examples/codes.rs` prints the comparison.
 
 use half::f16;
 
 use crate::element::Element;
 
-/// The two-hop sum of all ranks' inputs, each group of `group` elements coded by `code`. The owner of an element adds its
-/// own input unquantized. The number of ranks and `group` divide the inputs' length.
+/// The two-hop sum of all ranks' inputs, each group of `group` elements coded by `code`. The owner
+/// of an element adds its own input unquantized. The number of ranks and `group` divide the inputs'
+/// length.
 pub fn two_hop_sum<E: Element>(inputs: &[&[E]], group: usize, code: impl Fn(&mut [f32])) -> Vec<E> {
     let count = inputs[0].len();
     let chunk = count / inputs.len();
@@ -31,8 +33,9 @@ pub fn two_hop_sum<E: Element>(inputs: &[&[E]], group: usize, code: impl Fn(&mut
     output
 }
 
-/// Spike reserving: the minimum and the maximum of a group travel in the storage type, with their places. Scale and zero
-/// point come from the rest, as in the plain code. A group that holds a NaN or an infinity becomes NaN throughout.
+/// Spike reserving: the minimum and the maximum of a group travel in the storage type, with their
+/// places. Scale and zero point come from the rest, as in the plain code. A group that holds a NaN
+/// or an infinity becomes NaN throughout.
 pub fn spikes<E: Element>(group: &mut [f32], bits: u8) {
     let ends = |group: &[f32]| {
         let low = (0..group.len()).min_by(|i, j| group[*i].total_cmp(&group[*j])).expect("a group has elements");
@@ -42,7 +45,8 @@ pub fn spikes<E: Element>(group: &mut [f32], bits: u8) {
     if !group.iter().all(|x| x.is_finite()) {
         return group.fill(f32::NAN);
     }
-    // Of equal elements the first is the minimum and the last the maximum, so the two places differ.
+    // Of equal elements the first is the minimum and the last the maximum, so the two places
+    // differ.
     let (low, high) = ends(group);
     let reserved = [low, high].map(|place| (place, E::from_f32_nearest(group[place]).to_f32()));
     let rest: Vec<f32> = (0..group.len()).filter(|i| *i != low && *i != high).map(|i| group[i]).collect();
@@ -57,8 +61,8 @@ pub fn spikes<E: Element>(group: &mut [f32], bits: u8) {
     reserved.into_iter().for_each(|(place, value)| group[place] = value);
 }
 
-/// Bits that an element takes with [`spikes`]: the integer; for each group scale, zero point and two elements of 16 bits,
-/// and two places of 8.
+/// Bits that an element takes with [`spikes`]: the integer; for each group scale, zero point and
+/// two elements of 16 bits, and two places of 8.
 pub fn spikes_bits_per_element(bits: u8, group: usize) -> f64 {
     f64::from(bits) + 80.0 / group as f64
 }

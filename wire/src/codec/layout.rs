@@ -1,18 +1,19 @@
 //! Where what stands in the payload of a tile.
 //!
-//! A tile is always encoded whole: past the last element, that element repeats. (So a short tile needs no special
-//! case anywhere; a receiver ignores the repeats.) A payload is the *planes* of the quants, widest first, then the
-//! groups' parameters; every part is a multiple of 64 bytes, and of 128 in the plain code.
+//! A tile is always encoded whole: past the last element, that element repeats. (So a short tile
+//! needs no special case anywhere; a receiver ignores the repeats.) A payload is the *planes* of
+//! the quants, widest first, then the groups' parameters; every part is a multiple of 64 bytes, and
+//! of 128 in the plain code.
 //!
-//! Quants are split by bits (*FlashCommunication V2*, arXiv 2508.03760): 8; 4+2+1; 4+2; 4+1; 4; 2+1; 2. The widest
-//! plane holds the lowest bits. Within a tile the elements are dealt to 128 threads so that every access of the
-//! kernels is one vector per thread: element `i` is quant `k` of thread `t`, where (`warp`, `row`, `lane`, `e`) are
-//! the digits of `i` in the bases (4, 4, 32, 8), `t = warp * 32 + lane` and `k = row * 8 + e`. Thread `t` owns p
-//! consecutive 32-bit words of a plane of p bits, little-endian (the plane of 8 bits is two half planes of 4 words a
-//! thread). With `n = k / 4`, quant `k` stands in word `n * p / 8`, in byte `k % 4`, from bit `n * p % 8` on: so four quants,
-//! one in each byte, move at a time.
-//! Whatever there is per group lies in the order (warp, lane / (g / 8), row), so that a thread's four groups are one
-//! access.
+//! Quants are split by bits (*FlashCommunication V2*, arXiv 2508.03760): 8; 4+2+1; 4+2; 4+1; 4;
+//! 2+1; 2. The widest plane holds the lowest bits. Within a tile the elements are dealt to 128
+//! threads so that every access of the kernels is one vector per thread: element `i` is quant `k`
+//! of thread `t`, where (`warp`, `row`, `lane`, `e`) are the digits of `i` in the bases (4, 4, 32,
+//! 8), `t = warp * 32 + lane` and `k = row * 8 + e`. Thread `t` owns p consecutive 32-bit words of
+//! a plane of p bits, little-endian (the plane of 8 bits is two half planes of 4 words a thread).
+//! With `n = k / 4`, quant `k` stands in word `n * p / 8`, in byte `k % 4`, from bit `n * p % 8`
+//! on: so four quants, one in each byte, move at a time. Whatever there is per group lies in the
+//! order (warp, lane / (g / 8), row), so that a thread's four groups are one access.
 
 use super::{Codec, TILE_ELEMS, Width};
 use crate::element::Element;
@@ -38,7 +39,8 @@ impl Width {
 }
 
 impl Codec {
-    /// The how-many-eth of the groups, as their parameters lie, is the one that starts at element `start`.
+    /// The how-many-eth of the groups, as their parameters lie, is the one that starts at element
+    /// `start`.
     pub(super) fn group_at(self, start: usize) -> usize {
         let Place { warp, row, lane, .. } = Place::of(start);
         let groups_per_row = ROW_ELEMS / self.group.n_elems();
@@ -56,7 +58,8 @@ impl Codec {
         quant
     }
 
-    /// Calls `visit(byte of the payload, bit in it, mask of the plane, shift in the quant)` for each plane of quant `i`.
+    /// Calls `visit(byte of the payload, bit in it, mask of the plane, shift in the quant)` for
+    /// each plane of quant `i`.
     fn for_each_plane(self, i: usize, mut visit: impl FnMut(usize, usize, u8, u32)) {
         let place = Place::of(i);
         let (thread, k) = (place.thread(), place.row * LANE_ELEMS + place.e);

@@ -2,8 +2,9 @@
 //!
 //! # Arithmetic
 //!
-//! A quantization group is g consecutive elements (Flash Communication, arXiv 2412.04964, asymmetric). All arithmetic
-//! is IEEE fp32, rounding to nearest even unless said otherwise, with subnormals kept:
+//! A quantization group is g consecutive elements (Flash Communication, arXiv 2412.04964,
+//! asymmetric). All arithmetic is IEEE fp32, rounding to nearest even unless said otherwise, with
+//! subnormals kept:
 //!
 //! ```text
 //! z  = min(group) rounded toward -inf to the storage type
@@ -12,9 +13,9 @@
 //! x' = fma(q, s, z)
 //! ```
 //!
-//! The directed roundings see to it that q stays within 0 and 2^b - 1 without a clamp. A group that holds a NaN or an
-//! infinity, or whose `z` or `s` is not finite, is written with `s = z = NaN` and `q = 2^b - 1`: it decodes to NaN
-//! throughout, so overflow checks downstream still fire.
+//! The directed roundings see to it that q stays within 0 and 2^b - 1 without a clamp. A group that
+//! holds a NaN or an infinity, or whose `z` or `s` is not finite, is written with `s = z = NaN` and
+//! `q = 2^b - 1`: it decodes to NaN throughout, so overflow checks downstream still fire.
 //!
 //! # Layout
 //!
@@ -63,8 +64,8 @@ impl Codec {
             (min, max) = (min.min(x), max.max(x));
             all_finite &= x.is_finite();
         }
-        // Adding +0 turns -0 into +0: which of the two is the minimum, or the maximum, depends on the order of
-        // comparison.
+        // Adding +0 turns -0 into +0: which of the two is the minimum, or the maximum, depends on
+        // the order of comparison.
         let zero = E::from_f32_down(min).to_f32() + 0.0;
         let scale = E::from_f32_up((max - zero) / f32::from(self.width.max_quant())).to_f32() + 0.0;
         if all_finite && zero.is_finite() && scale.is_finite() {
