@@ -61,7 +61,7 @@ def test_sanitizer_of_the_fused_kernel(runner, packed_nccl, tool, job):
             60, ["allreduce::two_to_five", "allreduce::rings_go", "allreduce::replays"], id="sizes-at-every-border"
         ),
         pytest.param(
-            60,
+            150,
             ["allreduce::every_code_equals_the_reference_over_host", "allreduce::every_width"],
             id="every-code-and-width-host-memory",
         ),

@@ -168,25 +168,12 @@ fn try_exchanges(machine: &Machine, report: &mut Findings) -> Result<()> {
     report.gpus = tried.into_iter().map(|tried| tried.gpu).collect();
     report.gpus.sort_by_key(|gpu| gpu.ordinal);
     report.gpus.dedup_by_key(|gpu| gpu.ordinal);
-    for Gpu { ordinal, name, capability, kernels, .. } in &report.gpus {
-        if let Err(why) = kernels {
-            report.problems.push(format!(
-                "GPU {ordinal} ({name}, compute capability {capability}) does not take the kernels: {why}. They want 8.0 \
-                 or newer, and a driver as new as the CUDA that built flashcomm (13.0: driver 580)"
-            ));
-        }
-    }
-    let needed = area_bytes as u64 * world as u64;
-    if let (Some((_, why)), Some(shared)) = (&no_host, &report.shared_memory)
-        && shared.free_bytes < needed
-        && no_peer.is_some()
-    {
-        report.problems.push(format!(
-            "the exchange host wants {needed} bytes of /dev/shm, {} are free ({why}); make it larger (docker run \
-             --shm-size), or FLASHCOMM_BUFFER_MIB smaller",
-            shared.free_bytes
-        ));
-    }
+    let wanted = area_bytes as u64 * world as u64;
+    report.problems.extend(report.gpus.iter().filter_map(without_kernels));
+    report.problems.extend(report.shared_memory.as_ref().and_then(|shared| {
+        let (_, why) = no_host.as_ref().filter(|_| no_peer.is_some())?;
+        small_shared_memory(shared, wanted, why)
+    }));
 
     let has_kernels = report.gpus.iter().all(|gpu| gpu.kernels.is_ok());
     let (takes, because) = match has_kernels {
@@ -208,6 +195,25 @@ fn try_exchanges(machine: &Machine, report: &mut Findings) -> Result<()> {
         because,
     });
     Ok(())
+}
+
+/// What is wrong with a GPU that does not take the kernels.
+fn without_kernels(Gpu { ordinal, name, capability, kernels, .. }: &Gpu) -> Option<String> {
+    let why = kernels.as_ref().err()?;
+    Some(format!(
+        "GPU {ordinal} ({name}, compute capability {capability}) does not take the kernels: {why}. They want 8.0 or newer, \
+         and a driver as new as the CUDA that built flashcomm (13.0: driver 580)"
+    ))
+}
+
+/// What is wrong where the exchange host wants more bytes of /dev/shm than are free.
+fn small_shared_memory(SharedMemory { free_bytes, .. }: &SharedMemory, wanted: u64, why: &str) -> Option<String> {
+    (*free_bytes < wanted).then(|| {
+        format!(
+            "the exchange host wants {wanted} bytes of /dev/shm, {free_bytes} are free ({why}); make it larger (docker run \
+             --shm-size), or FLASHCOMM_BUFFER_MIB smaller"
+        )
+    })
 }
 
 /// The first rank that could not set an exchange up, and why.
