@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the aarch64 jumps of src/nccl/table.rs and src/abi/forward.rs under qemu, on a machine of another kind.
+"""Runs the aarch64 jumps of src/real/table.rs and src/abi/forward.rs under qemu, on a machine of another kind.
 
 The assembly is taken out of the Rust source as it stands, put beside a C program that plays the resolver and the real
 function, and called: integer, vector and stack arguments and structures returned must arrive as they were, on the first
@@ -83,7 +83,7 @@ def main():
     if missing:
         print(f"SKIPPED: no {' and no '.join(missing)}; the aarch64 jumps were not run")
         return
-    (stub, resolve_and_go), (jump,) = blocks("src/nccl/table.rs"), blocks("src/abi/forward.rs")
+    (stub, resolve_and_go), (jump,) = blocks("src/real/table.rs"), blocks("src/abi/forward.rs")
     operands = {"i": "5", "go": "resolve_and_go", "resolve": "resolve_in_c", "table": "table", "offset": "40"}
     text = [".data", ".balign 8", ".globl table", "table: .skip 64", ".text"]
     for name, instructions in [("stub", stub), ("resolve_and_go", resolve_and_go), ("jump", jump)]:

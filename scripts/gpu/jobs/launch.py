@@ -6,6 +6,7 @@ Ends all ranks when one fails or the time is up, and fails then. When the time i
 """
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,11 +14,22 @@ import sys
 import time
 
 
+def free_port():
+    """A port that nobody listens on, below those that the system gives to connections: one of these could be taken
+    before rank 0 listens on it."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as unused:
+            try:
+                unused.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                pass  # in use
+
+
 def main():
     n, seconds, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(n):
         env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
