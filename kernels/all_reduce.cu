@@ -1,7 +1,7 @@
 // The whole all-reduce in one kernel: quantize, hop 1, decode-sum-requantize, hop 2, decode, over memory that every rank
 // of the host can write (a peer's GPU memory, or pinned host memory).
 //
-//   grid   (blocks), all resident at once, beside those of every rank that shares the GPU
+//   grid   (blocks), all resident at once, beside those of every rank that shares the GPU (invariant I6)
 //   block  (128 threads, channels): each row is a channel    dynamic shared memory: a ChannelMemory for each
 //   reads  input   count elements of T, 2-byte aligned       writes  output  the same; may be the input
 //

@@ -50,6 +50,7 @@ pub mod kernels {
 pub mod negotiation {
     pub use crate::error::{Error, Result};
     pub use crate::exchange::residency::Seat;
+    pub use crate::kernels::Areas;
     pub use crate::negotiation::choice::{Against, Choice, choose, default_min_bytes, rings};
     pub use crate::negotiation::facts::{Agreement, BLOB_BYTES, Blob, Disagreement, Location, agree};
     pub use crate::negotiation::meeting::{Meeting, Rounds};

@@ -1,4 +1,4 @@
-//! The documentation's table of settings is that of config.rs, and what it links to is there.
+//! The documentation's table of settings is that of config/table.rs, and what it links to is there.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ fn the_documentation_lists_every_setting_as_config_has_it() {
         assert!(tuning.contains(&row), "docs/tuning.md lacks: {row}");
     }
     let rows = tuning.lines().filter(|line| line.starts_with("| `FLASHCOMM_")).count();
-    assert_eq!(rows, SETTINGS.len(), "docs/tuning.md has a setting that config.rs lacks");
+    assert_eq!(rows, SETTINGS.len(), "docs/tuning.md has a setting that config/table.rs lacks");
 }
 
 #[test]

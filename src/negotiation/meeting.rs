@@ -2,11 +2,12 @@
 //!
 //! In a round every rank contributes its [`Blob`] and every rank derives the same from the same
 //! bytes. The first compares the settings; the second adds what each GPU reaches, which a rank knows
-//! only when it knows where the others are. Those that follow set up an exchange ([`super::setup`]).
+//! only when it knows where the others are. Those that follow set up an exchange ([`super::setup`], which has their steps).
 //!
 //! Ranks that are threads of one process take care not to be in each other's way: while one has work on the GPU that
 //! waits for another, calls of the other that allocate or map memory there may wait for that very work. So they meet on the
-//! host before each round but the first (where the real NCCL, which connects the ranks, meets for them).
+//! host before each round. Before the first they do not know each other yet; there the real NCCL makes them wait for one
+//! another.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};

@@ -1,7 +1,7 @@
 //! How the ranks of a communicator come to do the same: what each says of itself, what follows from
 //! all of it, and how they get there together (invariant I3).
 //!
-//! * [`facts`]: what a rank says, as bytes, and what of it keeps the ranks from going on;
+//! * [`facts`]: what a rank says, as bytes, and what of it keeps the ranks from going on (`agree`);
 //! * [`choice`], pure: the exchange and the sizes that follow from everyone's facts;
 //! * [`meeting`]: everyone's word to everyone, and the rounds that are made of it;
 //! * [`over_nccl`]: meeting by a real all-gather, as attach does;

@@ -93,22 +93,21 @@ impl<M: Meeting> Rounds<M> {
         self.compare(true)
     }
 
-    /// Sets up `peer` or `host`.
+    /// Sets up `peer` or `host`: areas in GPU or in host memory.
     ///
     /// # Errors
     /// As for [`Rounds::next`].
     pub fn set_up_fused(
         &mut self,
-        kind: ExchangeKind,
+        areas: Areas,
         facts: &[Blob],
         Local { context, kernels, stream, timeout }: &Local<'_>,
     ) -> Result<SetUp<Fused>> {
-        let memory = if kind == ExchangeKind::Peer { Areas::InGpuMemory } else { Areas::InHostMemory };
         let Some(rings) = choice::rings(facts) else {
             return Ok(Err(NotSetUp { why: Disagreement::NoSharedMemory, mine: None }));
         };
         let rank = self.blob.rank as usize;
-        let prepared = Prepared::new(memory, rings, context, stream);
+        let prepared = Prepared::new(areas, rings, context, stream);
         let offer = prepared.as_ref().map_or(NOTHING, |prepared| *prepared.offer());
         let round = self.next(prepared.is_ok(), offer)?;
         let (prepared, offers) = match (prepared, round) {
@@ -163,7 +162,8 @@ impl Rounds<OverNccl<'_>> {
                     }
                     self.set_up_nccl()?.map(Exchange::Nccl)
                 }
-                kind => self.set_up_fused(kind, facts, local)?.map(Exchange::Fused),
+                ExchangeKind::Peer => self.set_up_fused(Areas::InGpuMemory, facts, local)?.map(Exchange::Fused),
+                ExchangeKind::Host => self.set_up_fused(Areas::InHostMemory, facts, local)?.map(Exchange::Fused),
             };
             match outcome {
                 Ok(exchange) => return Ok(Ok(exchange)),

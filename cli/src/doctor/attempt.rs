@@ -6,9 +6,9 @@ use flashcomm::tooling::cuda::sys::CUdevice_attribute_enum as Attribute;
 use flashcomm::tooling::cuda::{self, Context, CudaResult, Stream};
 use flashcomm::tooling::kernels::Kernels;
 use flashcomm::tooling::negotiation::{
-    self, Agreement, BLOB_BYTES, Blob, Error, Local, Meeting, NotSetUp, Rounds, Seat, rings,
+    self, Agreement, Areas, BLOB_BYTES, Blob, Error, Local, Meeting, NotSetUp, Rounds, Seat, rings,
 };
-use flashcomm::tooling::settings::{Config, ExchangeKind};
+use flashcomm::tooling::settings::Config;
 use serde::{Deserialize, Serialize};
 
 use crate::client::api::{Cuda, call};
@@ -77,18 +77,18 @@ fn attempt(party: &Party) -> Result<Tried> {
     let facts = rounds.find_reach(&context, &facts)?.map_err(|disagreement| anyhow!("{disagreement}"))?;
     let rings = rings(&facts);
     let stream = Stream::new()?;
-    let mut set_up = |kind| -> Result<std::result::Result<(), String>> {
+    let mut set_up = |areas| -> Result<std::result::Result<(), String>> {
         // The ranks skip it alike: without kernels on one there are no areas for any.
         let (Some(_), Ok((_, kernels))) = (rings, &loaded) else {
             return Ok(Err("there are no kernels for it, or FLASHCOMM_BUFFER_MIB is too small".into()));
         };
         let local = Local { context: &context, kernels, stream: &stream, timeout: None };
-        Ok(rounds.set_up_fused(kind, &facts, &local)?.map(|_| ()).map_err(|NotSetUp { why, mine }| match mine {
+        Ok(rounds.set_up_fused(areas, &facts, &local)?.map(|_| ()).map_err(|NotSetUp { why, mine }| match mine {
             Some((_, error)) => error.to_string(),
             None => why.to_string(),
         }))
     };
-    let (peer, host) = (set_up(ExchangeKind::Peer)?, set_up(ExchangeKind::Host)?);
+    let (peer, host) = (set_up(Areas::InGpuMemory)?, set_up(Areas::InHostMemory)?);
     let facts = rounds.blob.encode().to_vec();
     Ok(Tried { gpu, facts, peer, host, area_bytes: rings.map_or(0, |rings| rings.area_bytes()) })
 }
