@@ -117,6 +117,7 @@ fn decode_to<E: Element>(payload: &[u8], codec: Codec, count: usize) -> Vec<E> {
 }
 
 /// One operation as one rank sees it, each kernel on given inputs, compared byte for byte.
+#[derive(Debug)]
 struct Case {
     count: usize,
     world: usize,
@@ -129,13 +130,7 @@ struct Case {
 
 fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
     let Case { count, world, legs, buffer_bytes, misaligned, seed } = *case;
-    let about = || {
-        format!(
-            "{element:?} {legs} {} of {} count {count} world {world} off by {misaligned} seed {seed}",
-            legs.code().name(),
-            legs.reduce.group.n_elems()
-        )
-    };
+    let about = || format!("{element:?} {} of {} {case:?}", legs.code().name(), legs.reduce.group.n_elems());
     let plan = Plan::new(count, world, legs, buffer_bytes).unwrap();
     let kernels = Kernels::load(0, legs).expect("kernels load");
     let outgoing_bytes = Plan::outgoing_bytes(world, legs, buffer_bytes);
