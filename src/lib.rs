@@ -27,7 +27,7 @@
 //! real                           calls into the real NCCL, through the jump table
 //! stats                          what was compressed, forwarded, and why
 //! record, route, nvtx, logging   inputs saved; pure: forward or compress; ranges for profilers
-//! error, config                  what can go wrong; the settings
+//! error, config, variables       what can go wrong; the settings, ours and those of NCCL's
 //! kernels                        launches
 //! cuda, nccl, verdict, element   the driver; the real library, found; what ranks agreed on; types
 //! ```
@@ -66,4 +66,5 @@ mod route;
 mod stats;
 mod thread;
 pub mod tooling;
+mod variables;
 mod verdict;

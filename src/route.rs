@@ -63,11 +63,13 @@ pub enum Reason {
     NoCommunicator,
     /// The engine has switched the communicator off.
     SwitchedOff,
+    /// The communicator is on, but by default compresses nothing: the real NCCL is faster, or sends less.
+    NotFaster,
 }
 
 impl Reason {
     /// Every reason, in the order of their counters.
-    pub const ALL: [Reason; 10] = [
+    pub const ALL: [Reason; 11] = [
         Reason::Disabled,
         Reason::DataType,
         Reason::Operation,
@@ -78,6 +80,7 @@ impl Reason {
         Reason::Configuration,
         Reason::NoCommunicator,
         Reason::SwitchedOff,
+        Reason::NotFaster,
     ];
 
     /// As in the statistics.
@@ -101,6 +104,7 @@ impl Reason {
             Reason::Configuration => c"configuration",
             Reason::NoCommunicator => c"no_communicator",
             Reason::SwitchedOff => c"switched_off",
+            Reason::NotFaster => c"not_faster",
         }
     }
 }
@@ -141,6 +145,7 @@ pub(crate) fn route(
         Verdict::Open if is_capturing() => Route::Forward(Reason::UnattachedCapture),
         Verdict::Open => Route::Attach(element),
         Verdict::On { .. } if !config.compresses(element) => Route::Forward(Reason::DataType),
+        Verdict::On { min_bytes: u64::MAX } => Route::Forward(Reason::NotFaster),
         Verdict::On { min_bytes } => {
             if request.n_bytes() < min_bytes {
                 Route::Forward(Reason::Small)
@@ -187,6 +192,7 @@ mod tests {
             (500, fp16, sum, ON, false, &on, Compress(Fp16)),
             (500, bf16, sum, ON, true, &on, Compress(Bf16)),
             (499, fp16, sum, ON, false, &on, Forward(Reason::Small)),
+            (usize::MAX, fp16, sum, Verdict::On { min_bytes: u64::MAX }, false, &on, Forward(Reason::NotFaster)),
             (usize::MAX, fp16, sum, ON, false, &on, Compress(Fp16)),
             (500, fp16, sum, Verdict::Open, false, &on, Attach(Fp16)),
             (1, bf16, sum, Verdict::Open, false, &on, Attach(Bf16)),

@@ -52,7 +52,8 @@ pub mod negotiation {
     pub use crate::exchange::residency::Seat;
     pub use crate::kernels::Areas;
     pub use crate::negotiation::choice::{Against, Choice, choose, default_min_bytes, rings};
-    pub use crate::negotiation::facts::{Agreement, BLOB_BYTES, Blob, Disagreement, Location, agree};
+    pub use crate::negotiation::disagreement::Disagreement;
+    pub use crate::negotiation::facts::{Agreement, BLOB_BYTES, Blob, Location, agree};
     pub use crate::negotiation::meeting::{Meeting, Rounds};
     pub use crate::negotiation::setup::{Local, NotSetUp};
 }

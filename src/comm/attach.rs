@@ -30,7 +30,8 @@ use crate::exchange::residency::Seat;
 use crate::kernels::Kernels;
 use crate::nccl::{CommPtr, NcclResult};
 use crate::negotiation::choice;
-use crate::negotiation::facts::{Agreement, Blob, Disagreement, MAX_SETUPS};
+use crate::negotiation::disagreement::Disagreement;
+use crate::negotiation::facts::{Agreement, Blob, MAX_SETUPS};
 use crate::negotiation::meeting::{Rounds, poll};
 use crate::negotiation::over_nccl::OverNccl;
 use crate::negotiation::setup::Local;
@@ -316,6 +317,12 @@ fn log_on(rank: usize, world: usize, legs: Legs, exchange: &Exchange, min_bytes:
     };
     let (code, name) = (legs.code().name(), exchange.kind().name());
     log::info!("rank {rank} of {world}: on, {legs} bits ({code}), exchange {name},{blocks} {from}");
+    if min_bytes == u64::MAX && rank == 0 {
+        log::warn!(
+            "a communicator of {world} ranks compresses nothing: over the exchange {name} the real NCCL is faster, or sends \
+             less. FLASHCOMM_MIN_BYTES compresses anyway; FLASHCOMM_LOG=info says what is against the other exchanges"
+        );
+    }
 }
 
 /// The device of a communicator and its primary context, which the real NCCL uses, too.

@@ -13,6 +13,7 @@ pub(crate) mod memory;
 pub(crate) mod module;
 pub(crate) mod pool;
 pub(crate) mod stream;
+mod topology;
 
 pub(crate) use capture::{
     Capture, Dependencies, GraphNode, RelaxedCapture, capture_dependencies, capture_of, update_capture_dependencies,
@@ -23,3 +24,4 @@ pub(crate) use memory::{DeviceMemory, IpcHandle, PinnedMemory, Registered, open_
 pub(crate) use module::{Function, Module, Shape};
 pub(crate) use pool::Lent;
 pub(crate) use stream::{Event, Stream, StreamHandle};
+pub(crate) use topology::Distance;

@@ -5,10 +5,11 @@
 
 use std::fmt;
 
-use flashcomm_wire::Rings;
 use flashcomm_wire::rings::MAX_WORLD;
+use flashcomm_wire::{Rings, TILE_ELEMS};
 
-use super::facts::{Blob, Disagreement};
+use super::disagreement::Disagreement;
+use super::facts::Blob;
 use crate::config::ExchangeKind;
 use crate::exchange::residency;
 
@@ -79,17 +80,66 @@ fn against(kind: ExchangeKind, facts: &[Blob], failed: &[(ExchangeKind, Disagree
     if kind != ExchangeKind::Nccl && rings(facts).is_none() {
         return Some(Against::Impossible(Disagreement::NoSharedMemory));
     }
+    if let Some(forbidden) = forbidden(kind, facts) {
+        return Some(Against::Impossible(forbidden));
+    }
     // NCCL has the memory of the GPUs there: it can map that in ways that are not ours (CUDA IPC), where containers forbid
     // those.
-    if kind == ExchangeKind::Host && setting.is_none() && facts.iter().any(|rank| reaches_all(rank, facts.len())) {
+    if kind == ExchangeKind::Host && setting.is_none() && has_gpu_memory(facts) {
         return Some(Against::Slower);
     }
     None
 }
 
-/// Whether the GPU of a rank reaches the memory of every rank's.
-fn reaches_all(rank: &Blob, world: usize) -> bool {
-    u32::from(rank.reaches).trailing_ones() as usize >= world
+/// What NCCL's variables, or containers, have against an exchange.
+fn forbidden(kind: ExchangeKind, facts: &[Blob]) -> Option<Disagreement> {
+    let first = facts[0].location.shared_memory;
+    match kind {
+        ExchangeKind::Peer => {
+            let rank = facts.iter().position(|rank| rank.forbids != 0)?;
+            Some(Disagreement::PeerForbidden { rank })
+        }
+        ExchangeKind::Host => {
+            let differs = |rank: &Blob| rank.location.shared_memory == 0 || rank.location.shared_memory != first;
+            Some(Disagreement::HostForbidden { rank: facts.iter().position(differs)? })
+        }
+        ExchangeKind::Nccl => None,
+    }
+}
+
+/// Whether the real NCCL has the memory of the GPUs, as far as a rank can tell: one that sees only its own GPU cannot.
+fn has_gpu_memory(facts: &[Blob]) -> bool {
+    let reaches_all = |rank: &Blob| u32::from(rank.reaches).trailing_ones() as usize >= facts.len();
+    facts.iter().all(|rank| rank.forbids == 0) && facts.iter().any(reaches_all)
+}
+
+/// Whether the real NCCL goes over the network between some two ranks: those of two hosts, as it takes them, and those that
+/// share no memory of any kind.
+fn is_over_network(facts: &[Blob]) -> bool {
+    let reaches = |one: &Blob, other: u32| other < u16::BITS && (one.reaches & !one.forbids) >> other & 1 != 0;
+    let share = |one: &Blob, other: &Blob| {
+        one.location.shared_memory != 0 && one.location.shared_memory == other.location.shared_memory
+    };
+    let apart = |one: &Blob, other: &Blob| {
+        one.location.nccl_host != other.location.nccl_host
+            || !(reaches(one, other.rank) && reaches(other, one.rank)) && !share(one, other)
+    };
+    facts.iter().any(|one| facts.iter().any(|other| one.rank != other.rank && apart(one, other)))
+}
+
+/// Whether the exchange over the real NCCL puts more on the network than NCCL's own all-reduce would.
+///
+/// In units of the operation over the world size, out of a host of g of w ranks: hop 1 sends the ranks of other hosts their
+/// payloads, g (w - g); hop 2 is an all-gather, whose rings pass a host once, w - 1; uncompressed NCCL's ring all-reduce
+/// sends 2 (w - 1). The host that sends most is the slowest.
+fn sends_more_than_nccl(facts: &[Blob]) -> bool {
+    let world = facts.len();
+    let on_host =
+        |rank: &Blob| facts.iter().filter(|other| other.location.nccl_host == rank.location.nccl_host).count();
+    let legs = facts[0].agreement.legs;
+    let sent = |g: usize| legs.reduce.tile_bytes() * g * (world - g) + legs.gather.tile_bytes() * (world - 1);
+    let most = facts.iter().map(on_host).filter(|g| *g < world).map(sent).max();
+    most.is_some_and(|sent| sent > 2 * (world - 1) * TILE_ELEMS * 2)
 }
 
 /// Whether all ranks run on one host.
@@ -119,7 +169,10 @@ pub fn rings(facts: &[Blob]) -> Option<Rings> {
 
 /// From how many bytes on an all-reduce is compressed: what the ranks have set, or what was measured (docs/tuning.md).
 pub(crate) fn min_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
-    let default = || default_min_bytes(kind, facts.len(), is_one_host(facts));
+    let default = || match kind {
+        ExchangeKind::Nccl if sends_more_than_nccl(facts) => u64::MAX,
+        _ => default_min_bytes(kind, facts.len(), !is_over_network(facts)),
+    };
     facts[0].agreement.min_bytes.unwrap_or_else(default)
 }
 
@@ -153,6 +206,8 @@ mod tests {
         let (config, _) = Config::parse(|asked| (asked == "FLASHCOMM_EXCHANGE").then(|| setting.into()));
         let location = Location {
             host: 7,
+            nccl_host: 7,
+            shared_memory: 3,
             process: 0,
             device: 0,
             device_uuid: [0; 16],
@@ -165,11 +220,24 @@ mod tests {
             agreement: Agreement::from(&config),
             location: Location { process: rank as u64, device_uuid: [rank as u8; 16], ..location },
             reaches: ((1u32 << world.min(16)) - 1) as u16,
+            forbids: 0,
             attach: 1,
             ready: true,
             offer: [0; crate::exchange::area::OFFER_BYTES],
         };
         (0..world).map(rank).collect()
+    }
+
+    /// As many ranks on each of as many hosts.
+    fn on_hosts(n_hosts: usize, each: usize, bits: &str) -> Vec<Blob> {
+        let (config, _) = Config::parse(|asked| (asked == "FLASHCOMM_BITS").then(|| bits.into()));
+        let mut ranks = ranks(n_hosts * each, "auto");
+        for (rank, blob) in ranks.iter_mut().enumerate() {
+            let host = (rank / each) as u64;
+            blob.agreement = Agreement::from(&config);
+            (blob.location.host, blob.location.nccl_host, blob.location.shared_memory) = (host, host, host + 1);
+        }
+        ranks
     }
 
     fn not_ready(kind: ExchangeKind) -> (ExchangeKind, Disagreement) {
@@ -244,9 +312,70 @@ mod tests {
     fn a_threshold_that_is_set_holds_whatever_the_exchange() {
         let mut facts = ranks(2, "auto");
         assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [2 << 20, 256 << 10, u64::MAX]);
-        facts[1].location.host = 8;
+        (facts[1].location.host, facts[1].location.nccl_host) = (8, 8);
         assert_eq!(min_bytes(&facts, Nccl), 1 << 20);
         facts.iter_mut().for_each(|rank| rank.agreement.min_bytes = Some(77));
         assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [77; 3]);
+    }
+
+    #[test]
+    fn nccls_variables_and_containers_of_their_own_are_heard() {
+        let mut p2p_off = ranks(2, "auto");
+        p2p_off[1].forbids = 1;
+        let choice = choose(&p2p_off, &[]);
+        // And NCCL has not got the GPUs' memory then, either.
+        assert_eq!(choice.takes, Some(Host));
+        assert!(choice.passed_over[0].1.to_string().contains("NCCL_P2P_DISABLE"), "{choice:?}");
+        let mut no_shm = p2p_off.clone();
+        no_shm[1].location.shared_memory = 0;
+        let choice = choose(&no_shm, &[]);
+        assert_eq!(choice.takes, Some(Nccl));
+        assert!(choice.passed_over[1].1.to_string().contains("rank 1 has another /dev/shm"), "{choice:?}");
+        // A setting of ours does not outvote them.
+        for (setting, facts) in [("peer", &p2p_off), ("host", &no_shm)] {
+            let (config, _) = Config::parse(|asked| (asked == "FLASHCOMM_EXCHANGE").then(|| setting.into()));
+            let mut facts = facts.clone();
+            facts.iter_mut().for_each(|rank| rank.agreement = Agreement::from(&config));
+            assert_eq!(choose(&facts, &[]).takes, None, "{setting}");
+        }
+    }
+
+    #[test]
+    fn over_nccl_it_compresses_where_nccl_goes_over_the_network() {
+        let nccl = |facts: &[Blob]| min_bytes(facts, Nccl);
+        assert_eq!(nccl(&ranks(2, "auto")), u64::MAX);
+        // Pods of one host: another name, another /dev/shm, no P2P between them.
+        let mut pods = ranks(2, "auto");
+        pods[1].location.nccl_host = 8;
+        assert_eq!(nccl(&pods), 1 << 20);
+        // The same name, but no memory in common.
+        let mut apart = ranks(2, "auto");
+        apart.iter_mut().for_each(|rank| rank.forbids = 3);
+        assert_eq!(nccl(&apart), u64::MAX, "NCCL goes over shared memory");
+        apart[0].location.shared_memory = 0;
+        assert_eq!(nccl(&apart), 1 << 20);
+    }
+
+    #[test]
+    fn by_default_nothing_is_sent_that_nccl_would_not_send() {
+        for (n_hosts, each, bits, compresses) in [
+            (2, 1, "8", true),
+            (16, 1, "8", true),
+            (2, 2, "8", true),
+            (2, 8, "8", false), // 2.66 tensors out of a host instead of 1.88
+            (4, 8, "8", false), // 3.76 instead of 1.94
+            (2, 8, "4", true),  // 1.43
+            (4, 8, "4", false), // 2.01
+            (2, 4, "8", true),
+        ] {
+            let facts = on_hosts(n_hosts, each, bits);
+            let expected = if compresses { 1 << 20 } else { u64::MAX };
+            assert_eq!(min_bytes(&facts, Nccl), expected, "{n_hosts} hosts of {each}, {bits} bits");
+        }
+        // A host with more ranks than the others is the one that counts.
+        let mut uneven = on_hosts(3, 6, "8");
+        uneven.truncate(13);
+        uneven.iter_mut().for_each(|rank| rank.reaches = 0);
+        assert_eq!(min_bytes(&uneven, Nccl), u64::MAX);
     }
 }

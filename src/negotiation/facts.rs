@@ -3,21 +3,20 @@
 //! A blob is [`BLOB_BYTES`] bytes, little-endian. Peers' blobs are checked like any input: a rank may run another
 //! version, or garbage.
 
-use std::fmt;
-
 use flashcomm_wire::{Code, Codec, GroupSize, Legs, WIRE_VERSION, Width};
 
+use super::disagreement::Disagreement;
 use crate::config::{Config, ExchangeKind};
 use crate::exchange::area::{OFFER_BYTES, Offer};
 
 /// Bytes of a blob.
-pub const BLOB_BYTES: usize = 256;
+pub const BLOB_BYTES: usize = 320;
 
 /// Pairs of widths that a communicator may have in its life: each keeps its memory.
 pub(crate) const MAX_SETUPS: usize = 8;
 
 /// Where the offer begins; before it, fields of 8 bytes.
-const OFFER_AT: usize = 176;
+const OFFER_AT: usize = BLOB_BYTES - OFFER_BYTES;
 
 /// Marks a blob: "flashcom" in ASCII.
 const MAGIC: u64 = u64::from_le_bytes(*b"flashcom");
@@ -66,6 +65,8 @@ pub struct Blob {
     pub location: Location,
     /// The ranks whose GPU's memory its own GPU reaches, as bits; 0 before it knows where they are.
     pub reaches: u16,
+    /// The ranks whose GPU's memory is not to be used by its own, as bits: NCCL's variables say so.
+    pub forbids: u16,
     /// The number of its attach; that of rank 0 names the communicator among the ranks of a process.
     pub attach: u64,
     /// Whether it could do what this round is about.
@@ -77,8 +78,12 @@ pub struct Blob {
 /// Where a rank runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Location {
-    /// A hash of the host's boot id: equal on ranks of one host.
+    /// Equal on ranks of one host, containers included.
     pub host: u64,
+    /// Equal on ranks of what NCCL takes for one host.
+    pub nccl_host: u64,
+    /// Equal on ranks that can share memory of the host; 0 where there is none.
+    pub shared_memory: u64,
     /// Tells processes of the host apart.
     pub process: u64,
     /// The device, as the process numbers it.
@@ -91,68 +96,6 @@ pub struct Location {
     pub block_channels: usize,
     /// Whether the communicator is the first there, of its process's with a fused exchange.
     pub is_first: bool,
-}
-
-/// Why a communicator stays off.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Disagreement {
-    /// A rank's blob is not one of this wire version.
-    Foreign {
-        /// The rank.
-        rank: usize,
-        /// Its wire version, if it was a blob at all.
-        version: Option<u32>,
-    },
-    /// A setting differs from rank 0's.
-    Setting {
-        /// The rank.
-        rank: usize,
-        /// The variable.
-        setting: &'static str,
-        /// The rank's value.
-        theirs: String,
-        /// Rank 0's value.
-        first: String,
-    },
-    /// A rank could not prepare; its own log says why.
-    NotReady {
-        /// The rank.
-        rank: usize,
-    },
-    /// The ranks have no memory that all could share.
-    NoSharedMemory,
-    /// It has one rank.
-    Alone,
-    /// It has had [`MAX_SETUPS`] other pairs of widths.
-    TooManyWidths,
-}
-
-impl fmt::Display for Disagreement {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Disagreement::Foreign { rank, version: Some(version) } => write!(
-                f,
-                "rank {rank} runs a flashcomm of wire version {version}, this one has {WIRE_VERSION}; install the \
-                 same flashcomm everywhere"
-            ),
-            Disagreement::Foreign { rank, version: None } => {
-                write!(f, "rank {rank} answered something that is not flashcomm's; install the same everywhere")
-            }
-            Disagreement::Setting { rank, setting, theirs, first } => {
-                write!(f, "rank {rank} has {setting}={theirs}, rank 0 has {first}; set it alike on all ranks")
-            }
-            Disagreement::NoSharedMemory => f.write_str(
-                "FLASHCOMM_EXCHANGE=peer and host take ranks of one host, 16 at most, and FLASHCOMM_BUFFER_MIB must have \
-                 room for them; FLASHCOMM_EXCHANGE=auto or nccl takes any",
-            ),
-            Disagreement::Alone => f.write_str("the communicator has one rank, and nothing to compress"),
-            Disagreement::TooManyWidths => write!(
-                f,
-                "the communicator has had {MAX_SETUPS} pairs of widths, each of which keeps its memory; use one of those"
-            ),
-            Disagreement::NotReady { rank } => write!(f, "rank {rank} could not; see that rank's log"),
-        }
-    }
 }
 
 impl Blob {
@@ -184,6 +127,9 @@ impl Blob {
             self.attach,
             legs.code() as u64,
             u64::from(self.reaches),
+            u64::from(self.forbids),
+            location.nccl_host,
+            location.shared_memory,
         ];
         let mut bytes = [0; BLOB_BYTES];
         for (place, field) in bytes[..OFFER_AT].chunks_exact_mut(8).zip(fields) {
@@ -220,8 +166,11 @@ impl Blob {
             offer,
             attach: field(19),
             reaches: u16::try_from(field(21)).ok()?,
+            forbids: u16::try_from(field(22)).ok()?,
             location: Location {
                 host: field(4),
+                nccl_host: field(23),
+                shared_memory: field(24),
                 process: field(13),
                 device: i32::try_from(field(14)).ok()?,
                 device_uuid: [field(15).to_le_bytes(), field(16).to_le_bytes()].concat().try_into().ok()?,
@@ -304,6 +253,8 @@ mod tests {
         let device_uuid = *b"0123456789abcdef";
         let location = Location {
             host: 7,
+            nccl_host: 17,
+            shared_memory: 18,
             process: 8,
             device: 3,
             device_uuid,
@@ -317,6 +268,7 @@ mod tests {
             agreement: Agreement::from(&Config::default()),
             location,
             reaches: 5,
+            forbids: 2,
             attach: 9,
             ready: true,
             offer,

@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::facts::{BLOB_BYTES, Blob, Disagreement, agree};
+use super::disagreement::Disagreement;
+use super::facts::{BLOB_BYTES, Blob, agree};
 use crate::error::Result;
 use crate::exchange::area::Offer;
 

@@ -10,6 +10,7 @@
 //! Attach (`comm::attach`) and `flashcomm doctor` go through the same rounds, over other meetings.
 
 pub(crate) mod choice;
+pub(crate) mod disagreement;
 pub(crate) mod facts;
 mod identity;
 pub(crate) mod meeting;

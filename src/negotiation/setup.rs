@@ -7,12 +7,13 @@
 use std::time::Duration;
 
 use super::choice::{self, choose};
-use super::facts::{Agreement, Blob, Disagreement, Location};
+use super::disagreement::Disagreement;
+use super::facts::{Agreement, Blob, Location};
 use super::identity;
 use super::meeting::{Meeting, Round, Rounds};
 use super::over_nccl::OverNccl;
 use crate::config::ExchangeKind;
-use crate::cuda::{self, Context, CudaResult, Stream};
+use crate::cuda::{self, Context, CudaResult, Distance, Stream};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::exchange::area::{OFFER_BYTES, Peer};
@@ -20,6 +21,7 @@ use crate::exchange::fused::{Fused, Prepared};
 use crate::exchange::nccl::Staging;
 use crate::exchange::residency::Seat;
 use crate::kernels::{Areas, Kernels};
+use crate::variables::Variables;
 
 /// No offer, in rounds that are not about one.
 const NOTHING: [u8; OFFER_BYTES] = [0; OFFER_BYTES];
@@ -63,6 +65,8 @@ impl Blob {
     ) -> Result<Self> {
         let location = Location {
             host: identity::host(),
+            nccl_host: identity::nccl_host(),
+            shared_memory: identity::shared_memory(),
             process: identity::process(),
             device: context.device(),
             device_uuid: context.device_uuid().map_err(Error::cuda("asking for the device's UUID"))?,
@@ -71,7 +75,7 @@ impl Blob {
             is_first: seat.is_first,
         };
         let attach = identity::number_of_attach();
-        Ok(Self { rank: rank as u32, agreement, location, reaches: 0, attach, ready: true, offer: NOTHING })
+        Ok(Self { rank: rank as u32, agreement, location, reaches: 0, forbids: 0, attach, ready: true, offer: NOTHING })
     }
 }
 
@@ -89,7 +93,8 @@ impl<M: Meeting> Rounds<M> {
     /// # Errors
     /// As for [`Rounds::next`].
     pub fn find_reach(&mut self, context: &Context, facts: &[Blob]) -> Result<Round> {
-        self.blob.reaches = reach(context, facts).map_err(Error::cuda("asking what the GPU reaches"))?;
+        (self.blob.reaches, self.blob.forbids) =
+            reach(context, facts, Variables::global()).map_err(Error::cuda("asking what the GPU reaches"))?;
         self.compare(true)
     }
 
@@ -198,16 +203,23 @@ impl Rounds<OverNccl<'_>> {
     }
 }
 
-/// The ranks whose GPU's memory the GPU of this context reaches, as bits.
-fn reach(context: &Context, facts: &[Blob]) -> CudaResult<u16> {
-    let mut reaches = 0;
+/// The ranks whose GPU's memory the GPU of this context reaches, and those where NCCL's variables forbid it, as bits.
+fn reach(context: &Context, facts: &[Blob], variables: &Variables) -> CudaResult<(u16, u16)> {
+    let (mut reaches, mut forbids) = (0, 0);
     // More ranks than bits have no exchange for which it matters.
     for (rank, Blob { location, .. }) in facts.iter().enumerate().take(u16::BITS as usize) {
-        if let Some(ordinal) = cuda::ordinal_of(&location.device_uuid)?
-            && context.reaches(ordinal)?
-        {
-            reaches |= 1 << rank;
+        // Of a GPU that this process does not see nothing is known but that it is another one.
+        let distance = match cuda::ordinal_of(&location.device_uuid)? {
+            Some(ordinal) if context.reaches(ordinal)? => {
+                reaches |= 1 << rank;
+                context.distance(ordinal)?
+            }
+            Some(_) => continue,
+            None => Distance::Nvl,
+        };
+        if variables.p2p_level.is_some_and(|level| distance > level) {
+            forbids |= 1 << rank;
         }
     }
-    Ok(reaches)
+    Ok((reaches, forbids))
 }

@@ -177,6 +177,8 @@ proptest! {
 fn blob(rank: u32, config: &Config) -> Blob {
     let location = Location {
         host: 7,
+        nccl_host: 17,
+        shared_memory: 18,
         process: 8,
         device: 3,
         device_uuid: [9; 16],
@@ -185,5 +187,5 @@ fn blob(rank: u32, config: &Config) -> Blob {
         is_first: true,
     };
     let offer = std::array::from_fn(|i| i as u8);
-    Blob { rank, agreement: Agreement::from(config), location, reaches: 3, attach: 9, ready: true, offer }
+    Blob { rank, agreement: Agreement::from(config), location, reaches: 3, forbids: 4, attach: 9, ready: true, offer }
 }

@@ -42,6 +42,12 @@ pub fn reach_each_other() -> bool {
     *REACH
 }
 
+/// Whether it is NVLink over which they can.
+pub fn have_nvlink() -> bool {
+    static NVLINK: Lazy<bool> = Lazy::new(|| setting("FLASHCOMM_SIM_NVLINK", 1) != 0);
+    *NVLINK
+}
+
 /// Number of devices.
 pub fn count() -> i32 {
     DEVICES.len() as i32

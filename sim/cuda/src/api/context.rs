@@ -113,6 +113,15 @@ driver! {
         let (device, peer) = (device::of(device)?, device::of(peer)?);
         put(can, c_int::from(device.ordinal != peer.ordinal && device::reach_each_other()))
     }
+    fn cuDeviceGetP2PAttribute(value: *mut c_int, attribute: c_int, device: c_int, peer: c_int) {
+        let (device, peer) = (device::of(device)?, device::of(peer)?);
+        let reaches = device.ordinal != peer.ordinal && device::reach_each_other();
+        put(value, match attribute {
+            2 => c_int::from(reaches),                         // access
+            3 => c_int::from(reaches && device::have_nvlink()), // native atomics
+            _ => 0,
+        })
+    }
     fn cuCtxEnablePeerAccess(context: usize, flags: u32) {
         let current = device::current()?;
         match of_handle(context)? {
