@@ -21,7 +21,7 @@ use crate::exchange::Exchange;
 use crate::exchange::residency::Seat;
 use crate::kernels::Kernels;
 use crate::nccl::CommPtr;
-use crate::negotiation::facts::MAX_SETUPS;
+use crate::negotiation::disagreement::MAX_SETUPS;
 use crate::record::Recording;
 use crate::verdict::Verdict;
 

@@ -4,7 +4,8 @@ use std::fmt;
 
 use flashcomm_wire::WIRE_VERSION;
 
-use super::facts::MAX_SETUPS;
+/// Pairs of widths that a communicator may have in its life: each keeps its memory.
+pub(crate) const MAX_SETUPS: usize = 8;
 
 /// Why a communicator stays off.
 #[derive(Clone, PartialEq, Eq, Debug)]

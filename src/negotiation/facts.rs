@@ -12,9 +12,6 @@ use crate::exchange::area::{OFFER_BYTES, Offer};
 /// Bytes of a blob.
 pub const BLOB_BYTES: usize = 320;
 
-/// Pairs of widths that a communicator may have in its life: each keeps its memory.
-pub(crate) const MAX_SETUPS: usize = 8;
-
 /// Where the offer begins; before it, fields of 8 bytes.
 const OFFER_AT: usize = BLOB_BYTES - OFFER_BYTES;
 
