@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use flashcomm_wire::{Op, Plan};
 
-use crate::comm::{Attached, Comm, attach};
+use crate::comm::{Attached, Comm};
 use crate::config::Config;
 use crate::cuda::{self, Capture, Entered, StreamHandle};
 use crate::element::ElementType;
@@ -34,7 +34,7 @@ use crate::kernels::Piece;
 use crate::nccl::{NcclResult, RedOp, StreamPtr};
 use crate::nvtx::Ranges;
 use crate::record::Input;
-use crate::route::{self, Reason, Request, Route};
+use crate::route::{self, Request, Route};
 use crate::{real, thread};
 
 /// An all-reduce as the application asked for it.
@@ -73,9 +73,7 @@ impl Operation {
 
     /// Where it goes by what is known of its communicator now.
     pub(crate) fn route(&self) -> Route {
-        // In doubt (no driver, a communicator still in the making) the call is forwarded, as in a capture.
-        let is_capturing = || !matches!(self.capture(), Ok(Capture::None));
-        route::route(self.element, &self.request, self.comm.verdict(), Config::global(), is_capturing)
+        route::route(self.element, &self.request, self.comm.verdict(), Config::global())
     }
 
     /// Saves its input, as it is when what was issued to the stream so far has run, if it is one of those to be saved.
@@ -94,15 +92,6 @@ impl Operation {
 
     fn stream(&self) -> StreamHandle {
         self.stream.cast()
-    }
-
-    /// The capture that the stream is in, before the communicator is attached. The calling thread need not have set a
-    /// device, and the default stream is that of whatever context is current, hence the communicator's own.
-    fn capture(&self) -> Result<Capture> {
-        let (_, context) = attach::device_of(&self.comm)?;
-        let _entered = context.enter().map_err(Error::cuda("entering the context"))?;
-        // SAFETY: the application's stream, of the communicator's context.
-        unsafe { cuda::capture_of(self.stream()) }.map_err(Error::cuda("asking for a capture"))
     }
 
     fn attached(&self) -> Result<&Attached> {
@@ -168,31 +157,26 @@ impl Operation {
     }
 }
 
-/// Runs a batch in order: attaches the communicators that have no verdict, forwards what is not compressed, and
-/// compresses the rest. Empties `batch` and keeps its memory.
+/// Runs a batch in order: forwards what is not compressed after all, and compresses the rest. Empties `batch` and keeps
+/// its memory.
 pub(crate) fn run(batch: &mut Vec<Operation>) -> NcclResult {
-    let attached = attach::attach_all(batch.iter().map(|operation| &operation.comm));
-    if attached.is_ok() {
-        batch.iter().for_each(Operation::record);
-    }
-    let result = match attached {
-        Ok(()) => forward_some(batch).and_then(|forwarded| compress(batch).map(|()| forwarded)).inspect_err(|error| {
-            log::error!("all-reduce: {error}");
-            error::remember(error);
-        }),
-        failed => failed.map(|()| NcclResult::SUCCESS), // attach has told of it
-    };
+    batch.iter().for_each(Operation::record);
+    let result = forward_some(batch).and_then(|forwarded| compress(batch).map(|()| forwarded));
+    let result = result.inspect_err(|error| {
+        log::error!("all-reduce: {error}");
+        error::remember(error);
+    });
     batch.clear();
     result.unwrap_or_else(|error| NcclResult::from(&error))
 }
 
-/// Forwards, in one real group, the operations that turn out not to be compressed, and takes them out of the batch.
+/// Forwards, in one real group, the operations of communicators that a change in the same group has switched off, and takes
+/// them out of the batch.
 /// Answers `ncclInProgress` where a communicator that does not block says so: the application must wait for it.
 fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
     let reason = |operation: &Operation| match operation.route() {
         Route::Compress(_) => None,
         Route::Forward(reason) => Some(reason),
-        Route::Attach(_) => Some(Reason::CommunicatorOff), // a communicator that has just been aborted
     };
     if batch.iter().all(|operation| reason(operation).is_none()) {
         return Ok(NcclResult::SUCCESS);

@@ -263,7 +263,7 @@ mod tests {
         assert_eq!((config.min_bytes, config.exchange), (None, None));
         assert_eq!(config.buffer_bytes, 64 << 20);
         assert_eq!((config.max_ctas, config.timeout), (0, None));
-        assert_eq!(config.attach_timeout, Duration::from_secs(60));
+        assert_eq!(config.attach_timeout, Duration::from_secs(300));
         assert_eq!((config.log_level, config.log_file, config.stats_file), (LevelFilter::Warn, None, None));
         assert!(!config.nvtx);
         assert_eq!((config.record, config.record_dir), (0, "flashcomm-record".into()));

@@ -54,6 +54,13 @@ pub enum Error {
         /// Whether the communicator was aborted; else the deadline passed.
         is_aborted: bool,
     },
+    /// The ranks of a communicator could not meet, as was told then.
+    Failed {
+        /// What was answered then.
+        result: NcclResult,
+        /// Why.
+        why: String,
+    },
     /// A control call that cannot be met, on any rank, and why.
     Refused(String),
     /// The communicator was aborted or destroyed while we used it.
@@ -85,8 +92,8 @@ impl fmt::Display for Error {
             Error::AttachTimeout(waited) => write!(
                 f,
                 "not every rank of the communicator answered within {} s. Most likely a rank runs without the shim or \
-                 with FLASHCOMM_ENABLE=0: load it with the same settings on all ranks, or on none. If the ranks are \
-                 only slow to start, raise FLASHCOMM_ATTACH_TIMEOUT_S",
+                 with FLASHCOMM_ENABLE=0: load it with the same settings on all ranks, or on none. If a rank is only \
+                 slow, raise FLASHCOMM_ATTACH_TIMEOUT_S",
                 waited.as_secs()
             ),
             Error::BufferTooSmall { world } => {
@@ -94,6 +101,7 @@ impl fmt::Display for Error {
             }
             Error::System { doing, error } => write!(f, "{doing}: {error}"),
             Error::Unmappable(why) => f.write_str(why),
+            Error::Failed { why, .. } => write!(f, "the ranks of this communicator could not meet; abort it. {why}"),
             Error::Refused(why) => f.write_str(why),
             Error::GaveUp { rank, peer, channel, iteration, is_aborted } => {
                 let why = if *is_aborted { "the communicator was aborted" } else { "FLASHCOMM_TIMEOUT_S passed" };
@@ -127,7 +135,7 @@ impl From<&Error> for NcclResult {
     fn from(error: &Error) -> Self {
         match error {
             Error::Cuda { .. } => NcclResult::UNHANDLED_CUDA_ERROR,
-            Error::Nccl { result, .. } => *result,
+            Error::Nccl { result, .. } | Error::Failed { result, .. } => *result,
             Error::System { .. } | Error::Unmappable(_) => NcclResult::SYSTEM_ERROR,
             Error::AttachTimeout(_) | Error::GaveUp { .. } => NcclResult::REMOTE_ERROR,
             Error::BufferTooSmall { .. } | Error::Refused(_) | Error::Aborted => NcclResult::INVALID_USAGE,

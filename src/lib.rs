@@ -2,13 +2,13 @@
 //!
 //! # The life of a call
 //!
+//! 0. When a communicator is created ([`abi::creation`]) its ranks agree, once: [`comm::attach`]. What they tell each
+//!    other and what follows from it is in [`negotiation`].
 //! 1. An application's `ncclAllReduce` enters [`abi::collectives`]. Every other call is a jump into the real library,
 //!    or is counted and forwarded.
 //! 2. [`route`] decides, from facts that are the same on every rank, whether it is compressed. If not, the real NCCL
 //!    gets the original arguments. (Calls of NCCL itself, a null communicator and a configuration never come so far.)
-//! 3. At the first call that may be compressed, the ranks of the communicator agree, once: [`comm::attach`]. What they tell
-//!    each other and what follows from it is in [`negotiation`]. Then the call is routed again.
-//! 4. [`allreduce`] runs it: quantize, hop 1, reduce, hop 2, dequantize, all on the caller's stream, over an
+//! 3. [`allreduce`] runs it: quantize, hop 1, reduce, hop 2, dequantize, all on the caller's stream, over an
 //!    [`exchange`]. Inside a group it waits for the group's end: [`abi::group`].
 //!
 //! The invariants that the files cite as I1 to I7 are in `docs/design/invariants.md`, the words in `docs/design/glossary.md`.

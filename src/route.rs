@@ -1,7 +1,6 @@
 //! Pure: does this all-reduce go to the real NCCL as it is, or is it compressed?
 //!
-//! Decided from rank-invariant facts alone: element type, operation, count, the communicator's verdict, capturing or
-//! not. Never from whether it is in place, from alignment, allocator, group nesting or anything else that may differ
+//! Decided from rank-invariant facts alone: element type, operation, count, the communicator's verdict. Never from whether it is in place, from alignment, allocator, group nesting or anything else that may differ
 //! between ranks: a rank that decides otherwise hangs the job. In doubt, forward.
 
 use std::ffi::CStr;
@@ -34,8 +33,6 @@ impl Request {
 pub(crate) enum Route {
     /// To the real NCCL, unchanged.
     Forward(Reason),
-    /// The communicator must attach first; then ask again.
-    Attach(ElementType),
     /// Through the two hops.
     Compress(ElementType),
 }
@@ -55,8 +52,9 @@ pub enum Reason {
     Small,
     /// The communicator is off.
     CommunicatorOff,
-    /// First use inside a graph capture: attaching would break the capture.
-    UnattachedCapture,
+    /// The ranks of the communicator have not met: it was not created through the shim, or does not block and is still in
+    /// the making.
+    Unattached,
     /// An explicit collective configuration, which only the real NCCL can serve.
     Configuration,
     /// No communicator was given; the real NCCL answers.
@@ -76,7 +74,7 @@ impl Reason {
         Reason::Empty,
         Reason::Small,
         Reason::CommunicatorOff,
-        Reason::UnattachedCapture,
+        Reason::Unattached,
         Reason::Configuration,
         Reason::NoCommunicator,
         Reason::SwitchedOff,
@@ -100,7 +98,7 @@ impl Reason {
             Reason::Empty => c"empty",
             Reason::Small => c"small",
             Reason::CommunicatorOff => c"communicator_off",
-            Reason::UnattachedCapture => c"unattached_capture",
+            Reason::Unattached => c"unattached",
             Reason::Configuration => c"configuration",
             Reason::NoCommunicator => c"no_communicator",
             Reason::SwitchedOff => c"switched_off",
@@ -111,8 +109,6 @@ impl Reason {
 
 /// The element type, when a request is one that some setting compresses; otherwise why none does.
 ///
-/// Looks at no setting but `FLASHCOMM_ENABLE`: these are the calls at which a communicator attaches, and if a setting
-/// had a say, ranks whose settings differ would never meet in the attach that is to tell them so.
 pub(crate) fn candidate(request: &Request, config: &Config) -> Result<ElementType, Reason> {
     if !config.enable {
         return Err(Reason::Disabled);
@@ -131,19 +127,12 @@ pub(crate) fn candidate(request: &Request, config: &Config) -> Result<ElementTyp
     Ok(element)
 }
 
-/// Where a candidate goes. `is_capturing` is asked only where the answer depends on it.
-pub(crate) fn route(
-    element: ElementType,
-    request: &Request,
-    verdict: Verdict,
-    config: &Config,
-    is_capturing: impl FnOnce() -> bool,
-) -> Route {
+/// Where a candidate goes.
+pub(crate) fn route(element: ElementType, request: &Request, verdict: Verdict, config: &Config) -> Route {
     match verdict {
         Verdict::Off => Route::Forward(Reason::CommunicatorOff),
         Verdict::SwitchedOff => Route::Forward(Reason::SwitchedOff),
-        Verdict::Open if is_capturing() => Route::Forward(Reason::UnattachedCapture),
-        Verdict::Open => Route::Attach(element),
+        Verdict::Open => Route::Forward(Reason::Unattached),
         Verdict::On { .. } if !config.compresses(element) => Route::Forward(Reason::DataType),
         Verdict::On { min_bytes: u64::MAX } => Route::Forward(Reason::NotFaster),
         Verdict::On { min_bytes } => {
@@ -165,17 +154,10 @@ mod tests {
     const INT8: DataType = DataType(0);
     const FLOAT32: DataType = DataType(7);
 
-    fn decide(
-        count: usize,
-        datatype: DataType,
-        op: RedOp,
-        verdict: Verdict,
-        capturing: bool,
-        config: &Config,
-    ) -> Route {
+    fn decide(count: usize, datatype: DataType, op: RedOp, verdict: Verdict, config: &Config) -> Route {
         let request = Request { count, datatype, op };
         match candidate(&request, config) {
-            Ok(element) => route(element, &request, verdict, config, || capturing),
+            Ok(element) => route(element, &request, verdict, config),
             Err(reason) => Route::Forward(reason),
         }
     }
@@ -183,43 +165,33 @@ mod tests {
     #[test]
     fn the_table() {
         use ElementType::{Bf16, Fp16};
-        use Route::{Attach, Compress, Forward};
+        use Route::{Compress, Forward};
         let (fp16, bf16, sum) = (DataType::FLOAT16, DataType::BFLOAT16, RedOp::SUM);
         let on = Config::default();
         let off = Config { enable: false, ..Config::default() };
         let bf16_only = Config { fp16: false, ..Config::default() };
-        for (count, datatype, op, verdict, capturing, config, expected) in [
-            (500, fp16, sum, ON, false, &on, Compress(Fp16)),
-            (500, bf16, sum, ON, true, &on, Compress(Bf16)),
-            (499, fp16, sum, ON, false, &on, Forward(Reason::Small)),
-            (usize::MAX, fp16, sum, Verdict::On { min_bytes: u64::MAX }, false, &on, Forward(Reason::NotFaster)),
-            (usize::MAX, fp16, sum, ON, false, &on, Compress(Fp16)),
-            (500, fp16, sum, Verdict::Open, false, &on, Attach(Fp16)),
-            (1, bf16, sum, Verdict::Open, false, &on, Attach(Bf16)),
-            (500, fp16, sum, Verdict::Open, true, &on, Forward(Reason::UnattachedCapture)),
-            (500, fp16, sum, Verdict::Off, true, &on, Forward(Reason::CommunicatorOff)),
-            (500, fp16, sum, Verdict::SwitchedOff, true, &on, Forward(Reason::SwitchedOff)),
-            (0, fp16, sum, ON, false, &on, Forward(Reason::Empty)),
-            (500, FLOAT32, sum, ON, false, &on, Forward(Reason::DataType)),
-            (500, INT8, sum, ON, false, &on, Forward(Reason::DataType)),
-            (500, fp16, RedOp(1), ON, false, &on, Forward(Reason::Operation)),
-            (500, fp16, RedOp::AVG, ON, false, &on, Compress(Fp16)),
-            (500, fp16, RedOp(3), ON, false, &on, Forward(Reason::Operation)),
-            (500, fp16, RedOp(5), ON, false, &on, Forward(Reason::Operation)), // a user-defined one
-            (500, fp16, sum, ON, false, &off, Forward(Reason::Disabled)),
-            (500, fp16, sum, ON, false, &bf16_only, Forward(Reason::DataType)),
-            (500, fp16, sum, Verdict::Open, false, &bf16_only, Attach(Fp16)), // settings are compared first
+        for (count, datatype, op, verdict, config, expected) in [
+            (500, fp16, sum, ON, &on, Compress(Fp16)),
+            (500, bf16, sum, ON, &on, Compress(Bf16)),
+            (499, fp16, sum, ON, &on, Forward(Reason::Small)),
+            (usize::MAX, fp16, sum, Verdict::On { min_bytes: u64::MAX }, &on, Forward(Reason::NotFaster)),
+            (usize::MAX, fp16, sum, ON, &on, Compress(Fp16)),
+            (500, fp16, sum, Verdict::Open, &on, Forward(Reason::Unattached)),
+            (1, bf16, sum, Verdict::Open, &on, Forward(Reason::Unattached)),
+            (500, fp16, sum, Verdict::Off, &on, Forward(Reason::CommunicatorOff)),
+            (500, fp16, sum, Verdict::SwitchedOff, &on, Forward(Reason::SwitchedOff)),
+            (0, fp16, sum, ON, &on, Forward(Reason::Empty)),
+            (500, FLOAT32, sum, ON, &on, Forward(Reason::DataType)),
+            (500, INT8, sum, ON, &on, Forward(Reason::DataType)),
+            (500, fp16, RedOp(1), ON, &on, Forward(Reason::Operation)),
+            (500, fp16, RedOp::AVG, ON, &on, Compress(Fp16)),
+            (500, fp16, RedOp(3), ON, &on, Forward(Reason::Operation)),
+            (500, fp16, RedOp(5), ON, &on, Forward(Reason::Operation)), // a user-defined one
+            (500, fp16, sum, ON, &off, Forward(Reason::Disabled)),
+            (500, fp16, sum, ON, &bf16_only, Forward(Reason::DataType)),
         ] {
-            let got = decide(count, datatype, op, verdict, capturing, config);
-            assert_eq!(got, expected, "{count} {datatype:?} {op:?} {verdict:?} capturing={capturing}");
-        }
-    }
-
-    #[test]
-    fn capture_is_asked_only_where_it_matters() {
-        let request = Request { count: 500, datatype: DataType::FLOAT16, op: RedOp::SUM };
-        for verdict in [ON, Verdict::Off, Verdict::SwitchedOff] {
-            route(ElementType::Fp16, &request, verdict, &Config::default(), || panic!("asked"));
+            let got = decide(count, datatype, op, verdict, config);
+            assert_eq!(got, expected, "{count} {datatype:?} {op:?} {verdict:?}");
         }
     }
 }

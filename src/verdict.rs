@@ -3,7 +3,7 @@
 /// Whether a communicator compresses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Verdict {
-    /// Not asked yet.
+    /// The ranks have not met.
     Open,
     /// Every rank compresses operations of this many bytes and more.
     On {

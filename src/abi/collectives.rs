@@ -7,6 +7,7 @@ use super::group;
 use crate::allreduce::Operation;
 use crate::comm;
 use crate::config::Config;
+use crate::error;
 use crate::nccl::{CollConfig, CommPtr, DataType, NcclResult, RedOp, StreamPtr};
 use crate::route::{self, Reason, Request, Route};
 use crate::stats::Call;
@@ -31,6 +32,9 @@ fn all_reduce(
     if is_reentered() {
         return Decision::Forward;
     }
+    if let Some(result) = refusal(comm) {
+        return Decision::Taken(result);
+    }
     let element = match route::candidate(&request, Config::global()) {
         Ok(element) => element,
         Err(reason) => return forward(reason, request, comm),
@@ -44,7 +48,7 @@ fn all_reduce(
             operation.record();
             forward(reason, request, comm)
         }
-        Route::Attach(_) | Route::Compress(_) => Decision::Taken(group::issue(operation)),
+        Route::Compress(_) => Decision::Taken(group::issue(operation)),
     }
 }
 
@@ -53,9 +57,26 @@ fn forward(reason: Reason, request: Request, comm: CommPtr) -> Decision {
     Decision::Forward
 }
 
+/// The answer of a communicator whose ranks failed to meet. Something of that may still be under way on it, into which
+/// any call would run.
+#[inline]
+fn refusal(comm: CommPtr) -> Option<NcclResult> {
+    if !comm::has_any_failed() {
+        return None;
+    }
+    let error = comm::failed_attach(comm)?;
+    error::remember(&error);
+    Some(NcclResult::from(&error))
+}
+
 /// Counts a call and forwards it.
 #[inline]
 fn counted(call: Call, comm: CommPtr, real: impl FnOnce() -> NcclResult) -> NcclResult {
+    if !is_reentered()
+        && let Some(result) = refusal(comm)
+    {
+        return result;
+    }
     in_real_nccl_after(|thread: &Thread| thread.counters(comm).count(call), real)
 }
 

@@ -37,7 +37,8 @@ pub const FLASHCOMM_INVALID_USAGE: flashcommResult_t = 5;
 #[allow(dead_code, reason = "for the header; NcclResult has the value here")]
 pub const FLASHCOMM_REMOTE_ERROR: flashcommResult_t = 6;
 
-/// State of a communicator: its ranks have not met yet. They do at the first fp16 or bf16 sum, or at the first change.
+/// State of a communicator: its ranks have not met yet. They do when it is created through the shim; one that does not block
+/// meets in the background.
 pub const FLASHCOMM_UNATTACHED: c_int = 0;
 /// State of a communicator: its ranks compress, unless the engine has switched it off.
 pub const FLASHCOMM_ON: c_int = 1;
@@ -256,7 +257,7 @@ pub unsafe extern "C" fn flashcommGetCommInfo(
 ///   ranks calls it there; what it answers is answered by ncclGroupEnd. Do not mix it with all-reduces of the communicator in
 ///   one group.
 /// - Not while a stream that has all-reduces of the communicator is captured, nor while another thread uses it.
-/// - A communicator whose ranks have not met (FLASHCOMM_UNATTACHED) attaches with these bits.
+/// - A communicator whose ranks have not met (FLASHCOMM_UNATTACHED) meets here, with these bits.
 ///
 /// FLASHCOMM_INVALID_USAGE on all ranks, and nothing changes (but one that was FLASHCOMM_UNATTACHED is FLASHCOMM_OFF): where ranks ask for different bits, the communicator is
 /// FLASHCOMM_OFF, FLASHCOMM_ENABLE is 0, or a rank has no memory for the new width. flashcommGetLastError says which.

@@ -1,6 +1,7 @@
 //! Groups. A compressed all-reduce inside `ncclGroupStart/End` waits in a queue of its thread for the outermost end,
 //! which forwards first and then runs the queue in the order of issue. A simulated or failed end discards it. So do
-//! changes of width ([`super::control`]); they come before the all-reduces.
+//! the ranks of communicators that the group creates ([`super::creation`]), which meet, and changes of width
+//! ([`super::control`]); both come before the all-reduces.
 //!
 //! The depth is counted here because NCCL does not tell it. Calls that NCCL makes to its own group functions are
 //! balanced, so it does not matter that those of functions which are bare jumps are counted, too.
@@ -10,14 +11,51 @@ use std::cell::{Cell, RefCell};
 use super::boundary::{in_real_nccl, is_reentered, nccl_exports};
 use crate::allreduce::{self, Operation};
 use crate::comm::attach::{self, Change};
-use crate::error;
-use crate::nccl::{NcclResult, SimInfo};
+use crate::config::Config;
+use crate::nccl::{CommPtr, NcclResult, SimInfo};
+use crate::{comm, error};
 
 thread_local! {
     static DEPTH: Cell<u32> = const { Cell::new(0) };
     /// Keeps its memory from group to group.
     static QUEUE: RefCell<Vec<Operation>> = const { RefCell::new(Vec::new()) };
     static CHANGES: RefCell<Vec<Change>> = const { RefCell::new(Vec::new()) };
+    /// Where the handles of communicators in the making are, or will be at the group's end.
+    static CREATED: RefCell<Vec<*mut CommPtr>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Creates communicators, whose handles `real` puts at `places`. Their ranks meet now or, inside a group, at its outermost
+/// end.
+pub(super) fn create(places: impl Iterator<Item = *mut CommPtr>, real: impl FnOnce() -> NcclResult) -> NcclResult {
+    let result = in_real_nccl(real);
+    if is_reentered() || !is_good(result) || !Config::global().enable {
+        return result;
+    }
+    CREATED.with_borrow_mut(|created| {
+        created.extend(places);
+        if DEPTH.get() > 0 { result } else { meet(created, result) }
+    })
+}
+
+/// The ranks of the communicators at `places`, for which the real NCCL has answered `result`, meet.
+fn meet(places: &mut Vec<*mut CommPtr>, result: NcclResult) -> NcclResult {
+    // SAFETY: the application vouches for them until the communicator is made, which it is, or is about to be.
+    let handles = places.drain(..).map(|place| unsafe { place.read() });
+    let comms: Vec<_> = handles.filter(|handle| !handle.is_null()).map(comm::of).collect();
+    if result == NcclResult::IN_PROGRESS {
+        attach::attach_in_background(comms);
+        return result;
+    }
+    let attached = in_real_nccl(|| match attach::attach_all(&comms) {
+        Ok(()) => NcclResult::SUCCESS,
+        Err(error) => NcclResult::from(&error), // attach has told of it
+    });
+    if attached == NcclResult::SUCCESS { result } else { attached }
+}
+
+/// Whether the real NCCL has done, or is doing, what it was asked.
+fn is_good(result: NcclResult) -> bool {
+    result == NcclResult::SUCCESS || result == NcclResult::IN_PROGRESS
 }
 
 /// Makes a change, now or, inside a group, at its outermost end: together with those of other communicators, since one
@@ -73,8 +111,16 @@ fn end(run_queue: bool, end: impl FnOnce() -> NcclResult) -> NcclResult {
     if DEPTH.get() > 0 {
         return result;
     }
+    let is_good = run_queue && is_good(result);
+    let result = CREATED.with_borrow_mut(|created| match is_good && !created.is_empty() {
+        true => meet(created, result),
+        false => {
+            created.clear();
+            result
+        }
+    });
     QUEUE.with_borrow_mut(|queue| {
-        let is_good = run_queue && (result == NcclResult::SUCCESS || result == NcclResult::IN_PROGRESS);
+        let is_good = is_good && self::is_good(result);
         let changed = CHANGES.with_borrow_mut(|changes| match changes.is_empty() {
             true => NcclResult::SUCCESS,
             false if is_good => make(changes),

@@ -2,13 +2,12 @@
 //! uses addresses again; what it held is freed once its last operation has run. Where operations are aborted, our
 //! waiting kernels are told before NCCL is (invariant I5).
 //!
-//! Creation needs nothing of ours: a communicator attaches when it is first used, however it was made (InitRank and its
-//! kin, InitAll, Split, Shrink, Grow). Finalize leaves a handle that may only be destroyed. Those are bare jumps.
+//! Finalize leaves a handle that may only be destroyed: a bare jump.
 
 use std::ffi::c_int;
 
 use super::boundary::{in_real_nccl, is_reentered, nccl_exports};
-use crate::nccl::{CommConfig, CommPtr, NcclResult};
+use crate::nccl::{CommPtr, NcclResult};
 use crate::{comm, error, record, stats};
 
 /// Ends a communicator: `ours` drops our entry and tells its device, then `real` ends NCCL's.
@@ -22,9 +21,6 @@ fn end(comm: CommPtr, ours: fn(CommPtr) -> Option<i32>, real: impl FnOnce() -> N
     record::poll();
     result
 }
-
-/// `NCCL_SHRINK_ABORT`: operations of the parent are aborted first.
-const SHRINK_ABORT: c_int = 1;
 
 nccl_exports! {
     /// `ncclCommDestroy`: our state goes first.
@@ -45,37 +41,29 @@ nccl_exports! {
         in_real_nccl(real)
     }
 
-    /// `ncclCommShrink`: where it aborts the parent's operations, ours end, too.
-    pub fn ncclCommShrink / pncclCommShrink(
-        real;
-        comm: CommPtr,
-        exclude_ranks: *mut c_int,
-        exclude_ranks_count: c_int,
-        new_comm: *mut CommPtr,
-        config: *mut CommConfig,
-        shrink_flags: c_int,
-    ) {
-        if !comm.is_null() && shrink_flags & SHRINK_ABORT != 0 {
-            comm::turn_off(comm);
-        }
-        in_real_nccl(real)
-    }
-
-    /// `ncclCommGetAsyncError`: tells also of a kernel of ours that gave up waiting.
+    /// `ncclCommGetAsyncError`: tells also of a kernel of ours that gave up waiting, and of ranks that could not meet. A
+    /// communicator that does not block is in progress until its ranks have met.
     pub fn ncclCommGetAsyncError / pncclCommGetAsyncError(
         real;
         comm: CommPtr,
         async_error: *mut NcclResult,
     ) {
-        if !is_reentered()
-            && !async_error.is_null()
-            && let Some(error) = comm::failure(comm)
-        {
+        if is_reentered() || async_error.is_null() {
+            return in_real_nccl(real);
+        }
+        if let Some(error) = comm::failure(comm) {
             error::remember(&error);
             // SAFETY: not null, and so valid, says the caller.
             unsafe { async_error.write(NcclResult::from(&error)) };
             return NcclResult::SUCCESS;
         }
-        in_real_nccl(real)
+        let is_meeting = comm::is_meeting(comm);
+        let result = in_real_nccl(real);
+        // SAFETY: as above.
+        if is_meeting && result == NcclResult::SUCCESS && unsafe { async_error.read() } == NcclResult::SUCCESS {
+            // SAFETY: as above.
+            unsafe { async_error.write(NcclResult::IN_PROGRESS) };
+        }
+        result
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::collectives::*;
+use super::creation::*;
 use super::group::*;
 use super::lifecycle::*;
 use crate::real;
@@ -46,8 +47,14 @@ fn own() -> Vec<(&'static str, &'static str)> {
         ncclCommAbort = ncclCommAbort: (_);
         ncclCommDestroy = ncclCommDestroy: (_);
         ncclCommGetAsyncError = ncclCommGetAsyncError: (_ _);
+        ncclCommGrow = ncclCommGrow: (_ _ _ _ _ _);
+        ncclCommInitAll = ncclCommInitAll: (_ _ _);
+        ncclCommInitRank = ncclCommInitRank: (_ _ _ _);
+        ncclCommInitRankConfig = ncclCommInitRankConfig: (_ _ _ _ _);
+        ncclCommInitRankScalable = ncclCommInitRankScalable: (_ _ _ _ _ _);
         ncclCommRevoke = ncclCommRevoke: (_ _);
         ncclCommShrink = ncclCommShrink: (_ _ _ _ _ _);
+        ncclCommSplit = ncclCommSplit: (_ _ _ _ _);
         ncclGather = ncclGather: (_ _ _ _ _ _ _);
         ncclGatherConfig = ncclGatherConfig: (_ _ _ _ _ _ _ _);
         ncclGroupEnd = ncclGroupEnd: ();
@@ -109,6 +116,7 @@ fn type_in_c(rust: &str) -> String {
         "flashcomm::nccl::types::CollConfig" => "ncclCollConfig_t",
         "flashcomm::nccl::types::CommConfig" => "ncclConfig_t",
         "flashcomm::nccl::types::SimInfo" => "ncclSimInfo_t",
+        "flashcomm::nccl::types::UniqueId" => "ncclUniqueId",
         other => panic!("no C type is known for {other}"),
     }
     .into()

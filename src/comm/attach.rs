@@ -1,4 +1,4 @@
-//! Attach: the ranks of a communicator agree, once, whether and how they compress.
+//! Attach: the ranks of a communicator agree, when it is created, whether and how they compress.
 //!
 //! It goes in rounds ([`crate::negotiation`]): the ranks compare their settings and what they reach, then try the exchanges
 //! that are possible, the best first. The first that *every* rank could set up is the communicator's.
@@ -8,14 +8,15 @@
 //!
 //! All of it runs on a thread of its own for each communicator. So the wait can be bounded, although NCCL's own calls
 //! cannot: a rank without the shim never answers. And one thread may attach all communicators of a group together,
-//! in whatever order other ranks get to theirs.
+//! in whatever order other ranks get to theirs. Where it fails midway, something of it may be under way on the
+//! communicator still, and other ranks may be further: such a communicator is *failed*, and refuses every call.
 
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use flashcomm_wire::{Legs, Width};
 use parking_lot::{Condvar, Mutex};
@@ -39,20 +40,14 @@ use crate::real;
 use crate::stats;
 use crate::verdict::Verdict;
 
-/// Attaches every communicator of `comms` that has no verdict yet; waits until all have one.
+/// Attaches communicators that have just been created; waits until all have a verdict.
 ///
 /// # Errors
 /// [`Error::AttachTimeout`] when a rank does not answer, or what the driver or the real NCCL answered to a call that
-/// peers rely on. The communicator is off then, but operations of other ranks may be stuck, as after any NCCL error.
-pub(crate) fn attach_all<'a>(comms: impl Iterator<Item = &'a Arc<Comm>>) -> Result<()> {
+/// peers rely on. The communicator is failed then.
+pub(crate) fn attach_all(comms: &[Arc<Comm>]) -> Result<()> {
     let wish = Wish { legs: Config::global().legs, switched_off: false };
-    let mut waits: Vec<Wait> = Vec::new();
-    for comm in comms.filter(|comm| comm.verdict() == Verdict::Open) {
-        // A group may use it several times; two attaches at once would get into each other's rounds.
-        if !waits.iter().any(|wait| Arc::ptr_eq(&wait.comm, comm)) {
-            waits.push(Wait::start(comm, wish));
-        }
-    }
+    let waits = comms.iter().map(|comm| Wait::start(comm, wish)).collect();
     all(waits, |comm, outcome| {
         match outcome {
             Outcome::New(attached) => put_on(comm, attached, wish),
@@ -60,6 +55,15 @@ pub(crate) fn attach_all<'a>(comms: impl Iterator<Item = &'a Arc<Comm>>) -> Resu
         }
         Ok(())
     })
+}
+
+/// As [`attach_all`], for communicators that do not block: they stay in progress until they have a verdict.
+pub(crate) fn attach_in_background(comms: Vec<Arc<Comm>>) {
+    comms.iter().for_each(|comm| comm.set_meeting(true));
+    thread::spawn(move || {
+        let _ = attach_all(&comms); // it has told of an error, and the communicator has it
+        comms.iter().for_each(|comm| comm.set_meeting(false));
+    });
 }
 
 /// A change that an engine asks for. What is `None` stays.
@@ -176,19 +180,30 @@ impl Wait {
         Wait { comm: comm.clone(), answer }
     }
 
-    /// What it came to, at `deadline` at the latest; `None` where it has not.
+    /// What it came to, at `deadline` at the latest; `None` where it has not. Says now and then that it waits.
     fn until(&self, deadline: Instant) -> Option<Result<Outcome>> {
+        let begin = Instant::now();
         let mut outcome = self.answer.outcome.lock();
-        while outcome.is_none() && !self.answer.has_come.wait_until(&mut outcome, deadline).timed_out() {}
+        while outcome.is_none() && Instant::now() < deadline {
+            let next = deadline.min(Instant::now() + TELL_EVERY);
+            if self.answer.has_come.wait_until(&mut outcome, next).timed_out() && next < deadline {
+                log::warn!(
+                    "waiting for {} s for the other ranks of a communicator to meet. A rank that runs without the shim \
+                     or with FLASHCOMM_ENABLE=0 never comes; after FLASHCOMM_ATTACH_TIMEOUT_S={} this rank gives up",
+                    begin.elapsed().as_secs(),
+                    Config::global().attach_timeout.as_secs()
+                );
+            }
+        }
         outcome.take()
     }
 }
 
+/// How often a rank that waits says so.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
 /// Waits for all, within the attach timeout, and does `then` with what each came to; the last error.
 fn all(waits: Vec<Wait>, mut then: impl FnMut(&Arc<Comm>, Outcome) -> Result<()>) -> Result<()> {
-    if waits.is_empty() {
-        return Ok(()); // as for nearly every all-reduce: not even the time is asked for
-    }
     let timeout = Config::global().attach_timeout;
     let deadline = Instant::now() + timeout;
     let mut result = Ok(());
@@ -200,10 +215,8 @@ fn all(waits: Vec<Wait>, mut then: impl FnMut(&Arc<Comm>, Outcome) -> Result<()>
                 log::error!("attach failed: {error}"); // of a refusal the log has told
             }
             error::remember(&error);
-            // What the real NCCL refused (a communicator still in the making) may go well the next time; then
-            // this rank must not be off alone.
-            if !matches!(error, Error::Nccl { .. }) {
-                comm.settle_off();
+            if !matches!(error, Error::Refused(_) | Error::Aborted) {
+                comm.fail(&error);
             }
             result = Err(error);
         }
@@ -213,22 +226,33 @@ fn all(waits: Vec<Wait>, mut then: impl FnMut(&Arc<Comm>, Outcome) -> Result<()>
 
 /// The attach of one communicator, or its change to other widths.
 fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
-    let rank = query(comm, "ncclCommUserRank", real::comm_user_rank)?;
-    let world = query(comm, "ncclCommCount", real::comm_count)?;
-    if world == 1 {
-        return Ok(Outcome::Refused(Disagreement::Alone));
+    let check = || if comm.is_aborted() { Err(Error::Aborted) } else { Ok(()) };
+    if comm.is_meeting() {
+        // Still in the making; what comes of that the real NCCL tells the application, too.
+        poll(check, || Ok(comm.life.call(|| real::state(comm.handle()))? != NcclResult::IN_PROGRESS))?;
     }
+    match Own::of(comm) {
+        Ok(own) if own.world == 1 => Ok(Outcome::Refused(Disagreement::Alone)),
+        Ok(own) => meet(comm, own, wish),
+        Err(error) => {
+            log::warn!("a communicator is forwarded to the real NCCL: {error}");
+            Ok(Outcome::Refused(Disagreement::NotReady { rank: 0 }))
+        }
+    }
+}
+
+/// The rounds of one communicator.
+fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> Result<Outcome> {
+    let check = || if comm.is_aborted() { Err(Error::Aborted) } else { Ok(()) };
     let Wish { legs, switched_off } = wish;
     let agreement = Agreement { legs, switched_off, ..Agreement::from(Config::global()) };
-    let (device, context) = device_of(comm)?;
     let _entered = context.enter().map_err(Error::cuda("entering the context"))?;
     let _relaxed = RelaxedCapture::enter().map_err(Error::cuda("leaving the capture mode"))?;
     let first = comm.setups().next();
     let seat = comm.setups().find_map(|setup| setup.seat.clone()).unwrap_or_else(|| Arc::new(Seat::take(device)));
     let stream = Rc::new(Stream::new().map_err(Error::cuda("creating a stream"))?);
-    let check = || if comm.is_aborted() { Err(Error::Aborted) } else { Ok(()) };
-    let meet = |blob| {
-        let meeting = OverNccl::new(comm.handle(), comm.aborted(), device, (rank, world), stream.clone())?;
+    let begin = |blob| {
+        let meeting = OverNccl::new(comm.handle(), &comm.life, device, (rank, world), stream.clone())?;
         Ok(Rounds::new(meeting, blob))
     };
 
@@ -236,7 +260,7 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
     if first.is_some() {
         // What is loaded or allocated may wait for work on the GPU; so first all ranks come, and have issued what they
         // were to issue before, then that work ends.
-        let rounds = rounds.insert(meet(Blob::new(rank, agreement, &context, 0, &seat)?)?);
+        let rounds = rounds.insert(begin(Blob::new(rank, agreement, &context, 0, &seat)?)?);
         if let Err(disagreement) = rounds.compare(true)? {
             return Ok(refused(comm, rank, disagreement));
         }
@@ -262,7 +286,7 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
             rounds.blob.location.block_channels = block_channels;
             rounds
         }
-        None => meet(Blob::new(rank, agreement, &context, block_channels, &seat)?)?,
+        None => begin(Blob::new(rank, agreement, &context, block_channels, &seat)?)?,
     };
     let facts = match rounds.compare(loaded.is_ok())? {
         Ok(facts) => facts,
@@ -325,15 +349,26 @@ fn log_on(rank: usize, world: usize, legs: Legs, exchange: &Exchange, min_bytes:
     }
 }
 
-/// The device of a communicator and its primary context, which the real NCCL uses, too.
-///
-/// # Errors
-/// Where there is no driver, or the real NCCL does not tell the device (yet).
-pub(crate) fn device_of(comm: &Comm) -> Result<(i32, Context)> {
-    let device = query(comm, "ncclCommCuDevice", real::comm_cu_device)? as i32;
-    cuda::init().map_err(Error::cuda("initializing the driver"))?;
-    let context = Context::retain(device).map_err(Error::cuda("retaining the context"))?;
-    Ok((device, context))
+/// What a rank knows by itself.
+struct Own {
+    rank: usize,
+    world: usize,
+    device: i32,
+    /// The primary context of the device, which the real NCCL uses, too.
+    context: Context,
+}
+
+impl Own {
+    /// # Errors
+    /// Where there is no driver, or the real NCCL does not tell.
+    fn of(comm: &Comm) -> Result<Self> {
+        let rank = query(comm, "ncclCommUserRank", real::comm_user_rank)?;
+        let world = query(comm, "ncclCommCount", real::comm_count)?;
+        let device = query(comm, "ncclCommCuDevice", real::comm_cu_device)? as i32;
+        cuda::init().map_err(Error::cuda("initializing the driver"))?;
+        let context = Context::retain(device).map_err(Error::cuda("retaining the context"))?;
+        Ok(Self { rank, world, device, context })
+    }
 }
 
 /// The communicator stays as it is, by agreement. Every rank knows; one tells.

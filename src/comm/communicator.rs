@@ -20,19 +20,25 @@ use crate::error::Error;
 use crate::exchange::Exchange;
 use crate::exchange::residency::Seat;
 use crate::kernels::Kernels;
-use crate::nccl::CommPtr;
+use crate::nccl::{CommPtr, NcclResult};
 use crate::negotiation::disagreement::MAX_SETUPS;
+use crate::negotiation::over_nccl::Life;
 use crate::record::Recording;
 use crate::verdict::Verdict;
 
 /// One communicator of this process, one rank of it.
 pub(crate) struct Comm {
     handle: CommHandle,
-    aborted: AtomicBool,
+    /// Of the handle.
+    pub life: Life,
     /// [`OPEN`], [`OFF`], or the number of the setup in use.
     state: AtomicUsize,
     /// An engine has switched it off, on all ranks.
     switched_off: AtomicBool,
+    /// Its ranks are meeting while the application goes on.
+    is_meeting: AtomicBool,
+    /// Why its ranks could not meet.
+    failed: OnceCell<(NcclResult, String)>,
     setups: [OnceCell<Box<Attached>>; MAX_SETUPS],
     /// Its inputs that are to be saved.
     pub recording: Recording,
@@ -42,6 +48,16 @@ pub(crate) struct Comm {
 const OPEN: usize = usize::MAX;
 /// All ranks forward, for good.
 const OFF: usize = usize::MAX - 1;
+
+/// Whether a communicator of this process has ever failed to attach: nearly always not, and then no call has to ask for its
+/// own.
+static HAS_ANY_FAILED: AtomicBool = AtomicBool::new(false);
+
+/// As [`HAS_ANY_FAILED`] says.
+#[inline]
+pub(crate) fn has_any_failed() -> bool {
+    HAS_ANY_FAILED.load(Ordering::Relaxed)
+}
 
 /// What an attached communicator holds for a pair of widths.
 pub(crate) struct Attached {
@@ -79,9 +95,11 @@ impl Comm {
     pub(crate) fn new(handle: CommPtr) -> Self {
         Comm {
             handle: CommHandle(handle),
-            aborted: AtomicBool::new(false),
+            life: Life::default(),
             state: AtomicUsize::new(OPEN),
             switched_off: AtomicBool::new(false),
+            is_meeting: AtomicBool::new(false),
+            failed: OnceCell::new(),
             setups: Default::default(),
             recording: Recording::default(),
         }
@@ -119,22 +137,20 @@ impl Comm {
 
     /// Whether the application has aborted or destroyed the communicator. Its handle must not be used any more.
     pub(crate) fn is_aborted(&self) -> bool {
-        self.aborted.load(Ordering::Acquire)
-    }
-
-    /// As [`Comm::is_aborted`], for those who wait with an eye on it.
-    pub(crate) fn aborted(&self) -> &AtomicBool {
-        &self.aborted
+        self.life.has_ended()
     }
 
     /// The application destroys the communicator.
     pub(crate) fn retire(&self) {
-        self.aborted.store(true, Ordering::Release);
+        self.life.end();
+        if self.is_meeting() {
+            self.life.wait_for_calls();
+        }
     }
 
     /// Frees the kernels that wait for other ranks (invariant I5).
     pub(crate) fn abort(&self) {
-        self.aborted.store(true, Ordering::Release);
+        self.life.end();
         for attached in self.setups() {
             if let Exchange::Fused(fused) = &*attached.exchange {
                 fused.abort();
@@ -147,9 +163,31 @@ impl Comm {
         self.setups().next().map(|attached| attached.context.device())
     }
 
-    /// What went wrong on the GPU, if anything.
+    /// What went wrong in attach or on the GPU, if anything.
     pub(crate) fn failure(&self) -> Option<Error> {
-        self.setups().find_map(Attached::failure)
+        self.failed_attach().or_else(|| self.setups().find_map(Attached::failure))
+    }
+
+    /// Why its ranks could not meet, where they could not.
+    pub(crate) fn failed_attach(&self) -> Option<Error> {
+        self.failed.get().map(|(result, why)| Error::Failed { result: *result, why: why.clone() })
+    }
+
+    /// Its ranks could not meet, midway: it refuses every call from now on.
+    pub(crate) fn fail(&self, error: &Error) {
+        let _ = self.failed.set((NcclResult::from(error), error.to_string()));
+        self.settle_off();
+        HAS_ANY_FAILED.store(true, Ordering::Release);
+    }
+
+    /// Whether its ranks are meeting while the application goes on.
+    pub(crate) fn is_meeting(&self) -> bool {
+        self.is_meeting.load(Ordering::Acquire)
+    }
+
+    /// Says whether they are.
+    pub(crate) fn set_meeting(&self, is_meeting: bool) {
+        self.is_meeting.store(is_meeting, Ordering::Release);
     }
 
     /// Whether all of its operations have run.

@@ -1,7 +1,7 @@
 //! What the shim knows of a communicator: a side table keyed by the real `ncclComm_t` (invariant I2: the handle is
 //! never wrapped).
 //!
-//! An entry appears at the first candidate all-reduce and is dropped before a destroy or an abort is forwarded, since
+//! An entry appears when the communicator is created and is dropped before a destroy or an abort is forwarded, since
 //! NCCL uses addresses again.
 
 pub(crate) mod attach;
@@ -9,5 +9,5 @@ mod communicator;
 mod order;
 mod table;
 
-pub(crate) use communicator::{Attached, Comm};
-pub(crate) use table::{abort, failure, known, of, reap, retire, turn_off};
+pub(crate) use communicator::{Attached, Comm, has_any_failed};
+pub(crate) use table::{abort, failed_attach, failure, is_meeting, known, of, reap, retire, turn_off};

@@ -80,6 +80,16 @@ pub(crate) fn failure(handle: CommPtr) -> Option<Error> {
     TABLE.read().get(&CommHandle(handle))?.failure()
 }
 
+/// Why the ranks of a communicator could not meet, where they could not.
+pub(crate) fn failed_attach(handle: CommPtr) -> Option<Error> {
+    TABLE.read().get(&CommHandle(handle))?.failed_attach()
+}
+
+/// Whether the ranks of a communicator are meeting while the application goes on.
+pub(crate) fn is_meeting(handle: CommPtr) -> bool {
+    TABLE.read().get(&CommHandle(handle)).is_some_and(|comm| comm.is_meeting())
+}
+
 /// Frees the staging of retired communicators that are idle. Waits for nothing of a communicator, but frees memory,
 /// which the driver may synchronize: for the end and the beginning of communicators only.
 ///

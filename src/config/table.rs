@@ -48,7 +48,7 @@ pub const SETTINGS: [Setting; 18] = [
     setting("FLASHCOMM_BUFFER_MIB", "64", "1 to 16384", "staging memory of a communicator, MiB of GPU memory", true),
     setting("FLASHCOMM_MAX_CTAS", "0", "0 to 1024", "blocks of a waiting kernel at most; 0: its own choice", true),
     setting("FLASHCOMM_TIMEOUT_S", "0", "0 to 86400", "seconds a kernel waits for peers; 0: until aborted", false),
-    setting("FLASHCOMM_ATTACH_TIMEOUT_S", "60", "1 to 86400", "seconds to wait for the other ranks' shim", false),
+    setting("FLASHCOMM_ATTACH_TIMEOUT_S", "300", "1 to 86400", "seconds to wait for the other ranks' shim", false),
     setting("FLASHCOMM_NCCL_LIB", "", "a path", "the real libnccl.so.2, where it is not found by itself", false),
     setting("FLASHCOMM_LOG", "warn", "off, error, warn, info, debug or trace", "what is logged", false),
     setting("FLASHCOMM_LOG_FILE", "", "a path; %p is the process id", "where the log goes; unset: stderr", false),

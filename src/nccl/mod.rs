@@ -5,4 +5,4 @@ pub(crate) mod symbols;
 pub(crate) mod types;
 
 pub(crate) use symbols::Symbol;
-pub(crate) use types::{CollConfig, CommConfig, CommPtr, DataType, NcclResult, RedOp, SimInfo, StreamPtr};
+pub(crate) use types::{CollConfig, CommConfig, CommPtr, DataType, NcclResult, RedOp, SimInfo, StreamPtr, UniqueId};

@@ -1,6 +1,8 @@
 //! NCCL's C types as they cross the boundary: transparent integers with constants, never closed enums, since NCCL
 //! makes new operation values at run time and later versions add members.
 
+use std::ffi::c_char;
+
 /// Declares structures of which only the address is known here.
 macro_rules! opaque {
     ($($(#[$doc:meta])* $visibility:vis $name:ident;)*) => {$(
@@ -30,6 +32,13 @@ opaque! {
 pub type CommPtr = *mut Comm;
 /// `cudaStream_t`.
 pub(crate) type StreamPtr = *mut Stream;
+
+/// `ncclUniqueId`, which some functions take by value.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct UniqueId {
+    _internal: [c_char; 128],
+}
 
 /// `ncclResult_t`.
 #[repr(transparent)]

@@ -142,9 +142,14 @@ fn sends_more_than_nccl(facts: &[Blob]) -> bool {
     most.is_some_and(|sent| sent > 2 * (world - 1) * TILE_ELEMS * 2)
 }
 
-/// Whether all ranks run on one host.
-pub(crate) fn is_one_host(facts: &[Blob]) -> bool {
-    facts.iter().all(|rank| rank.location.host == facts[0].location.host)
+/// Whether all ranks run on one host. Who names an exchange that needs one means the machine, whatever `NCCL_HOSTID` tells
+/// NCCL of it.
+fn is_one_host(facts: &[Blob]) -> bool {
+    let host = |rank: &Blob| match rank.agreement.exchange {
+        Some(ExchangeKind::Peer | ExchangeKind::Host) => rank.location.boot,
+        _ => rank.location.host,
+    };
+    facts.iter().all(|rank| host(rank) == host(&facts[0]))
 }
 
 /// Channels that a block of the fused kernel has on every rank.
@@ -205,6 +210,7 @@ mod tests {
     fn ranks(world: usize, setting: &str) -> Vec<Blob> {
         let (config, _) = Config::parse(|asked| (asked == "FLASHCOMM_EXCHANGE").then(|| setting.into()));
         let location = Location {
+            boot: 7,
             host: 7,
             nccl_host: 7,
             shared_memory: 3,
@@ -248,7 +254,12 @@ mod tests {
     fn the_table() {
         let apart = |setting: &str| {
             let mut ranks = ranks(2, setting);
-            ranks[1].location.host = 8;
+            (ranks[1].location.host, ranks[1].location.boot) = (8, 8);
+            ranks
+        };
+        let renamed = |setting: &str| {
+            let mut ranks = ranks(2, setting);
+            ranks[1].location.host = 8; // NCCL_HOSTID
             ranks
         };
         let unreachable = |setting: &str| {
@@ -263,6 +274,8 @@ mod tests {
             (apart("auto"), vec![], Some(Nccl)),
             (apart("peer"), vec![], None),
             (apart("host"), vec![], None),
+            (renamed("auto"), vec![], Some(Nccl)),
+            (renamed("host"), vec![], Some(Host)),
             // IPC is refused: NCCL still has the GPUs' memory where they reach each other.
             (ranks(2, "auto"), vec![not_ready(Peer)], Some(Nccl)),
             (unreachable("auto"), vec![not_ready(Peer)], Some(Host)),

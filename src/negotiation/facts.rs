@@ -75,7 +75,9 @@ pub struct Blob {
 /// Where a rank runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Location {
-    /// Equal on ranks of one host, containers included.
+    /// Equal on ranks that one running kernel serves, containers included.
+    pub boot: u64,
+    /// The same, or what `NCCL_HOSTID` says.
     pub host: u64,
     /// Equal on ranks of what NCCL takes for one host.
     pub nccl_host: u64,
@@ -127,6 +129,7 @@ impl Blob {
             u64::from(self.forbids),
             location.nccl_host,
             location.shared_memory,
+            location.boot,
         ];
         let mut bytes = [0; BLOB_BYTES];
         for (place, field) in bytes[..OFFER_AT].chunks_exact_mut(8).zip(fields) {
@@ -168,6 +171,7 @@ impl Blob {
                 host: field(4),
                 nccl_host: field(23),
                 shared_memory: field(24),
+                boot: field(25),
                 process: field(13),
                 device: i32::try_from(field(14)).ok()?,
                 device_uuid: [field(15).to_le_bytes(), field(16).to_le_bytes()].concat().try_into().ok()?,
@@ -249,6 +253,7 @@ mod tests {
     fn blob(rank: u32) -> Blob {
         let device_uuid = *b"0123456789abcdef";
         let location = Location {
+            boot: 6,
             host: 7,
             nccl_host: 17,
             shared_memory: 18,

@@ -24,13 +24,15 @@ pub(super) fn process() -> u64 {
     *PROCESS
 }
 
-/// A hash of the boot id: the same for all processes of one running kernel, containers included; or of `NCCL_HOSTID`, where
-/// that is set. 0 where the system does not tell.
+/// A hash of the boot id: the same for all processes of one running kernel, containers included. 0 where the system does
+/// not tell.
+pub(super) fn boot() -> u64 {
+    hash(&boot_id())
+}
+
+/// The same, or of `NCCL_HOSTID`, where that is set.
 pub(super) fn host() -> u64 {
-    match &Variables::global().host_id {
-        Some(id) => hash(id.as_bytes()),
-        None => hash(&boot_id()),
-    }
+    Variables::global().host_id.as_ref().map_or_else(boot, |id| hash(id.as_bytes()))
 }
 
 /// What NCCL takes for a host: a name and a boot id, so that a container with a name of its own is a host of its own.

@@ -3,6 +3,8 @@
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use parking_lot::Mutex;
+
 use super::facts::BLOB_BYTES;
 use super::meeting::{Meeting, poll};
 use crate::cuda::{DeviceMemory, Event, Lent, Stream};
@@ -11,10 +13,44 @@ use crate::exchange::nccl::{Transfer, all_gather, all_to_all};
 use crate::nccl::{CommPtr, NcclResult};
 use crate::real;
 
+/// How long a communicator's handle may be used.
+#[derive(Debug, Default)]
+pub struct Life {
+    has_ended: AtomicBool,
+    in_use: Mutex<()>,
+}
+
+impl Life {
+    /// Whether the application has aborted or destroyed the communicator.
+    pub fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Acquire)
+    }
+
+    /// The application is about to do that.
+    pub fn end(&self) {
+        self.has_ended.store(true, Ordering::Release);
+    }
+
+    /// Waits until no thread of ours is in a call on the communicator. Only for one that does not block, in which no call
+    /// lasts.
+    pub fn wait_for_calls(&self) {
+        drop(self.in_use.lock());
+    }
+
+    /// A call on the communicator, unless that has ended.
+    ///
+    /// # Errors
+    /// [`Error::Aborted`].
+    pub fn call<T>(&self, call: impl FnOnce() -> T) -> Result<T> {
+        let _in_use = self.in_use.lock();
+        if self.has_ended() { Err(Error::Aborted) } else { Ok(call()) }
+    }
+}
+
 /// Ranks of a communicator meet over it.
 pub struct OverNccl<'a> {
     comm: CommPtr,
-    aborted: &'a AtomicBool,
+    life: &'a Life,
     rank: usize,
     world: usize,
     stream: Rc<Stream>,
@@ -24,20 +60,20 @@ pub struct OverNccl<'a> {
 }
 
 impl<'a> OverNccl<'a> {
-    /// Of `comm`, a live communicator of `world` ranks until `aborted` says otherwise; `device` has the current context.
+    /// Of `comm`, a live communicator of `world` ranks until `life` says otherwise; `device` has the current context.
     ///
     /// # Errors
     /// The driver's.
     pub fn new(
         comm: CommPtr,
-        aborted: &'a AtomicBool,
+        life: &'a Life,
         device: i32,
         (rank, world): (usize, usize),
         stream: Rc<Stream>,
     ) -> Result<Self> {
         let done = Event::new().map_err(Error::cuda("creating an event"))?;
         let memory = Lent::new(device, (2 * world - 1) * BLOB_BYTES).map_err(Error::cuda("allocating for attach"))?;
-        Ok(Self { comm, aborted, rank, world, stream, done, memory, is_nonblocking: false })
+        Ok(Self { comm, life, rank, world, stream, done, memory, is_nonblocking: false })
     }
 
     /// Ranks.
@@ -54,7 +90,7 @@ impl<'a> OverNccl<'a> {
     /// The real NCCL's, or as [`Meeting::check`].
     pub fn connect(&mut self) -> Result<bool> {
         // SAFETY: the ranges lie in our memory, the handle and the stream live.
-        let result = unsafe { all_to_all(std::iter::once(self.transfer())) };
+        let result = self.life.call(|| unsafe { all_to_all(std::iter::once(self.transfer())) })?;
         self.finish("ncclSend and ncclRecv", result)?;
         Ok(!self.is_nonblocking)
     }
@@ -78,15 +114,10 @@ impl<'a> OverNccl<'a> {
             self.is_nonblocking = true;
             poll(
                 || self.check(),
-                || {
-                    let mut state = NcclResult::SUCCESS;
-                    // SAFETY: the handle lives while the communicator is not aborted, which `poll` has just seen.
-                    let asked = unsafe { real::comm_get_async_error(self.comm, &mut state) };
-                    match (asked, state) {
-                        (NcclResult::SUCCESS, NcclResult::SUCCESS) => Ok(true),
-                        (NcclResult::SUCCESS, NcclResult::IN_PROGRESS) => Ok(false),
-                        (NcclResult::SUCCESS, result) | (result, _) => Err(Error::Nccl { function, result }),
-                    }
+                || match self.life.call(|| real::state(self.comm))? {
+                    NcclResult::SUCCESS => Ok(true),
+                    NcclResult::IN_PROGRESS => Ok(false),
+                    result => Err(Error::Nccl { function, result }),
                 },
             )?;
         } else if result != NcclResult::SUCCESS {
@@ -106,7 +137,7 @@ impl Meeting for OverNccl<'_> {
 
     fn hear(&mut self) -> Result<Vec<u8>> {
         // SAFETY: the ranges lie in our memory, the handle and the stream live.
-        let result = unsafe { all_gather(std::iter::once(self.transfer())) };
+        let result = self.life.call(|| unsafe { all_gather(std::iter::once(self.transfer())) })?;
         self.finish("ncclAllGather", result)?;
         let mut gathered = vec![0; self.world * BLOB_BYTES];
         self.memory.read(0, &mut gathered, &self.stream).map_err(Error::cuda("reading the blobs"))?;
@@ -114,7 +145,7 @@ impl Meeting for OverNccl<'_> {
     }
 
     fn check(&self) -> Result<()> {
-        if self.aborted.load(Ordering::Acquire) { Err(Error::Aborted) } else { Ok(()) }
+        if self.life.has_ended() { Err(Error::Aborted) } else { Ok(()) }
     }
 }
 

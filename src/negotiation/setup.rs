@@ -64,6 +64,7 @@ impl Blob {
         seat: &Seat,
     ) -> Result<Self> {
         let location = Location {
+            boot: identity::boot(),
             host: identity::host(),
             nccl_host: identity::nccl_host(),
             shared_memory: identity::shared_memory(),

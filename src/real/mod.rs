@@ -41,6 +41,16 @@ calls! {
     ncclCommGetAsyncError as comm_get_async_error(comm: CommPtr, result: *mut NcclResult);
 }
 
+/// What a communicator that the application has not ended says of itself: how far it is, or what is wrong with it.
+pub(crate) fn state(comm: CommPtr) -> NcclResult {
+    let mut state = NcclResult::SUCCESS;
+    // SAFETY: the handle lives.
+    match unsafe { comm_get_async_error(comm, &mut state) } {
+        NcclResult::SUCCESS => state,
+        error => error,
+    }
+}
+
 /// Rank and world size of a communicator that the application is using; `None` where the real NCCL
 /// does not tell (yet).
 pub(crate) fn identity(comm: CommPtr) -> Option<(usize, usize)> {

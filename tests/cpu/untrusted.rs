@@ -176,6 +176,7 @@ proptest! {
 
 fn blob(rank: u32, config: &Config) -> Blob {
     let location = Location {
+        boot: 6,
         host: 7,
         nccl_host: 17,
         shared_memory: 18,

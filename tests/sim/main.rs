@@ -7,7 +7,8 @@ mod allreduce; // the reference's bits on every rank, for every world, size, cod
 mod control; // widths, on and off, changed while a job runs
 mod faults; // a rank killed at every step, every call of a rank refused once
 mod groups; // groups, captures, streams
-mod lifecycle; // communicators from their first use to their end
+mod lifecycle; // communicators to their end
+mod meeting; // at creation; late ranks, first sums in any order
 mod record; // inputs saved as they were passed
 mod soak; // random operations against a model
 mod stats; // what the shim counts, and what a profiler hears

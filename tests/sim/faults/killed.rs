@@ -1,6 +1,6 @@
 //! A rank's process is killed at its n-th step, n by n; two survivors have to get over it.
 //!
-//! `FLASHCOMM_TEST_STRIDE` (2): every how many steps a rank is killed.
+//! `FLASHCOMM_TEST_STRIDE` (3): every how many steps a rank is killed.
 
 use std::time::{Duration, Instant};
 
@@ -12,14 +12,13 @@ use super::*;
 fn victim(process: &Process, round: usize) {
     let rank = place(round, HARMED);
     use_device(rank);
-    let comm = init(WORLD, process.unique_id(3 * round), rank);
-    let seen = watched(comm, rank, &Sums::of(WORLD), |_, _| false);
+    let seen = watched(process.unique_id(3 * round), rank, &Sums::of(WORLD), None, |_| false);
     assert_eq!(seen.ends, [End::Compressed; 2]);
 }
 
 /// One of the two that stay, while the third is killed at its n-th step, n by n.
 fn survivor(process: &Process, exchange: &str) {
-    let stride = std::env::var("FLASHCOMM_TEST_STRIDE").map_or(2, |text| text.parse().unwrap());
+    let stride = std::env::var("FLASHCOMM_TEST_STRIDE").map_or(3, |text| text.parse().unwrap());
     let (sums, me) = (Sums::of(WORLD), process.rank);
     let (mut first, mut n_died, mut n_freed) = (None, 0, 0);
     use_device(me);
@@ -43,27 +42,24 @@ fn survivor(process: &Process, exchange: &str) {
                 teller.tell(&dead, if was_killed { b"killed" } else { b"lives" });
             })
         });
-        let comm = init(WORLD, process.unique_id(3 * round), rank);
-        // One round in four nobody aborts while the first call waits, so that it has to return by itself.
-        let patient = round % 4 == 3;
         let since_death = std::sync::OnceLock::new();
-        let seen = watched(comm, rank, &sums, |told, in_first_call| {
+        let seen = watched(process.unique_id(3 * round), rank, &sums, None, |told| {
             if process.heard(&dead).as_deref() != Some(b"killed") {
                 return false;
             }
             let waited = since_death.get_or_init(Instant::now).elapsed();
             // Of a rank that is gone the kernels of ours learn nothing.
             let patience = Duration::from_millis(if exchange == "peer" { 300 } else { 8000 });
-            !(patient && in_first_call) && (told != 0 || waited > patience)
+            told != 0 || waited > patience
         });
         tell.into_iter().for_each(|thread| thread.join().unwrap());
         let was_killed = process.hear(&dead) == b"killed";
         let limit = Duration::from_secs(ATTACH_TIMEOUT_S) + SLACK;
-        assert!(seen.first_call < limit, "step {n}: the first call took {:?}", seen.first_call);
+        assert!(seen.creation < limit, "step {n}: creation took {:?}", seen.creation);
         let failed = seen.ends.contains(&End::Failed);
         assert!(was_killed || !failed, "nobody died");
         assert!(!seen.ends.contains(&End::Exact), "step {n}: {:?}", seen.ends);
-        if failed && exchange != "peer" && !patient {
+        if failed && exchange != "peer" {
             assert_eq!(seen.async_error, 6, "step {n}: ncclCommGetAsyncError tells ncclRemoteError");
         }
         n_died += usize::from(was_killed);

@@ -20,7 +20,7 @@ use half::f16;
 const WORLD: usize = 3;
 const HARMED: usize = 2;
 const COUNT: usize = 9000;
-const ATTACH_TIMEOUT_S: u64 = 2;
+const ATTACH_TIMEOUT_S: u64 = 1;
 /// `FLASHCOMM_BUFFER_MIB` of the jobs.
 const RECEIVE_AREA: usize = 1 << 20;
 /// How soon an abort has to free what waits.
@@ -90,19 +90,27 @@ struct Seen {
     ends: Vec<End>,
     /// What `ncclCommGetAsyncError` told before the abort, if anything.
     async_error: i32,
-    /// How long the first all-reduce's call took.
-    first_call: Duration,
+    /// How long the communicator's creation took.
+    creation: Duration,
 }
 
-/// Two all-reduces on a communicator, with a second thread that watches over them as engines do: `must_abort` is asked
+/// Two all-reduces on a new communicator, with a second thread that watches over them as engines do: `must_abort` is asked
 /// now and then, with what `ncclCommGetAsyncError` tells, whether to abort.
-fn watched(comm: usize, rank: usize, sums: &Sums, must_abort: impl Fn(i32, bool) -> bool + Sync) -> Seen {
-    let stream = Stream::new();
-    let memory = Memory::of(&sums.inputs[rank], &stream);
-    stream.wait();
-    let (is_over, is_aborted, in_first_call) = (AtomicBool::new(false), Mutex::new(false), AtomicBool::new(true));
+///
+/// `own`: what the test has made of its own, where that is to come first.
+fn watched(
+    id: UniqueId,
+    rank: usize,
+    sums: &Sums,
+    own: Option<(Stream, Memory)>,
+    must_abort: impl Fn(i32) -> bool + Sync,
+) -> Seen {
+    let start = Instant::now();
+    let (comm, created) = try_init(sums.inputs.len(), id, rank);
+    let mut seen = Seen { ends: Vec::new(), async_error: 0, creation: start.elapsed() };
+    let (stream, memory) = own.unwrap_or_else(|| own_of(rank, sums));
+    let (is_over, is_aborted) = (AtomicBool::new(false), Mutex::new(false));
     let async_error = AtomicI32::new(0);
-    let mut seen = Seen { ends: Vec::new(), async_error: 0, first_call: Duration::ZERO };
     let ask = || {
         let mut told = 0;
         ok!(ncclCommGetAsyncError(comm, &mut told));
@@ -111,12 +119,20 @@ fn watched(comm: usize, rank: usize, sums: &Sums, must_abort: impl Fn(i32, bool)
         }
         told
     };
+    if created != 0 {
+        seen.ends.push(End::Failed);
+        seen.async_error = ask();
+        let refused = call!(ncclAllReduce(memory.at, memory.at, COUNT, dtype::FP16, SUM, comm, stream.0));
+        assert_eq!((refused, seen.async_error), (created, created), "every call says what creation said");
+        ok!(ncclCommAbort(comm));
+        return seen;
+    }
     std::thread::scope(|scope| {
         let watcher = scope.spawn(|| {
             use_device(rank);
             while !is_over.load(Ordering::Acquire) {
                 let told = ask();
-                if must_abort(told, in_first_call.load(Ordering::Acquire)) {
+                if must_abort(told) {
                     *is_aborted.lock().unwrap() = true;
                     ok!(ncclCommAbort(comm));
                     return;
@@ -126,15 +142,9 @@ fn watched(comm: usize, rank: usize, sums: &Sums, must_abort: impl Fn(i32, bool)
         });
         for i in 0..2 {
             memory.write(&sums.inputs[rank], &stream);
-            let start = Instant::now();
             let result = call!(ncclAllReduce(memory.at, memory.at, COUNT, dtype::FP16, SUM, comm, stream.0));
-            if i == 0 {
-                seen.first_call = start.elapsed();
-                in_first_call.store(false, Ordering::Release);
-            }
             // However it ends: the stream has to become idle, if only by the watcher's abort.
-            let limit = Duration::from_secs(ATTACH_TIMEOUT_S) + SOON + SLACK;
-            assert!(stream.becomes_idle(limit), "the stream hangs, call {i}, result {result}");
+            assert!(stream.becomes_idle(SOON + SLACK), "the stream hangs, call {i}, result {result}");
             // A kernel that gave up waiting has ended, too: what it left is no result, and NCCL's state says so.
             let is_aborted = is_aborted.lock().unwrap();
             if result != 0 || *is_aborted || ask() != 0 {
@@ -157,6 +167,14 @@ fn watched(comm: usize, rank: usize, sums: &Sums, must_abort: impl Fn(i32, bool)
     seen
 }
 
+/// A stream and a rank's input.
+fn own_of(rank: usize, sums: &Sums) -> (Stream, Memory) {
+    let stream = Stream::new();
+    let memory = Memory::of(&sums.inputs[rank], &stream);
+    stream.wait();
+    (stream, memory)
+}
+
 /// Reads the result; once more where that very copy was the call that failed.
 fn read(memory: &Memory, stream: &Stream) -> Vec<f16> {
     let mut bytes = vec![0; COUNT * 2];
@@ -171,8 +189,7 @@ fn read(memory: &Memory, stream: &Stream) -> Vec<f16> {
 /// A communicator of the given ranks works.
 fn works(process: &Process, n: usize, world: usize, rank: usize) {
     let sums = Sums::of(world);
-    let comm = init(world, process.unique_id(n), rank);
-    let seen = watched(comm, rank, &sums, |_, _| false);
+    let seen = watched(process.unique_id(n), rank, &sums, None, |_| false);
     assert_eq!(seen.ends, [End::Compressed; 2], "a new communicator, {world} ranks");
 }
 

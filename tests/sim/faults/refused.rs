@@ -23,13 +23,14 @@ const KINDS: [(&str, usize, &str); 9] = [
 /// One rank's part of a round in which a call of the harmed rank fails. The round's end.
 fn round_with_a_fault(process: &Process, round: usize) -> End {
     let (rank, failed) = (place(round, process.rank), format!("failed{round}"));
-    let comm = init(WORLD, process.unique_id(3 * round), rank);
-    let seen = watched(comm, rank, &Sums::of(WORLD), |_, in_first_call| {
-        // Who hears of an error on another rank aborts, as after any of NCCL's; but attach has to return by itself.
-        !in_first_call && process.heard(&failed).is_some()
+    let sums = Sums::of(WORLD);
+    let own = Some(own_of(rank, &sums));
+    let seen = watched(process.unique_id(3 * round), rank, &sums, own, |_| {
+        // Who hears of an error on another rank aborts, as after any of NCCL's.
+        process.heard(&failed).is_some()
     });
     let limit = Duration::from_secs(ATTACH_TIMEOUT_S) + SLACK;
-    assert!(seen.first_call < limit, "round {round}: the first call took {:?}", seen.first_call);
+    assert!(seen.creation < limit, "round {round}: creation took {:?}", seen.creation);
     let end = if seen.ends.contains(&End::Failed) { End::Failed } else { seen.ends[1] };
     assert!(end == End::Failed || seen.ends[0] == end, "round {round}: {:?}", seen.ends);
     if end == End::Failed {

@@ -9,7 +9,7 @@ use once_cell::sync::OnceCell;
 
 use crate::control::{Info, Stats};
 use crate::libraries::built;
-use crate::ok;
+use crate::{call, ok};
 
 /// A handle or an address of C.
 pub type Ptr = usize;
@@ -197,7 +197,14 @@ pub fn unique_id() -> UniqueId {
 }
 
 pub fn init(world: usize, id: UniqueId, rank: usize) -> Ptr {
-    let mut comm = 0;
-    ok!(ncclCommInitRank(&mut comm, world as c_int, id, rank as c_int));
+    let (comm, result) = try_init(world, id, rank);
+    assert_eq!(result, 0, "ncclCommInitRank");
     comm
+}
+
+/// The handle, which may be one also where the result is an error.
+pub fn try_init(world: usize, id: UniqueId, rank: usize) -> (Ptr, c_int) {
+    let mut comm = 0;
+    let result = call!(ncclCommInitRank(&mut comm, world as c_int, id, rank as c_int));
+    (comm, result)
 }

@@ -17,7 +17,7 @@ mod jobs;
 mod libraries;
 mod values;
 
-pub use api::{AVG, Api, Config, SUM, UniqueId, api, dtype, init, unique_id};
+pub use api::{AVG, Api, Config, SUM, UniqueId, api, dtype, init, try_init, unique_id};
 pub use control::{Info, Stats, last_error, n_compressed};
 pub use device::{Graph, Memory, Stream, order, use_device};
 pub use held::{Held, shared_memory_names};

@@ -1,0 +1,192 @@
+//! When ranks meet: at a communicator's creation, which waits for all of them anyway. Afterwards no call blocks the host
+//! where NCCL's would not, whoever is late and in whatever order communicators are used first.
+
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use flashcomm_test_support::*;
+use half::f16;
+
+const EXCHANGES: [&str; 3] = ["peer", "host", "nccl"];
+/// Longer than `FLASHCOMM_ATTACH_TIMEOUT_S` below.
+const LATE: Duration = Duration::from_millis(1500);
+/// What a call that does not wait takes at most, on a loaded machine.
+const AT_ONCE: Duration = Duration::from_millis(1000);
+
+/// One rank's all-reduce of a case on a stream of its own.
+struct Sum<'a> {
+    comm: usize,
+    stream: Stream,
+    memory: Memory,
+    case: &'a Case<f16>,
+}
+
+impl<'a> Sum<'a> {
+    fn new(comm: usize, rank: usize, case: &'a Case<f16>) -> Self {
+        let stream = Stream::new();
+        let memory = Memory::of(&case.inputs[rank], &stream);
+        stream.wait();
+        Sum { comm, stream, memory, case }
+    }
+
+    /// Issues it, and wants that to take no time.
+    fn issue(&self) {
+        let (start, at) = (Instant::now(), self.memory.at);
+        ok!(ncclAllReduce(at, at, self.case.count, dtype::FP16, SUM, self.comm, self.stream.0));
+        assert!(start.elapsed() < AT_ONCE, "the call waited for {:?}", start.elapsed());
+    }
+
+    fn check(&self, about: &str) {
+        same_bits(&self.memory.read(self.case.count, &self.stream), &self.case.expected, about);
+    }
+}
+
+/// Runs a job of two ranks once for each exchange, with 4 bits and a short attach timeout.
+fn over_each_exchange(job: impl Fn()) {
+    for exchange in EXCHANGES {
+        let settings = [("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", exchange), ("FLASHCOMM_ATTACH_TIMEOUT_S", "1")];
+        in_process(&settings, &job);
+        if std::env::var_os("WORLD_INNER").is_some() {
+            return;
+        }
+    }
+}
+
+fn case(seed: u64, world: usize) -> Arc<Case<f16>> {
+    Case::<f16>::new(9000, seed, world, legs(4, 4))
+}
+
+#[test]
+fn a_rank_may_be_late_at_creation_and_at_the_first_sum() {
+    over_each_exchange(|| {
+        let (world, id) = (3, unique_id());
+        let case = case(1, world);
+        threads(world, |rank| {
+            if rank == 1 {
+                std::thread::sleep(LATE); // it loads
+            }
+            let sum = Sum::new(init(world, id, rank), rank, &case);
+            if rank == 1 {
+                std::thread::sleep(LATE); // it compiles
+            }
+            sum.issue();
+            sum.check("the first sum");
+            ok!(ncclCommDestroy(sum.comm));
+        });
+        assert_eq!(n_compressed(), 3);
+    });
+}
+
+#[test]
+fn communicators_may_be_used_first_in_another_order_on_every_rank() {
+    over_each_exchange(|| {
+        let (world, ids) = (2, [unique_id(), unique_id(), unique_id()]);
+        let cases = [1, 2, 3].map(|seed| case(seed, world));
+        threads(world, |rank| {
+            let comms = ids.map(|id| init(world, id, rank));
+            let sums: Vec<_> = comms.iter().zip(&cases).map(|(comm, case)| Sum::new(*comm, rank, case)).collect();
+            let order = [[0, 1, 2], [2, 0, 1]][rank];
+            order.iter().for_each(|i| sums[*i].issue());
+            sums.iter().for_each(|sum| sum.check("a first sum"));
+            comms.iter().for_each(|comm| ok!(ncclCommDestroy(*comm)));
+        });
+        assert_eq!(n_compressed(), 6);
+    });
+}
+
+#[test]
+fn a_rank_may_send_what_another_awaits_behind_its_first_sum() {
+    over_each_exchange(|| {
+        for with_warm_up in [false, true] {
+            let (world, id) = (2, unique_id());
+            let case = case(1, world);
+            let (tell, heard) = mpsc::channel();
+            let heard = std::sync::Mutex::new(heard);
+            threads(world, |rank| {
+                let comm = init(world, id, rank);
+                let sum = Sum::new(comm, rank, &case);
+                if with_warm_up {
+                    let (stream, memory) = (Stream::new(), Memory::new(400));
+                    ok!(ncclAllReduce(memory.at, memory.at, 100, dtype::FP32, SUM, comm, stream.0));
+                    stream.wait();
+                }
+                if rank == 1 {
+                    heard.lock().unwrap().recv_timeout(Duration::from_secs(20)).expect("rank 0's call does not return");
+                }
+                sum.issue();
+                if rank == 0 {
+                    tell.send(()).unwrap();
+                }
+                sum.check("the first sum");
+                ok!(ncclCommDestroy(comm));
+            });
+        }
+        assert_eq!(n_compressed(), 4);
+    });
+}
+
+#[test]
+fn communicators_of_every_origin_compress_their_first_sum() {
+    over_each_exchange(|| {
+        let (world, id) = (2, unique_id());
+        let case = case(4, world);
+        threads(world, |rank| {
+            let parent = init(world, id, rank);
+            let (mut split, mut shrunk) = (0, 0);
+            ok!(ncclGroupStart());
+            ok!(ncclCommSplit(parent, 0, rank as i32, &mut split, std::ptr::null()));
+            ok!(ncclGroupEnd());
+            let sum = Sum::new(split, rank, &case);
+            sum.issue();
+            sum.check("of a split");
+            if rank == 0 {
+                ok!(ncclCommShrink(parent, [1].as_mut_ptr(), 1, &mut shrunk, std::ptr::null(), 0));
+                ok!(ncclCommDestroy(shrunk));
+            }
+            [split, parent].iter().for_each(|comm| ok!(ncclCommDestroy(*comm)));
+        });
+        assert_eq!(n_compressed(), 2);
+    });
+}
+
+#[test]
+fn a_group_creates_communicators_in_another_order_on_every_rank() {
+    over_each_exchange(|| {
+        let (world, ids) = (2, [unique_id(), unique_id()]);
+        let cases = [1, 2].map(|seed| case(seed, world));
+        threads(world, |rank| {
+            let mut comms = [0; 2];
+            ok!(ncclGroupStart());
+            for i in [[0, 1], [1, 0]][rank] {
+                ok!(ncclCommInitRank(&mut comms[i], world as i32, ids[i], rank as i32));
+            }
+            ok!(ncclGroupEnd());
+            let sums: Vec<_> = comms.iter().zip(&cases).map(|(comm, case)| Sum::new(*comm, rank, case)).collect();
+            sums.iter().for_each(Sum::issue);
+            sums.iter().for_each(|sum| sum.check("of a group"));
+            comms.iter().for_each(|comm| ok!(ncclCommDestroy(*comm)));
+        });
+        assert_eq!(n_compressed(), 4);
+    });
+}
+
+#[test]
+fn a_communicator_that_is_still_in_the_making_may_be_aborted() {
+    in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", "peer")], || {
+        let (world, ids) = (2, [unique_id(), unique_id()]);
+        let case = case(1, world);
+        threads(world, |rank| {
+            if rank == 0 {
+                let (mut comm, config) = (0, Config::non_blocking());
+                let first = call!(ncclCommInitRankConfig(&mut comm, world as i32, ids[0], 0, &config));
+                assert_eq!(first, 7, "ncclInProgress: the other rank never comes");
+                std::thread::sleep(Duration::from_millis(50));
+                ok!(ncclCommAbort(comm));
+            }
+            let sum = Sum::new(init(world, ids[1], rank), rank, &case);
+            sum.issue();
+            sum.check("of another communicator");
+            ok!(ncclCommDestroy(sum.comm));
+        });
+    });
+}
