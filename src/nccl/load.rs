@@ -145,6 +145,13 @@ fn find() -> Option<RealLibrary> {
     None
 }
 
+/// Keeps this library loaded whatever the application closes, for a thread that runs in it.
+pub(crate) fn stay_loaded() {
+    let path = holder(stay_loaded as *const c_void);
+    // A program that holds the library itself is not found by its path, and stays anyway.
+    let _ = open(path.as_os_str(), libc::RTLD_NOLOAD | libc::RTLD_NODELETE);
+}
+
 /// Opens a library; `RTLD_NOLOAD` in `flags` finds only what is loaded.
 fn open(path: &OsStr, flags: c_int) -> Result<*mut c_void, Refusal> {
     let path = CString::new(path.as_bytes()).map_err(|_| Refusal::NotLoaded("the path holds a NUL".into()))?;

@@ -292,6 +292,17 @@ fn a_malformed_setting_is_named_at_the_first_call() {
 }
 
 #[test]
+fn a_process_whose_first_thread_has_ended_is_not_kept_alive_by_the_statistics() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stub, program_file, stats) = (stub(dir.path()), dir.path().join("last_thread"), dir.path().join("stats"));
+    compile("last_thread.c", &program_file, &["-pthread", stub.to_str().unwrap()]);
+    let mut command = program("timeout");
+    command.arg("20").arg(&program_file).env("LD_PRELOAD", shim()).env("FLASHCOMM_STATS_FILE", &stats);
+    run(&mut command);
+    assert!(std::fs::read_to_string(stats).unwrap().contains("\"broadcast\": 1"));
+}
+
+#[test]
 fn loading_does_nothing() {
     let output = run(program("/bin/cat").arg("/proc/self/maps").arg("/proc/self/status").env("LD_PRELOAD", shim()));
     let text = text(&output);
