@@ -5,7 +5,7 @@
 //! Creation needs nothing of ours: a communicator attaches when it is first used, however it was made (InitRank and its
 //! kin, InitAll, Split, Shrink, Grow). Finalize leaves a handle that may only be destroyed. Those are bare jumps.
 
-use std::ffi::c_int;
+use std::ffi::{c_char, c_int};
 
 use super::boundary::{in_real_nccl, is_reentered, nccl_exports};
 use crate::nccl::{CommConfig, CommPtr, NcclResult};
@@ -77,5 +77,11 @@ nccl_exports! {
             return NcclResult::SUCCESS;
         }
         in_real_nccl(real)
+    }
+
+    /// `ncclGetLastError`: our last error where it is the newest, else what the real NCCL answers.
+    pub fn ncclGetLastError / pncclGetLastError(real; comm: CommPtr) -> *const c_char {
+        let ours = if is_reentered() { None } else { error::newest() };
+        ours.map_or_else(real, |text| text.as_ptr())
     }
 }
