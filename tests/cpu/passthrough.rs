@@ -25,12 +25,12 @@ fn old_nccl() -> PathBuf {
 }
 
 /// The library under test.
-fn shim() -> PathBuf {
+pub(super) fn shim() -> PathBuf {
     built("libflashcomm.so")
 }
 
 /// Compiles a C file of tests/c.
-fn compile(source: &str, target: &Path, flags: &[&str]) {
+pub(super) fn compile(source: &str, target: &Path, flags: &[&str]) {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c").join(source);
     let output =
         Command::new("cc").arg("-O1").arg(source).arg("-o").arg(target).args(flags).arg("-ldl").output().expect("cc");
@@ -48,7 +48,7 @@ fn exports(library: &Path) -> BTreeSet<String> {
 }
 
 /// A program with a clean environment.
-fn program(path: impl AsRef<std::ffi::OsStr>) -> Command {
+pub(super) fn program(path: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new(path);
     for (name, _) in std::env::vars_os() {
         let name_text = name.to_string_lossy();
@@ -59,11 +59,11 @@ fn program(path: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
-fn text(output: &Output) -> String {
+pub(super) fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn run(command: &mut Command) -> Output {
+pub(super) fn run(command: &mut Command) -> Output {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {output:?}");
     output
