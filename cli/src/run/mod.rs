@@ -140,6 +140,9 @@ fn prepare(args: &Args) -> Result<Launch> {
     for (name, value) in args.engine.map_or(&[][..], Engine::variables) {
         job.set(name, *value);
     }
+    for (name, word) in args.engine.map_or(&[][..], Engine::lists) {
+        job.set(name, engine::with_word(&env::var(name).unwrap_or_default(), word));
+    }
 
     let certain = python::of_command(&args.command);
     let python = certain.clone().or_else(|| python::find(OsStr::new("python3")));
