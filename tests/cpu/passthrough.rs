@@ -297,7 +297,7 @@ fn a_process_whose_first_thread_has_ended_is_not_kept_alive_by_the_statistics() 
     let (stub, program_file, stats) = (stub(dir.path()), dir.path().join("last_thread"), dir.path().join("stats"));
     compile("last_thread.c", &program_file, &["-pthread", stub.to_str().unwrap()]);
     let mut command = program("timeout");
-    command.arg("20").arg(&program_file).env("LD_PRELOAD", shim()).env("FLASHCOMM_STATS_FILE", &stats);
+    command.args(["-s", "KILL", "20"]).arg(&program_file).env("LD_PRELOAD", shim()).env("FLASHCOMM_STATS_FILE", &stats);
     run(&mut command);
     assert!(std::fs::read_to_string(stats).unwrap().contains("\"broadcast\": 1"));
 }
