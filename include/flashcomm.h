@@ -176,7 +176,7 @@ flashcommResult_t flashcommSetCommEnabled(const void *comm, int enabled);
 // What went wrong last, in words: for `comm`, an ncclComm_t, if it is not null and something did, else in this process.
 // An empty string where nothing has gone wrong. Names the rank that was waited for where a wait was given up.
 //
-// The string is good until the calling thread calls this again.
+// The string stays as it is as long as the process.
 //
 // # Safety
 // `comm` is null or a communicator that has not been destroyed.

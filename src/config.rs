@@ -8,7 +8,7 @@ pub(crate) mod table;
 
 use std::env;
 use std::ffi::{CStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use flashcomm_wire::{Code, GroupSize, Legs, Width};
@@ -147,7 +147,7 @@ impl Config {
                 reader.read("FLASHCOMM_ATTACH_TIMEOUT_S", |text| parse_within(text, 1, 86400)),
             ),
             log_level: reader.read("FLASHCOMM_LOG", |text| text.parse().ok()),
-            log_file: reader.path("FLASHCOMM_LOG_FILE").map(with_process_id),
+            log_file: reader.path("FLASHCOMM_LOG_FILE"),
             stats_file: reader.path("FLASHCOMM_STATS_FILE"),
             nvtx: reader.read("FLASHCOMM_NVTX", parse_switch),
             record: reader.read("FLASHCOMM_RECORD", |text| parse_within(text, 0, 64)) as usize,
@@ -187,11 +187,11 @@ impl<L: Fn(&str) -> Option<OsString>> Reader<L> {
     }
 }
 
-/// The path with `%p` replaced.
-fn with_process_id(path: PathBuf) -> PathBuf {
+/// The path with `%p` replaced, by the process that writes there: a fork has its parent's settings and its own id.
+pub(crate) fn with_process_id(path: &Path) -> PathBuf {
     match path.to_str() {
         Some(text) => text.replace("%p", &std::process::id().to_string()).into(),
-        None => path,
+        None => path.into(),
     }
 }
 
@@ -300,8 +300,8 @@ mod tests {
         assert_eq!(parse_one("FLASHCOMM_STATS_FILE", "x.%r.json").0.stats_file, Some("x.%r.json".into()));
         assert_eq!(parse_one("FLASHCOMM_RECORD", "16").0.record, 16);
         assert_eq!(parse_one("FLASHCOMM_RECORD_DIR", "a/b").0.record_dir, PathBuf::from("a/b"));
-        let expected = format!("y.{}.log", std::process::id());
-        assert_eq!(parse_one("FLASHCOMM_LOG_FILE", "y.%p.log").0.log_file, Some(expected.into()));
+        assert_eq!(parse_one("FLASHCOMM_LOG_FILE", "y.%p.log").0.log_file, Some("y.%p.log".into()));
+        assert_eq!(with_process_id(Path::new("y.%p")), Path::new(&format!("y.{}", std::process::id())));
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! What can go wrong in the shim's own work, what to do about it, and what the application is told.
 
+use std::collections::BTreeSet;
+use std::ffi::{CStr, CString, c_char};
 use std::fmt;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
 use crate::cuda::CudaError;
-use crate::nccl::NcclResult;
+use crate::nccl::{CommPtr, NcclResult, load};
 
 /// An error of our own work; forwarded calls answer for themselves.
 #[derive(Debug)]
@@ -118,17 +120,60 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// The last of our errors in this process, for `flashcommGetLastError`.
-static LAST: Mutex<String> = Mutex::new(String::new());
+/// The last of our errors in this process, for `flashcommGetLastError` and `ncclGetLastError`.
+struct Last {
+    text: &'static CStr,
+    /// What the real NCCL had to say at that time. It tells nobody when it fails in a call that is a bare jump; what it
+    /// says afterwards, if it is something else, is the newer error.
+    real: CString,
+}
 
-/// Keeps an error for [`last`].
+static LAST: Mutex<Option<Last>> = Mutex::new(None);
+
+/// Keeps an error for [`last`] and [`newest`].
 pub(crate) fn remember(error: &Error) {
-    *LAST.lock() = error.to_string();
+    let real = last_of_real().unwrap_or_default();
+    let text = match error {
+        // It knows the reason.
+        Error::Nccl { .. } if !real.is_empty() => in_c(format!("{error}: {}", real.to_string_lossy())),
+        _ => in_c(error.to_string()),
+    };
+    *LAST.lock() = Some(Last { text, real });
 }
 
 /// The last error that was remembered; empty where there was none.
-pub(crate) fn last() -> String {
-    LAST.lock().clone()
+pub(crate) fn last() -> &'static CStr {
+    LAST.lock().as_ref().map_or(c"", |last| last.text)
+}
+
+/// The last error that was remembered, unless the real NCCL has had another one since.
+pub(crate) fn newest() -> Option<&'static CStr> {
+    let real = last_of_real().unwrap_or_default();
+    LAST.lock().as_ref().filter(|last| real.is_empty() || real == last.real).map(|last| last.text)
+}
+
+/// A text for C, which stays: a program may keep the pointer as it may keep that of NCCL's. Each text is kept once.
+pub(crate) fn in_c(text: String) -> &'static CStr {
+    static TEXTS: Mutex<BTreeSet<&'static CStr>> = Mutex::new(BTreeSet::new());
+    let text = CString::new(text).unwrap_or_default();
+    let mut texts = TEXTS.lock();
+    if let Some(known) = texts.get(text.as_c_str()) {
+        return known;
+    }
+    let text: &'static CStr = Box::leak(text.into_boxed_c_str());
+    texts.insert(text);
+    text
+}
+
+/// What the real NCCL calls its last error; not by the jump table, which would log that an old NCCL has no such function.
+fn last_of_real() -> Option<CString> {
+    let function = load::real_library()?.find("ncclGetLastError")?;
+    // SAFETY: NCCL's function of this signature, in every version that has it; it does not look at the communicator.
+    let text = unsafe {
+        std::mem::transmute::<*const (), unsafe extern "C" fn(CommPtr) -> *const c_char>(function)(std::ptr::null_mut())
+    };
+    // SAFETY: null, or NCCL's own string.
+    (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_owned())
 }
 
 impl From<&Error> for NcclResult {

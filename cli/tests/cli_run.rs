@@ -269,8 +269,9 @@ fn engines_mean_by_the_variables_and_options_what_they_are_set_for() {
         ("vllm", "vllm-0.33.0", ["vllm", "serve", "model"].as_slice()),
         ("sglang", "sglang-0.5.23", &["python3", "-m", "sglang.launch_server"]),
     ] {
-        let (variables, stderr, code) =
-            run(flashcomm(&["run", "--engine", engine, "--print-env=docker", "--"]).args(serve));
+        let mut job = flashcomm(&["run", "--engine", engine, "--print-env=docker", "--"]);
+        job.args(serve).env("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "MINE_");
+        let (variables, stderr, code) = run(&mut job);
         let added = stderr.lines().find_map(|line| line.strip_prefix("flashcomm run: added to the command: "));
         let options = added.unwrap_or_else(|| panic!("nothing added ({code}): {stderr}")).split(' ');
         let mut check = Command::new("python3");

@@ -9,6 +9,7 @@
 //! * **Each function of NCCL's has a twin** for its profiling interface, `pncclX`. It does the same, so that a profiler's
 //!   layer above us does not lose the compression, and calls the twin of the real library ([`nccl_exports`]).
 
+use std::ffi::c_char;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::nccl::NcclResult;
@@ -16,35 +17,56 @@ use crate::thread::{self, Thread};
 
 /// Defines exported functions with NCCL's names and arguments, written as in nccl.h; behind the slash the name of the twin.
 /// The first name in the parentheses is what the body calls the real function by, which gets the arguments as they came.
+/// Without an arrow it answers `ncclResult_t`.
 macro_rules! nccl_exports {
     ($(
         $(#[$doc:meta])*
-        pub fn $name:ident / $twin:ident($real:ident; $($arg:ident: $type:ty),* $(,)?) $body:block
+        pub fn $name:ident / $twin:ident($real:ident; $($arg:ident: $type:ty),* $(,)?) $(-> $answer:ty)? $body:block
     )*) => {$(
-        $crate::abi::boundary::nccl_exports!(@one [$(#[$doc])*] $name $real ($($arg: $type),*) $body);
+        $crate::abi::boundary::nccl_exports!(@one [$(#[$doc])*] $name $real ($($arg: $type),*) [$($answer)?] $body);
         $crate::abi::boundary::nccl_exports!(
-            @one [#[doc = concat!("The twin of [`", stringify!($name), "`].")]] $twin $real ($($arg: $type),*) $body
+            @one [#[doc = concat!("The twin of [`", stringify!($name), "`].")]]
+            $twin $real ($($arg: $type),*) [$($answer)?] $body
         );
     )*};
-    (@one [$(#[$doc:meta])*] $name:ident $real:ident ($($arg:ident: $type:ty),*) $body:block) => {
+    (@one [$(#[$doc:meta])*] $name:ident $real:ident ($($arg:ident: $type:ty),*) [] $body:block) => {
+        $crate::abi::boundary::nccl_exports!(
+            @one [$(#[$doc])*] $name $real ($($arg: $type),*) [$crate::nccl::NcclResult] $body
+        );
+    };
+    (@one [$(#[$doc:meta])*] $name:ident $real:ident ($($arg:ident: $type:ty),*) [$answer:ty] $body:block) => {
         $(#[$doc])*
         ///
         /// # Safety
         /// As NCCL documents.
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name($($arg: $type),*) -> $crate::nccl::NcclResult {
+        pub unsafe extern "C" fn $name($($arg: $type),*) -> $answer {
             // SAFETY: the caller's own arguments.
-            let $real = || unsafe { $crate::real::real!($name, fn($($type),*))($($arg),*) };
+            let $real = || unsafe { $crate::real::real!($name, fn($($type),*) -> $answer)($($arg),*) };
             $crate::abi::boundary::guarded(stringify!($name), || $body)
         }
     };
 }
 pub(super) use nccl_exports;
 
+/// What an export of NCCL's answers.
+pub(super) trait Answer {
+    /// Where it has panicked.
+    const AFTER_PANIC: Self;
+}
+
+impl Answer for NcclResult {
+    const AFTER_PANIC: Self = NcclResult::INTERNAL_ERROR;
+}
+
+impl Answer for *const c_char {
+    const AFTER_PANIC: Self = c"an internal error of flashcomm".as_ptr();
+}
+
 /// Runs the body of an export.
 #[inline]
-pub(super) fn guarded(function: &'static str, body: impl FnOnce() -> NcclResult) -> NcclResult {
-    guarded_or(function, NcclResult::INTERNAL_ERROR, body)
+pub(super) fn guarded<T: Answer>(function: &'static str, body: impl FnOnce() -> T) -> T {
+    guarded_or(function, T::AFTER_PANIC, body)
 }
 
 /// As [`guarded`], of one that answers something else.

@@ -6,12 +6,11 @@
 
 #![allow(non_camel_case_types, non_snake_case, reason = "C's names")]
 
-use std::cell::RefCell;
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 
 use flashcomm_wire::{Code, Width};
 
-use super::boundary::guarded_or;
+use super::boundary::{guarded, guarded_or};
 use super::group;
 use crate::comm::attach::Change;
 use crate::config::Config;
@@ -343,25 +342,17 @@ const fn code_name(code: Code) -> &'static CStr {
 /// What went wrong last, in words: for `comm`, an ncclComm_t, if it is not null and something did, else in this process.
 /// An empty string where nothing has gone wrong. Names the rank that was waited for where a wait was given up.
 ///
-/// The string is good until the calling thread calls this again.
+/// The string stays as it is as long as the process.
 ///
 /// # Safety
 /// `comm` is null or a communicator that has not been destroyed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn flashcommGetLastError(comm: *const c_void) -> *const c_char {
-    thread_local! {
-        static TEXT: RefCell<CString> = RefCell::default();
-    }
     let text = || {
         let error = if comm.is_null() { None } else { comm::failure(comm.cast_mut().cast()) };
-        let text = error.map_or_else(error::last, |error| error.to_string());
-        let text = CString::new(text).unwrap_or_default();
-        TEXT.with_borrow_mut(|place| {
-            *place = text;
-            place.as_ptr()
-        })
+        error.map_or_else(error::last, |error| error::in_c(error.to_string())).as_ptr()
     };
-    guarded_or("flashcommGetLastError", c"an internal error of flashcomm".as_ptr(), text)
+    guarded("flashcommGetLastError", text)
 }
 
 const VERSION: c_int = number(env!("CARGO_PKG_VERSION_MAJOR")) * 10_000

@@ -1,5 +1,17 @@
 //! Bare jumps: the functions that the shim has nothing to say about go to the real library through the jump table,
 //! with every register and the stack as they came. They cost one indirect jump.
+//!
+//! A function that the real NCCL lacks is here nevertheless, and answers `ncclInvalidUsage` ([`crate::real::table`]): a
+//! program that looks a name up to learn whether NCCL has it is told yes. It should ask `ncclGetVersion`, which is the
+//! real one's. No way was found to make `dlsym` fail for some names only; each was tried with glibc:
+//!
+//! * Indirect functions (`STT_GNU_IFUNC`) whose resolver answers NULL: `dlsym` answers NULL, but `dlerror` then says nothing or
+//!   holds a dangling string. Python's ctypes, by which vLLM and SGLang look NCCL up, crashes at that. And where a program is
+//!   linked and bound at its start, the resolver runs before the environment is there, so that it cannot find the
+//!   real NCCL; a NULL bound then is a crash at the call.
+//! * Symbol versions: NCCL's names have none, and a lookup without one finds any.
+//! * A `dlsym` of our own would stand before that of every library of the process, and would change what its
+//!   `RTLD_NEXT` means.
 
 use std::arch::naked_asm;
 

@@ -4,7 +4,7 @@
 //!
 //! Finalize leaves a handle that may only be destroyed: a bare jump.
 
-use std::ffi::c_int;
+use std::ffi::{c_char, c_int};
 
 use super::boundary::{in_real_nccl, is_reentered, nccl_exports};
 use crate::nccl::{CommPtr, NcclResult};
@@ -65,5 +65,11 @@ nccl_exports! {
             unsafe { async_error.write(NcclResult::IN_PROGRESS) };
         }
         result
+    }
+
+    /// `ncclGetLastError`: our last error where it is the newest, else what the real NCCL answers.
+    pub fn ncclGetLastError / pncclGetLastError(real; comm: CommPtr) -> *const c_char {
+        let ours = if is_reentered() { None } else { error::newest() };
+        ours.map_or_else(real, |text| text.as_ptr())
     }
 }

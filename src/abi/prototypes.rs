@@ -57,6 +57,7 @@ fn own() -> Vec<(&'static str, &'static str)> {
         ncclCommSplit = ncclCommSplit: (_ _ _ _ _);
         ncclGather = ncclGather: (_ _ _ _ _ _ _);
         ncclGatherConfig = ncclGatherConfig: (_ _ _ _ _ _ _ _);
+        ncclGetLastError = ncclGetLastError: (_);
         ncclGroupEnd = ncclGroupEnd: ();
         ncclGroupSimulateEnd = ncclGroupSimulateEnd: (_);
         ncclGroupStart = ncclGroupStart: ();
@@ -107,6 +108,7 @@ fn type_in_c(rust: &str) -> String {
         };
     }
     match rust {
+        "i8" | "u8" => "char", // C's is signed or not
         "i32" => "int",
         "usize" => "size_t",
         "core::ffi::c_void" => "void",

@@ -56,7 +56,7 @@ pub const SETTINGS: [Setting; 18] = [
         "FLASHCOMM_STATS_FILE",
         "",
         "a path; %p is the process id, %r the rank",
-        "counts as JSON, written at exit",
+        "counts as JSON, written every second and at exit",
         false,
     ),
     setting("FLASHCOMM_NVTX", "0", "0 or 1", "1: NVTX ranges around compressed calls, for profilers", false),

@@ -1,10 +1,16 @@
 //! Finds and opens the real libnccl, once.
 //!
-//! In order: `FLASHCOMM_NCCL_LIB`; the next library in symbol lookup (we are preloaded, or linked, before it); a
+//! In order: `FLASHCOMM_NCCL_LIB`; the first library in symbol lookup, if that is not ourselves; the next one after us; a
 //! `libnccl.so.2` that the process has loaded already (Python extensions bring theirs in locally, where the lookup does
 //! not see it); the `libnccl.so.2` that the loader finds; and the directories of `LD_LIBRARY_PATH` one by one, for when
 //! the loader finds *us* under that name. A candidate that is ourselves, or another flashcomm, is refused.
+//!
+//! So an NCCL that the user has preloaded, before us or behind us, is the one: the lookup is the loader's own record of
+//! `LD_PRELOAD`. One before us may as well be a tool's layer, which calls the next library, us; to call it would be a
+//! circle. It is told by its `ncclGetVersion`, which then comes to us while we ask ([`is_candidate_calling`]). A layer that
+//! answers that by itself and passes other calls on is not told, and must stand behind us or have `FLASHCOMM_NCCL_LIB` set.
 
+use std::cell::Cell;
 use std::env;
 use std::ffi::{CStr, CString, OsStr, OsString, c_char, c_int, c_void};
 use std::fmt;
@@ -46,13 +52,14 @@ impl RealLibrary {
     /// # Errors
     /// What was tried, each with the reason.
     pub fn search() -> Result<Self, Vec<String>> {
-        let next = || match symbol(libc::RTLD_NEXT, c"ncclGetVersion") {
+        let in_lookup = |start| match symbol(start, c"ncclGetVersion") {
             Some(function) => open(holder(function).as_os_str(), libc::RTLD_NOLOAD).and_then(identify),
-            None => Err(Refusal::NotLoaded("no other library in the lookup order has it".into())),
+            None => Err(Refusal::NotLoaded("no library there has it".into())),
         };
         let name = OsStr::from_bytes(SONAME.to_bytes());
-        let ways: [(&str, &dyn Fn() -> Result<RealLibrary, Refusal>); 3] = [
-            ("the next library in symbol lookup", &next),
+        let ways: [(&str, &dyn Fn() -> Result<RealLibrary, Refusal>); 4] = [
+            ("the first library in symbol lookup", &|| in_lookup(libc::RTLD_DEFAULT)),
+            ("the next library in symbol lookup", &|| in_lookup(libc::RTLD_NEXT)),
             ("libnccl.so.2, already loaded", &|| open(name, libc::RTLD_NOLOAD).and_then(identify)),
             ("libnccl.so.2", &|| open(name, 0).and_then(identify)),
         ];
@@ -98,6 +105,8 @@ enum Refusal {
     NotNccl(PathBuf),
     /// It is this library, or another copy of it.
     Ourselves(PathBuf),
+    /// A layer before us in symbol lookup.
+    CallsUs(PathBuf),
 }
 
 impl fmt::Display for Refusal {
@@ -106,6 +115,7 @@ impl fmt::Display for Refusal {
             Refusal::NotLoaded(why) => f.write_str(why),
             Refusal::NotNccl(path) => write!(f, "{} is not an NCCL: it has no ncclGetVersion", path.display()),
             Refusal::Ourselves(path) => write!(f, "{} is flashcomm itself", path.display()),
+            Refusal::CallsUs(path) => write!(f, "{} calls flashcomm in its turn", path.display()),
         }
     }
 }
@@ -145,6 +155,13 @@ fn find() -> Option<RealLibrary> {
     None
 }
 
+/// Keeps this library loaded whatever the application closes, for a thread that runs in it.
+pub(crate) fn stay_loaded() {
+    let path = holder(stay_loaded as *const c_void);
+    // A program that holds the library itself is not found by its path, and stays anyway.
+    let _ = open(path.as_os_str(), libc::RTLD_NOLOAD | libc::RTLD_NODELETE);
+}
+
 /// Opens a library; `RTLD_NOLOAD` in `flags` finds only what is loaded.
 fn open(path: &OsStr, flags: c_int) -> Result<*mut c_void, Refusal> {
     let path = CString::new(path.as_bytes()).map_err(|_| Refusal::NotLoaded("the path holds a NUL".into()))?;
@@ -177,10 +194,37 @@ fn identify(handle: *mut c_void) -> Result<RealLibrary, Refusal> {
     let mut code = 0;
     // SAFETY: NCCL's function of this signature, in every version.
     let version = unsafe { std::mem::transmute::<*const c_void, extern "C" fn(*mut c_int) -> c_int>(function) };
-    if version(&mut code) != 0 {
+    ASKED.set(Asked::Candidate);
+    let result = version(&mut code);
+    if ASKED.replace(Asked::Nobody) == Asked::Ourselves {
+        return Err(Refusal::CallsUs(path));
+    }
+    if result != 0 {
         return Err(Refusal::NotNccl(path));
     }
     Ok(RealLibrary { handle, path, version: Version::from_code(code as u32) })
+}
+
+/// Who is being asked for its version by this thread.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Nobody,
+    Candidate,
+    /// By the candidate.
+    Ourselves,
+}
+
+thread_local! {
+    static ASKED: Cell<Asked> = const { Cell::new(Asked::Nobody) };
+}
+
+/// Whether the call that this thread is in comes from a candidate, of which we are asking whether it does that.
+pub(crate) fn is_candidate_calling() -> bool {
+    let is_candidate = ASKED.get() != Asked::Nobody;
+    if is_candidate {
+        ASKED.set(Asked::Ourselves);
+    }
+    is_candidate
 }
 
 /// Address of a symbol.

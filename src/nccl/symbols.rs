@@ -47,7 +47,7 @@ macro_rules! for_each_symbol {
             own  ncclGatherConfig pncclGatherConfig Result 2 31 2;
             jump ncclGetCftDeviceLeInfo pncclGetCftDeviceLeInfo Result 2 31 2;
             jump ncclGetErrorString pncclGetErrorString String 2 3 5;
-            jump ncclGetLastError pncclGetLastError String 2 13 4;
+            own  ncclGetLastError pncclGetLastError String 2 13 4;
             jump ncclGetLsaDevicePointer pncclGetLsaDevicePointer Result 2 29 2;
             jump ncclGetLsaMultimemDevicePointer pncclGetLsaMultimemDevicePointer Result 2 29 2;
             jump ncclGetMultimemDeviceLeInfo pncclGetMultimemDeviceLeInfo Result 2 31 2;

@@ -18,12 +18,15 @@ pub(crate) static TABLE: [AtomicPtr<()>; SYMBOLS.len()] = initial_table();
 
 /// The real function of this symbol, as a function pointer: `real!(ncclCommCount, fn(CommPtr, *mut c_int))`.
 macro_rules! real {
-    ($symbol:ident, fn($($arg:ty),*)) => {{
+    ($symbol:ident, fn($($arg:ty),*)) => {
+        $crate::real::table::real!($symbol, fn($($arg),*) -> $crate::nccl::NcclResult)
+    };
+    ($symbol:ident, fn($($arg:ty),*) -> $answer:ty) => {{
         let slot = $crate::real::table::TABLE[$crate::nccl::Symbol::$symbol as usize].load(std::sync::atomic::Ordering::Relaxed);
         #[allow(unused_unsafe, reason = "callers mostly are in an unsafe block, to call it")]
         // SAFETY: the slot holds a function of this C signature or a stub that passes everything on to it.
         let function = unsafe {
-            std::mem::transmute::<*mut (), unsafe extern "C" fn($($arg),*) -> $crate::nccl::NcclResult>(slot)
+            std::mem::transmute::<*mut (), unsafe extern "C" fn($($arg),*) -> $answer>(slot)
         };
         function
     }};
@@ -149,6 +152,9 @@ unsafe extern "C" fn resolve_and_go() {
 /// Finds the function of a slot, or the answer in its place, and patches the slot.
 extern "C" fn resolve(slot: u32) -> *const () {
     let (name, kind, _) = SYMBOLS[slot as usize];
+    if load::is_candidate_calling() {
+        return missing(kind); // for this time; the search for the real library goes on
+    }
     // The first call of NCCL in this process comes through here, whichever it is.
     let address = catch_unwind(|| {
         logging::init();

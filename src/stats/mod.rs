@@ -11,6 +11,7 @@
 //! An operation that is captured into a graph is counted when it is captured; replays are not seen.
 
 mod counters;
+mod file;
 mod registry;
 pub(crate) mod report;
 

@@ -6,11 +6,15 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::ptr;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicPtr};
 
+use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
 
 use super::counters::{Counters, Counts, FREE};
+use super::file::StatsFile;
 use crate::config::Config;
 use crate::nccl::CommPtr;
 
@@ -52,8 +56,9 @@ impl Known {
     fn look_up(&self, comm: CommPtr, place: usize, identify: Identify) -> &'static Counters {
         // Who asks for a file per rank wants the rank also where nothing ever attaches.
         let identity = if Config::global().stats_file.is_some() { identify(comm) } else { None };
-        become_reporter();
-        let counters = REGISTRY.lock().entry(comm, identity).counters;
+        let process = Process::enter();
+        let counters = process.registry.lock().entry(comm, identity).counters;
+        process.begin();
         self.0[place ^ 1].set(self.0[place].replace(Some(counters)));
         counters
     }
@@ -94,10 +99,11 @@ pub(super) struct Registry {
     pub(super) ended: Ended,
 }
 
-pub(super) static REGISTRY: Mutex<Registry> =
-    Mutex::new(Registry { live: BTreeMap::new(), free: Vec::new(), n_seen: 0, ended: Ended::new() });
-
 impl Registry {
+    const fn new() -> Self {
+        Registry { live: BTreeMap::new(), free: Vec::new(), n_seen: 0, ended: Ended::new() }
+    }
+
     fn entry(&mut self, comm: CommPtr, identity: Option<(usize, usize)>) -> &mut Entry {
         let Registry { live, free, n_seen, .. } = self;
         let handle = comm as usize;
@@ -116,7 +122,9 @@ impl Counts {
     /// Of a communicator; nothing for one that has not been used.
     pub(crate) fn of(comm: CommPtr) -> Box<Self> {
         let mut counts = Box::new(Counts::default());
-        if let Some(entry) = REGISTRY.lock().live.get(&(comm as usize)) {
+        if let Some(process) = Process::current()
+            && let Some(entry) = process.registry.lock().live.get(&(comm as usize))
+        {
             counts.add_counters(entry.counters);
         }
         counts
@@ -124,8 +132,9 @@ impl Counts {
 
     /// Of the process.
     pub(crate) fn of_process() -> Box<Self> {
-        let registry = REGISTRY.lock();
         let mut counts = Box::new(Counts::default());
+        let Some(process) = Process::current() else { return counts };
+        let registry = process.registry.lock();
         registry.live.values().for_each(|entry| counts.add_counters(entry.counters));
         registry.ended.all().for_each(|ended| counts.add(ended));
         counts
@@ -134,14 +143,15 @@ impl Counts {
 
 /// Notes what a communicator is, for the report.
 pub(crate) fn describe(comm: CommPtr, rank: usize, world: usize, attached: Option<Attached>) {
-    let mut registry = REGISTRY.lock();
+    let mut registry = Process::enter().registry.lock();
     let about = &mut registry.entry(comm, Some((rank, world))).about;
     about.attached = attached;
 }
 
 /// A communicator is about to be destroyed or aborted: its handle may come again as another's.
 pub(crate) fn end(comm: CommPtr) {
-    let mut registry = REGISTRY.lock();
+    let Some(process) = Process::current() else { return };
+    let mut registry = process.registry.lock();
     let Some(Entry { counters, about }) = registry.live.remove(&(comm as usize)) else { return };
     let mut counts = Box::new(Counts::default());
     counts.add_counters(counters);
@@ -196,17 +206,60 @@ pub(super) fn name(about: &About) -> String {
     }
 }
 
-/// The process that is to report: the one that set itself up, or a fork of it that has used a communicator since.
-static REPORTER: AtomicU32 = AtomicU32::new(0);
-
-/// This process reports at its end.
-pub(super) fn become_reporter() {
-    REPORTER.store(std::process::id(), Relaxed);
+/// What a process counts, and where it writes it. A fork has its own as soon as it uses a communicator: what it inherits
+/// is its parent's, with locks that may be held by threads which it does not have. One that uses none has none.
+pub(super) struct Process {
+    id: u32,
+    pub(super) registry: Mutex<Registry>,
+    pub(super) file: Mutex<StatsFile>,
+    has_begun: AtomicBool,
 }
 
-/// Whether this process reports. A fork that only inherited counts does not.
-pub(super) fn is_reporter() -> bool {
-    REPORTER.load(Relaxed) == std::process::id()
+/// The last that was made; in a fork that has not got its own its parent's. Never freed.
+static PROCESS: AtomicPtr<Process> = AtomicPtr::new(ptr::null_mut());
+
+/// What is to be done when a process first uses a communicator.
+static AT_FIRST_USE: OnceCell<fn(&'static Process)> = OnceCell::new();
+
+impl Process {
+    /// That of this process, if it has one.
+    pub(super) fn current() -> Option<&'static Process> {
+        // SAFETY: null, or leaked by `enter`.
+        let process = unsafe { PROCESS.load(Acquire).as_ref() }?;
+        (process.id == std::process::id()).then_some(process)
+    }
+
+    /// That of this process, which has one from now on.
+    pub(super) fn enter() -> &'static Process {
+        let last = PROCESS.load(Acquire);
+        if let Some(process) = Self::current() {
+            return process;
+        }
+        let own = Box::into_raw(Box::new(Process {
+            id: std::process::id(),
+            registry: Mutex::new(Registry::new()),
+            file: Mutex::new(StatsFile::new(Config::global().stats_file.as_deref())),
+            has_begun: AtomicBool::new(false),
+        }));
+        if PROCESS.compare_exchange(last, own, AcqRel, Acquire).is_err() {
+            // SAFETY: made above, and nobody else has seen it.
+            drop(unsafe { Box::from_raw(own) });
+        }
+        Self::current().expect("this thread or another has made it")
+    }
+
+    /// Has this done when a process first uses a communicator, forks included.
+    pub(super) fn at_first_use(what: fn(&'static Process)) {
+        let _ = AT_FIRST_USE.set(what);
+    }
+
+    fn begin(&'static self) {
+        if !self.has_begun.swap(true, Relaxed)
+            && let Some(what) = AT_FIRST_USE.get()
+        {
+            what(self);
+        }
+    }
 }
 
 #[cfg(test)]

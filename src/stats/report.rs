@@ -1,13 +1,16 @@
-//! What was counted, as JSON at exit. The total of the process is exact for calls that have returned.
+//! What was counted, as JSON, while the process runs and at exit. The total of the process is exact for calls that have
+//! returned.
 
-use std::path::{Path, PathBuf};
+use std::thread::Builder;
+use std::time::Duration;
 
 use parking_lot::Once;
 use serde_json::{Map, Value, json};
 
 use super::counters::Counts;
-use super::registry::{About, REGISTRY, become_reporter, is_reporter};
+use super::registry::{About, Process};
 use crate::config::Config;
+use crate::nccl::load;
 
 /// Version of the file's form.
 const FORMAT: u32 = 1;
@@ -30,10 +33,10 @@ fn communicator_json(about: &About, counts: &Counts, ended: bool) -> Value {
     Value::Object(object)
 }
 
-/// Everything, as it is written at exit.
-pub(crate) fn to_json() -> Value {
+/// Everything, as it is written.
+fn to_json(process: &Process) -> Value {
     let total = Counts::of_process();
-    let registry = REGISTRY.lock();
+    let registry = process.registry.lock();
     let mut communicators: Vec<(u64, Value)> = Vec::new();
     for entry in registry.live.values() {
         let mut counts = Box::new(Counts::default());
@@ -55,7 +58,7 @@ pub(crate) fn to_json() -> Value {
         "flashcomm": env!("CARGO_PKG_VERSION"),
         "format": FORMAT,
         "pid": std::process::id(),
-        "rank": rank(),
+        "rank": rank(process),
         "process": total.to_json(),
         "communicators": communicators.into_iter().map(|(_, value)| value).collect::<Vec<_>>(),
         "ended_earlier": merged,
@@ -63,22 +66,25 @@ pub(crate) fn to_json() -> Value {
 }
 
 /// The rank of this process: in the largest communicator that it has used, and its lowest one there where it holds several.
-fn rank() -> Option<usize> {
-    let registry = REGISTRY.lock();
+fn rank(process: &Process) -> Option<usize> {
+    let registry = process.registry.lock();
     let ended = registry.ended.last.iter().map(|(about, _)| about);
     let abouts = registry.live.values().map(|entry| &entry.about).chain(ended);
     let best = abouts.filter_map(|about| about.identity).max_by_key(|(rank, world)| (*world, std::cmp::Reverse(*rank)));
     best.map(|(rank, _)| rank)
 }
 
-/// Arranges for the report when the process exits; later calls do nothing.
+/// Arranges for the report while the process runs and when it exits; later calls do nothing.
 pub(crate) fn init() {
     static INIT: Once = Once::new();
     INIT.call_once(|| {
-        if Config::global().stats_file.is_some() || log::log_enabled!(log::Level::Info) {
-            become_reporter();
-            // SAFETY: the function lives as long as this library, which the process keeps loaded (RTLD_NODELETE is
-            // not needed: atexit handlers of a library run when it is unloaded).
+        let has_file = Config::global().stats_file.is_some();
+        if has_file {
+            Process::at_first_use(keep_writing);
+        }
+        if has_file || log::log_enabled!(log::Level::Info) {
+            Process::enter();
+            // SAFETY: the function lives as long as this library: handlers of a library run when it is unloaded.
             unsafe { libc::atexit(at_exit) };
         }
     });
@@ -87,31 +93,57 @@ pub(crate) fn init() {
 extern "C" fn at_exit() {
     // Nothing may unwind into libc.
     let _ = std::panic::catch_unwind(|| {
-        // A fork that only inherited the counts must not write over its parent's file.
-        if !is_reporter() {
-            return;
-        }
+        // A fork that has used no communicator must not write over its parent's file.
+        let Some(process) = Process::current() else { return };
         if log::log_enabled!(log::Level::Info) {
             log::info!("process ends: {}", Counts::of_process().summary());
         }
-        if let Some(path) = &Config::global().stats_file {
-            write(&expand(path));
-        }
+        let mut file = process.file.lock();
+        file.close(format!("{:#}", to_json(process)), rank(process));
     });
 }
 
-/// Replaces `%p` by the process id and `%r` by the rank, `none` where no communicator has been used.
-fn expand(path: &Path) -> PathBuf {
-    let Some(text) = path.to_str() else { return path.to_owned() };
-    let rank = rank().map_or("none".into(), |rank| rank.to_string());
-    text.replace("%p", &std::process::id().to_string()).replace("%r", &rank).into()
+/// How often the file is looked after.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Writes the file as the process goes, since many end without an exit: by a signal, or by `_exit` as Python's forks do.
+fn keep_writing(process: &'static Process) {
+    load::stay_loaded();
+    let write = move || {
+        loop {
+            let mut file = process.file.lock();
+            if file.is_closed() {
+                return;
+            }
+            file.update(format!("{:#}", to_json(process)), rank(process));
+            drop(file);
+            if is_last_thread() {
+                return;
+            }
+            std::thread::sleep(PERIOD);
+        }
+    };
+    if let Err(error) = without_signals(|| Builder::new().name("flashcomm-stats".into()).spawn(write)) {
+        log::warn!("FLASHCOMM_STATS_FILE is written at exit only: no thread for it: {error}");
+    }
 }
 
-fn write(path: &Path) {
-    let written = serde_json::to_vec_pretty(&to_json())
-        .map_err(std::io::Error::other)
-        .and_then(|json| std::fs::write(path, json));
-    if let Err(error) = written {
-        log::error!("FLASHCOMM_STATS_FILE={}: {error}", path.display());
+/// Runs `start` such that threads which it starts get no signals: those are for the application's.
+fn without_signals<T>(start: impl FnOnce() -> T) -> T {
+    // SAFETY: sets of signals, valid places, both filled in before they are read.
+    unsafe {
+        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let result = start();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        result
     }
+}
+
+/// Whether the process waits for this thread alone: its first thread has ended by `pthread_exit`, and so have the others.
+fn is_last_thread() -> bool {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    (fields.first(), fields.get(17)) == (Some(&"Z"), Some(&"2"))
 }

@@ -4,6 +4,7 @@
 
 mod example_cpp; // the C++ example builds, and changes widths on the simulators
 mod header; // include/flashcomm.h is generated, compiles, and agrees with nccl.h
+mod lookup; // whose NCCL is behind the shim where others are preloaded beside it
 mod map; // the map of the library is true; no circles; long files and functions say why
 mod passthrough; // forwarded calls answer as the real NCCL does, however the shim is loaded
 mod untrusted; // settings and blobs of whatever kind

@@ -25,12 +25,12 @@ fn old_nccl() -> PathBuf {
 }
 
 /// The library under test.
-fn shim() -> PathBuf {
+pub(super) fn shim() -> PathBuf {
     built("libflashcomm.so")
 }
 
 /// Compiles a C file of tests/c.
-fn compile(source: &str, target: &Path, flags: &[&str]) {
+pub(super) fn compile(source: &str, target: &Path, flags: &[&str]) {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c").join(source);
     let output =
         Command::new("cc").arg("-O1").arg(source).arg("-o").arg(target).args(flags).arg("-ldl").output().expect("cc");
@@ -48,7 +48,7 @@ fn exports(library: &Path) -> BTreeSet<String> {
 }
 
 /// A program with a clean environment.
-fn program(path: impl AsRef<std::ffi::OsStr>) -> Command {
+pub(super) fn program(path: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new(path);
     for (name, _) in std::env::vars_os() {
         let name_text = name.to_string_lossy();
@@ -59,11 +59,11 @@ fn program(path: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
-fn text(output: &Output) -> String {
+pub(super) fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn run(command: &mut Command) -> Output {
+pub(super) fn run(command: &mut Command) -> Output {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {output:?}");
     output
@@ -289,6 +289,17 @@ fn a_malformed_setting_is_named_at_the_first_call() {
     let output = run(command.arg(shim()).env("FLASHCOMM_NCCL_LIB", new_nccl()).env("FLASHCOMM_BITS", "9"));
     let log = String::from_utf8_lossy(&output.stderr);
     assert_eq!(log.matches("FLASHCOMM_BITS=\"9\" is not allowed").count(), 1, "{log}");
+}
+
+#[test]
+fn a_process_whose_first_thread_has_ended_is_not_kept_alive_by_the_statistics() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stub, program_file, stats) = (stub(dir.path()), dir.path().join("last_thread"), dir.path().join("stats"));
+    compile("last_thread.c", &program_file, &["-pthread", stub.to_str().unwrap()]);
+    let mut command = program("timeout");
+    command.args(["-s", "KILL", "20"]).arg(&program_file).env("LD_PRELOAD", shim()).env("FLASHCOMM_STATS_FILE", &stats);
+    run(&mut command);
+    assert!(std::fs::read_to_string(stats).unwrap().contains("\"broadcast\": 1"));
 }
 
 #[test]

@@ -37,10 +37,15 @@ def check_vllm(source, variables, options):
         os.environ.pop(name, None)
     envs, nccl, _ = stubs.vllm(source)
     by_default = {name: getattr(envs, name) for name in variables if name.startswith("VLLM_")}
-    os.environ.update(variables)
+    os.environ.update(variables | {"FLASHCOMM_BITS": "8"})
     assert by_default["VLLM_NCCL_SO_PATH"] is None
     assert nccl.find_nccl_library() == variables["VLLM_NCCL_SO_PATH"]
-    switches = {name for name in by_default if name != "VLLM_NCCL_SO_PATH"}
+    # Workers that Ray starts get the shim's settings, and what the user had named.
+    ray = stubs.load("vllm.ray.ray_env", f"{source}/ray/ray_env.py")
+    lists = {name for name in by_default if name.startswith("VLLM_RAY_")}
+    os.environ["MINE_TOO"] = "1"
+    assert {"FLASHCOMM_BITS", "LD_PRELOAD", "VLLM_NCCL_SO_PATH", "MINE_TOO", *by_default} <= ray.get_env_vars_to_copy()
+    switches = by_default.keys() - lists - {"VLLM_NCCL_SO_PATH"}
     for name in switches:
         assert getattr(envs, name) is False, name
     # At least these are on unless they are turned off: otherwise the launcher would do nothing of use.

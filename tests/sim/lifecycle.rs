@@ -273,7 +273,7 @@ fn a_deadline_ends_a_wait_and_says_for_whom() {
                 let mut state = 0;
                 ok!(ncclCommGetAsyncError(comm, &mut state));
                 assert_eq!(state, 6, "ncclRemoteError");
-                for text in [last_error(comm), last_error(0)] {
+                for text in [last_error(comm), last_error(0), nccl_last_error(comm)] {
                     assert!(text.contains("waiting for rank 2") && text.contains("FLASHCOMM_TIMEOUT_S"), "{text}");
                 }
                 let again = call!(ncclAllReduce(memory.at, memory.at, 5000, dtype::FP16, SUM, comm, stream.0));
@@ -284,6 +284,33 @@ fn a_deadline_ends_a_wait_and_says_for_whom() {
             reduce(comm, &stream, rank, &case, "a new communicator");
             ok!(ncclCommDestroy(comm));
         });
+    });
+}
+
+#[test]
+fn the_last_error_is_ours_or_the_real_nccls_whichever_came_last() {
+    in_process(BITS, || {
+        use_device(0);
+        let comm = init(1, unique_id(), 0);
+        assert_eq!(nccl_last_error(comm), "");
+        let ours_fails = || assert_eq!(call!(flashcommSetCommBits(comm, 4, 4)), 5);
+        // A bare jump, of which the shim hears nothing, and a call that it counts and forwards.
+        let mut other = 0;
+        let theirs_fails: [(&str, &dyn Fn(&mut usize) -> i32); 2] = [
+            ("ncclCommInitRank", &|other| call!(ncclCommInitRank(other, 0, unique_id(), 0))),
+            ("ncclBroadcast", &|_| call!(ncclBroadcast(0, 0, 10, dtype::UINT8, 9, comm, 0))),
+        ];
+        for (function, theirs) in theirs_fails {
+            ours_fails();
+            assert_eq!([nccl_last_error(comm), pnccl_last_error(comm)], [last_error(0), last_error(0)]);
+            assert_ne!(theirs(&mut other), 0);
+            let text = nccl_last_error(comm);
+            assert!(text.starts_with(function), "{text}");
+            assert!(!last_error(0).contains(function), "flashcomm's own call tells of its own");
+        }
+        ours_fails();
+        assert_eq!(nccl_last_error(comm), last_error(0), "and again");
+        ok!(ncclCommDestroy(comm));
     });
 }
 

@@ -5,6 +5,7 @@
 
 mod allreduce; // the reference's bits on every rank, for every world, size, code and way of calling
 mod control; // widths, on and off, changed while a job runs
+mod endings; // what is left of processes that are killed, left by _exit, forked
 mod faults; // a rank killed at every step, every call of a rank refused once
 mod groups; // groups, captures, streams
 mod lifecycle; // communicators to their end

@@ -45,8 +45,10 @@ fn of_the_machine(findings: &Findings, text: &mut String) {
             let mut what = format!("{version} at {}", path.display());
             if let Some((first, rest)) = lacks.split_first() {
                 let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
-                let _ =
-                    write!(what, "\nlacks {first}{more} (--json lists them); calls of those answer ncclInvalidUsage");
+                let _ = write!(
+                    what,
+                    "\nlacks {first}{more} (--json lists them); the shim has them by name, and they answer ncclInvalidUsage"
+                );
             }
             say(text, "NCCL", &what);
         }

@@ -44,6 +44,17 @@ impl Engine {
         }
     }
 
+    /// Lists in its environment, to which something is to be added: what it carries to workers that Ray starts.
+    pub const fn lists(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Engine::Vllm => &[
+                ("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "FLASHCOMM_"),
+                ("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "LD_PRELOAD"),
+            ],
+            Engine::Sglang | Engine::Torch => &[],
+        }
+    }
+
     /// Its options that no variable stands for.
     pub const fn options(self) -> &'static [&'static str] {
         match self {
@@ -94,9 +105,24 @@ impl Engine {
     }
 }
 
+/// A list of words with commas between them, and `word` in it.
+pub fn with_word(list: &str, word: &str) -> String {
+    match list.split(',').map(str::trim).filter(|known| !known.is_empty()).collect::<Vec<_>>() {
+        known if known.contains(&word) => list.into(),
+        known => [known, vec![word]].concat().join(","),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_list_keeps_what_its_user_has_put_in() {
+        assert_eq!(with_word("", "X"), "X");
+        assert_eq!(with_word("A_, B_,", "X"), "A_,B_,X");
+        assert_eq!(with_word("A_, X", "X"), "A_, X");
+    }
 
     fn missing(engine: Engine, command: &str) -> (Vec<&'static str>, Vec<&'static str>) {
         engine.missing_options(&command.split(' ').map(OsString::from).collect::<Vec<_>>())

@@ -140,6 +140,9 @@ fn prepare(args: &Args) -> Result<Launch> {
     for (name, value) in args.engine.map_or(&[][..], Engine::variables) {
         job.set(name, *value);
     }
+    for (name, word) in args.engine.map_or(&[][..], Engine::lists) {
+        job.set(name, engine::with_word(&env::var(name).unwrap_or_default(), word));
+    }
 
     let certain = python::of_command(&args.command);
     let python = certain.clone().or_else(|| python::find(OsStr::new("python3")));
@@ -210,6 +213,19 @@ fn prepare_engine(engine: Engine, job: &mut Launch) {
     }
 }
 
+/// What else a text as of `LD_PRELOAD` has the loader load first.
+fn others(preloads: &str, shim: &Path) -> Vec<String> {
+    let paths = preloads.split([':', ' ', '\n']).filter(|path| !path.is_empty() && !is_same(Path::new(path), shim));
+    paths.map(String::from).collect()
+}
+
+/// All that is preloaded beside the shim: by the user, and by the system.
+fn preloaded(shim: &Path) -> [Vec<String>; 2] {
+    let by_user = env::var("LD_PRELOAD").unwrap_or_default();
+    let by_system = std::fs::read_to_string("/etc/ld.so.preload").unwrap_or_default();
+    [by_user, by_system].map(|preloads| others(&preloads, shim))
+}
+
 /// `LD_PRELOAD` with the shim in front.
 fn preload(shim: &Path) -> Result<String> {
     let Some(text) = shim.to_str().filter(|text| !text.contains([':', ' '])) else {
@@ -218,20 +234,14 @@ fn preload(shim: &Path) -> Result<String> {
             shim.display()
         );
     };
-    let preloads = env::var("LD_PRELOAD").unwrap_or_default();
-    let system_wide = std::fs::read_to_string("/etc/ld.so.preload").unwrap_or_default();
-    let others = |preloads: &str| -> Vec<String> {
-        let paths = preloads.split([':', ' ', '\n']).filter(|path| !path.is_empty() && !is_same(Path::new(path), shim));
-        paths.map(String::from).collect()
-    };
-    let foreign =
-        [others(&preloads), others(&system_wide)].concat().into_iter().find(|path| is_flashcomm(Path::new(path)));
+    let [by_user, by_system] = preloaded(shim);
+    let foreign = by_user.iter().chain(&by_system).find(|path| is_flashcomm(Path::new(path)));
     if let Some(path) = foreign {
         let reason = format!("another flashcomm is preloaded already: {path}; this one is {text}");
         let cure = "Take it out of LD_PRELOAD (or /etc/ld.so.preload), or start the job by its own flashcomm".into();
         bail!("{}", Refusal { reason, cure });
     }
-    Ok([text.to_string()].into_iter().chain(others(&preloads)).collect::<Vec<_>>().join(":"))
+    Ok([text.to_string()].into_iter().chain(by_user).collect::<Vec<_>>().join(":"))
 }
 
 fn is_same(path: &Path, shim: &Path) -> bool {
@@ -276,6 +286,9 @@ fn find_nccl(
             Err(why) => Err(refused(&format!("cannot be used: {why}"))),
         });
     }
+    if let Some(nccl) = preloaded_nccl(shim) {
+        return Ok(Ok((nccl, false)));
+    }
     if let Some(path) = of_python
         && let Ok(nccl) = machine::real_nccl(Some(path))?
     {
@@ -290,6 +303,20 @@ fn find_nccl(
                    /path/to/libnccl.so.2, or start anyway with --force if the command finds one by itself"
                 .into(),
         }),
+    })
+}
+
+/// The NCCL, or the layer over one, that is preloaded. The shim finds it behind itself.
+fn preloaded_nccl(shim: &Path) -> Option<RealNccl> {
+    preloaded(shim).concat().into_iter().map(PathBuf::from).find_map(|path| {
+        let opened = || machine::real_nccl(Some(&path)).ok().and_then(Result::ok);
+        // What a name without a slash means is the loader's to say.
+        if !path.to_string_lossy().contains('/') {
+            return opened();
+        }
+        // A layer tells no version where there is nothing under it.
+        let untold = || RealNccl { path: path.clone(), version: "of LD_PRELOAD".into(), lacks: vec![] };
+        elf::defines(&path, "ncclGetVersion").then(|| opened().unwrap_or_else(untold))
     })
 }
 

@@ -39,6 +39,7 @@ fn where_nothing_can_be_changed_the_answer_says_why() {
         let results = [call!(flashcommSetCommBits(comm, 4, 4)), call!(flashcommSetCommEnabled(comm, 1))];
         assert_eq!(results, [5, 5]);
         assert!(last_error(0).contains(why), "{}", last_error(0));
+        assert_eq!(nccl_last_error(comm), last_error(0), "where frameworks ask");
         assert_eq!(Info::of(comm).state, 2);
     };
     for (enable, why) in [("0", "FLASHCOMM_ENABLE=0"), ("1", "forward to the real NCCL")] {

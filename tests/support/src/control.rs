@@ -99,15 +99,24 @@ impl Stats {
 
 /// `flashcommGetLastError` of a communicator, or of the process for 0.
 pub fn last_error(comm: Ptr) -> String {
-    let shim = open(&built("libflashcomm.so"));
+    text_of("flashcommGetLastError", comm)
+}
+
+/// `ncclGetLastError`, as frameworks ask.
+pub fn nccl_last_error(comm: Ptr) -> String {
+    text_of("ncclGetLastError", comm)
+}
+
+/// Its twin, which the simulated NCCL does not have.
+pub fn pnccl_last_error(comm: Ptr) -> String {
+    text_of("pncclGetLastError", comm)
+}
+
+fn text_of(function: &str, comm: Ptr) -> String {
+    let address = symbol(open(&built("libflashcomm.so")), function);
     // SAFETY: a function of this name has this signature.
-    let function = unsafe {
-        std::mem::transmute::<*mut c_void, unsafe extern "C" fn(Ptr) -> *const c_char>(symbol(
-            shim,
-            "flashcommGetLastError",
-        ))
-    };
-    // SAFETY: a communicator or 0; what it answers is NUL-terminated and stays until this thread asks again.
+    let function = unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(Ptr) -> *const c_char>(address) };
+    // SAFETY: a communicator or 0; what it answers is NUL-terminated and stays until there is another error.
     unsafe { CStr::from_ptr(function(comm)) }.to_str().unwrap().to_string()
 }
 
