@@ -8,13 +8,29 @@ use super::boundary::nccl_exports;
 use super::group;
 use crate::comm;
 use crate::nccl::{CommConfig, CommPtr, NcclResult, UniqueId};
+use crate::variables::Variables;
 
 /// `NCCL_SHRINK_ABORT`: operations of the parent are aborted first.
 const SHRINK_ABORT: c_int = 1;
 
-/// Creates one communicator.
-fn one(place: *mut CommPtr, real: impl FnOnce() -> NcclResult) -> NcclResult {
-    group::create((!place.is_null()).then_some(place).into_iter(), real)
+/// Creates one communicator; `mixes_graphs`: whether its captured calls keep their order with others.
+fn one(place: *mut CommPtr, mixes_graphs: bool, real: impl FnOnce() -> NcclResult) -> NcclResult {
+    group::create((!place.is_null()).then_some(place).into_iter(), mixes_graphs, real)
+}
+
+/// What a configuration and the environment say of graphs. In NCCL the configuration comes first.
+fn mixes_graphs(config: *const CommConfig) -> bool {
+    // SAFETY: null or the application's, of the size that it says.
+    let configured = unsafe { CommConfig::mixes_graphs(config) };
+    configured.unwrap_or_else(|| Variables::global().graph_mixing)
+}
+
+/// The same of a child, which without a configuration has its parent's.
+fn child_mixes_graphs(parent: CommPtr, config: *const CommConfig) -> bool {
+    match comm::known(parent) {
+        Some(parent) if config.is_null() => parent.mixes_graphs(),
+        _ => mixes_graphs(config),
+    }
 }
 
 nccl_exports! {
@@ -26,7 +42,7 @@ nccl_exports! {
         comm_id: UniqueId,
         rank: c_int,
     ) {
-        one(comm, real)
+        one(comm, Variables::global().graph_mixing, real)
     }
 
     /// `ncclCommInitRankConfig`: then the ranks meet.
@@ -38,7 +54,7 @@ nccl_exports! {
         rank: c_int,
         config: *mut CommConfig,
     ) {
-        one(comm, real)
+        one(comm, mixes_graphs(config), real)
     }
 
     /// `ncclCommInitRankScalable`: then the ranks meet.
@@ -51,7 +67,7 @@ nccl_exports! {
         comm_ids: *mut UniqueId,
         config: *mut CommConfig,
     ) {
-        one(newcomm, real)
+        one(newcomm, mixes_graphs(config), real)
     }
 
     /// `ncclCommInitAll`: then the ranks meet, each on a thread of its own.
@@ -62,7 +78,7 @@ nccl_exports! {
         devlist: *const c_int,
     ) {
         let n_places = if comm.is_null() { 0 } else { usize::try_from(ndev).unwrap_or(0) };
-        group::create((0..n_places).map(|i| comm.wrapping_add(i)), real)
+        group::create((0..n_places).map(|i| comm.wrapping_add(i)), Variables::global().graph_mixing, real)
     }
 
     /// `ncclCommSplit`: then the ranks of each child meet.
@@ -74,7 +90,7 @@ nccl_exports! {
         newcomm: *mut CommPtr,
         config: *mut CommConfig,
     ) {
-        one(newcomm, real)
+        one(newcomm, child_mixes_graphs(comm, config), real)
     }
 
     /// `ncclCommShrink`: where it aborts the parent's operations, ours end, too. Then the ranks that stay meet.
@@ -90,7 +106,7 @@ nccl_exports! {
         if !comm.is_null() && shrink_flags & SHRINK_ABORT != 0 {
             comm::turn_off(comm);
         }
-        one(new_comm, real)
+        one(new_comm, child_mixes_graphs(comm, config), real)
     }
 
     /// `ncclCommGrow`: then the old ranks and the new ones meet.
@@ -103,6 +119,6 @@ nccl_exports! {
         newcomm: *mut CommPtr,
         config: *mut CommConfig,
     ) {
-        one(newcomm, real)
+        one(newcomm, child_mixes_graphs(comm, config), real)
     }
 }

@@ -21,27 +21,40 @@ thread_local! {
     static QUEUE: RefCell<Vec<Operation>> = const { RefCell::new(Vec::new()) };
     static CHANGES: RefCell<Vec<Change>> = const { RefCell::new(Vec::new()) };
     /// Where the handles of communicators in the making are, or will be at the group's end.
-    static CREATED: RefCell<Vec<*mut CommPtr>> = const { RefCell::new(Vec::new()) };
+    static CREATED: RefCell<Vec<Created>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A communicator in the making.
+struct Created {
+    place: *mut CommPtr,
+    mixes_graphs: bool,
 }
 
 /// Creates communicators, whose handles `real` puts at `places`. Their ranks meet now or, inside a group, at its outermost
 /// end.
-pub(super) fn create(places: impl Iterator<Item = *mut CommPtr>, real: impl FnOnce() -> NcclResult) -> NcclResult {
+pub(super) fn create(
+    places: impl Iterator<Item = *mut CommPtr>,
+    mixes_graphs: bool,
+    real: impl FnOnce() -> NcclResult,
+) -> NcclResult {
     let result = in_real_nccl(real);
     if is_reentered() || !is_good(result) || !Config::global().enable {
         return result;
     }
     CREATED.with_borrow_mut(|created| {
-        created.extend(places);
+        created.extend(places.map(|place| Created { place, mixes_graphs }));
         if DEPTH.get() > 0 { result } else { meet(created, result) }
     })
 }
 
-/// The ranks of the communicators at `places`, for which the real NCCL has answered `result`, meet.
-fn meet(places: &mut Vec<*mut CommPtr>, result: NcclResult) -> NcclResult {
-    // SAFETY: the application vouches for them until the communicator is made, which it is, or is about to be.
-    let handles = places.drain(..).map(|place| unsafe { place.read() });
-    let comms: Vec<_> = handles.filter(|handle| !handle.is_null()).map(comm::of).collect();
+/// The ranks of communicators, for which the real NCCL has answered `result`, meet.
+fn meet(created: &mut Vec<Created>, result: NcclResult) -> NcclResult {
+    let comm = |Created { place, mixes_graphs }: Created| {
+        // SAFETY: the application vouches for it until the communicator is made, which it is, or is about to be.
+        let handle = unsafe { place.read() };
+        (!handle.is_null()).then(|| comm::created(handle, mixes_graphs))
+    };
+    let comms: Vec<_> = created.drain(..).filter_map(comm).collect();
     if result == NcclResult::IN_PROGRESS {
         attach::attach_in_background(comms);
         return result;

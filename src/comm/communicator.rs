@@ -37,6 +37,8 @@ pub(crate) struct Comm {
     switched_off: AtomicBool,
     /// Its ranks are meeting while the application goes on.
     is_meeting: AtomicBool,
+    /// Whether captured calls keep their order with others.
+    mixes_graphs: AtomicBool,
     /// Why its ranks could not meet.
     failed: OnceCell<(NcclResult, String)>,
     setups: [OnceCell<Box<Attached>>; MAX_SETUPS],
@@ -99,6 +101,7 @@ impl Comm {
             state: AtomicUsize::new(OPEN),
             switched_off: AtomicBool::new(false),
             is_meeting: AtomicBool::new(false),
+            mixes_graphs: AtomicBool::new(true),
             failed: OnceCell::new(),
             setups: Default::default(),
             recording: Recording::default(),
@@ -178,6 +181,16 @@ impl Comm {
         let _ = self.failed.set((NcclResult::from(error), error.to_string()));
         self.settle_off();
         HAS_ANY_FAILED.store(true, Ordering::Release);
+    }
+
+    /// Whether captured calls keep their order with others, those of other graphs and those that are not captured.
+    pub(crate) fn mixes_graphs(&self) -> bool {
+        self.mixes_graphs.load(Ordering::Relaxed)
+    }
+
+    /// Says whether they do, before the ranks meet.
+    pub(crate) fn set_mixes_graphs(&self, mixes_graphs: bool) {
+        self.mixes_graphs.store(mixes_graphs, Ordering::Relaxed);
     }
 
     /// Whether its ranks are meeting while the application goes on.

@@ -10,4 +10,4 @@ mod order;
 mod table;
 
 pub(crate) use communicator::{Attached, Comm, has_any_failed};
-pub(crate) use table::{abort, failed_attach, failure, is_meeting, known, of, reap, retire, turn_off};
+pub(crate) use table::{abort, created, failed_attach, failure, is_meeting, known, of, reap, retire, turn_off};

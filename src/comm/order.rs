@@ -3,6 +3,9 @@
 //! NCCL promises that, so it must hold for ours. An event marks the end of the last operation, and
 //! the next one waits for it. Operations that are captured into graphs are in the same order: within
 //! a graph by an edge, from graph to graph and to eager calls by event nodes that each replay passes.
+//!
+//! NCCL promises the latter only where graphs are *mixed* (`NCCL_GRAPH_MIXING_SUPPORT`, `graphUsageMode`). Where they are
+//! not, it puts no such nodes into a graph, and neither does this: bodies of conditional nodes may not have them.
 
 use parking_lot::Mutex;
 
@@ -10,6 +13,7 @@ use crate::cuda::{self, Capture, CudaResult, Dependencies, Event, GraphNode, Str
 
 /// Chains the operations of a communicator.
 pub(crate) struct Order {
+    mixes_graphs: bool,
     events: Mutex<Events>,
 }
 
@@ -33,13 +37,30 @@ struct Captured {
 // SAFETY: the nodes are handles, used while their capture goes on and under the lock of the order.
 unsafe impl Send for Captured {}
 
+impl Events {
+    /// Marks the end of a captured operation, for the next one of its graph only.
+    ///
+    /// # Safety
+    /// As for [`Order::end`].
+    unsafe fn end_in_graph(&mut self, stream: StreamHandle, id: u64) -> CudaResult<()> {
+        let captured = match self.captured.take().filter(|captured| captured.capture == id) {
+            Some(captured) => captured,
+            None => Captured { capture: id, end: Event::new()?, records: Vec::new() },
+        };
+        let captured = self.captured.insert(captured);
+        // SAFETY: as the caller vouches.
+        unsafe { captured.end.record(stream, false) }
+    }
+}
+
 impl Order {
-    /// Without an operation yet, in the current context.
+    /// Without an operation yet, in the current context; `mixes_graphs`: whether captured ones are in order with those
+    /// outside of their graph.
     ///
     /// # Errors
     /// The driver's.
-    pub(crate) fn new() -> CudaResult<Self> {
-        Ok(Self { events: Mutex::new(Events { last: Event::new()?, captured: None }) })
+    pub(crate) fn new(mixes_graphs: bool) -> CudaResult<Self> {
+        Ok(Self { mixes_graphs, events: Mutex::new(Events { last: Event::new()?, captured: None }) })
     }
 
     /// Starts an operation on `stream`: it will run after the communicator's previous one.
@@ -57,7 +78,8 @@ impl Order {
                 Some(captured) if captured.capture == id => unsafe { captured.end.make_wait(stream, false) },
                 // A graph's first operation waits, at each replay, for what was last before that replay.
                 // SAFETY: as above.
-                _ => unsafe { events.last.make_wait(stream, true) },
+                _ if self.mixes_graphs => unsafe { events.last.make_wait(stream, true) },
+                _ => Ok(()),
             },
         }
     }
@@ -72,6 +94,10 @@ impl Order {
             // SAFETY: the caller vouches for the stream.
             return unsafe { events.last.record(stream, false) };
         };
+        if !self.mixes_graphs {
+            // SAFETY: as the caller vouches.
+            return unsafe { events.end_in_graph(stream, id) };
+        }
         // Each replay records the end for whoever comes from outside of the graph. In the graph that stands beside the
         // operations, one record behind the other: no operation is held up by it.
         // SAFETY: as above.

@@ -44,6 +44,14 @@ pub(crate) fn of(handle: CommPtr) -> Arc<Comm> {
     TABLE.write().entry(handle).or_insert_with(|| Arc::new(Comm::new(handle.0))).clone()
 }
 
+/// The entry of a communicator that has just been created. `handle` is not null; `mixes_graphs`: whether its captured calls
+/// keep their order with others.
+pub(crate) fn created(handle: CommPtr, mixes_graphs: bool) -> Arc<Comm> {
+    let comm = of(handle);
+    comm.set_mixes_graphs(mixes_graphs);
+    comm
+}
+
 /// The entry of a communicator, if it has one.
 pub(crate) fn known(handle: CommPtr) -> Option<Arc<Comm>> {
     TABLE.read().get(&CommHandle(handle)).cloned()

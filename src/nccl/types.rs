@@ -2,6 +2,7 @@
 //! makes new operation values at run time and later versions add members.
 
 use std::ffi::c_char;
+use std::mem::offset_of;
 
 /// Declares structures of which only the address is known here.
 macro_rules! opaque {
@@ -22,10 +23,42 @@ opaque! {
     pub(crate) Stream;
     /// `ncclCollConfig_t`, passed through.
     pub(crate) CollConfig;
-    /// `ncclConfig_t`, passed through.
-    pub(crate) CommConfig;
     /// `ncclSimInfo_t`, passed through.
     pub(crate) SimInfo;
+}
+
+/// The head of `ncclConfig_t`; later versions add members behind it.
+#[repr(C)]
+pub(crate) struct CommConfig {
+    size: usize,
+    magic_and_version: [u32; 2],
+    blocking_cga_size_ctas: [i32; 4],
+    net_name: *const c_char,
+    split_share_traffic_class: [i32; 2],
+    comm_name: *const c_char,
+    collnet_policy_shrink_nvls_channels_scheduling: [i32; 6],
+    graph_usage_mode: i32,
+}
+
+impl CommConfig {
+    /// Whether calls that are captured keep their order with others: mode 2 of `graphUsageMode`. `None` where it is not
+    /// set, or where the configuration is null or of a version that does not have it.
+    ///
+    /// # Safety
+    /// `config` is null or points to as many bytes as its size says.
+    pub(crate) unsafe fn mixes_graphs(config: *const Self) -> Option<bool> {
+        let needed = offset_of!(Self, graph_usage_mode) + size_of::<i32>();
+        // SAFETY: not null; the size is there whatever the version.
+        if config.is_null() || unsafe { (*config).size } < needed {
+            return None;
+        }
+        // SAFETY: it is large enough.
+        match unsafe { (*config).graph_usage_mode } {
+            0 | 1 => Some(false),
+            2 => Some(true),
+            _ => None,
+        }
+    }
 }
 
 /// `ncclComm_t`.
