@@ -1,8 +1,10 @@
 """The packed programs: kernels, sanitizers, the simulators' jobs on the real driver, and the C++ example."""
 
+import sys
+
 import pytest
 
-from harness import PACK, SHARING_GPU, need_program, part
+from harness import JOBS, PACK, SHARING_GPU, need_program, part
 
 
 @part("kernels")
@@ -74,12 +76,21 @@ def test_sanitizer_of_the_fused_kernel(runner, packed_nccl, tool, job):
             id="widths-that-change",
         ),
         pytest.param(60, ["soak::"], id="soak"),
+        pytest.param(100, ["meeting::"], id="late-ranks-and-first-sums-in-any-order"),
     ],
 )
 def test_simulators_job(runner, packed_nccl, limit, filters):
     """Threads as ranks of this GPU, on the real driver and the packed NCCL."""
     settings = {"FLASHCOMM_TEST_REAL": 1, "FLASHCOMM_TEST_NCCL": packed_nccl, "FLASHCOMM_TEST_SOAK_OPS": 2000}
     runner.run(sim(runner, *filters), limit, **settings)
+
+
+@part("jobs")
+@pytest.mark.parametrize("how", ["environment", "configuration"])
+def test_conditional_nodes(runner, packed_nccl, how):
+    """Captured into the body of an IF node, where graphs are not mixed."""
+    job = [sys.executable, JOBS / "conditional_job.py", how]
+    runner.run(job, 60, **SHARING_GPU, FLASHCOMM_NCCL_LIB=packed_nccl)
 
 
 @part("example")
