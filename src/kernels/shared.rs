@@ -66,9 +66,9 @@ pub const CONSTANTS: [(&str, &str, usize); 17] = [
 /// The same of floating-point numbers.
 pub const FLOAT_CONSTANTS: [(&str, f32); 4] = [
     ("kLeastUnitFp16", <f16 as Element>::LEAST_UNIT),
-    ("kGreatestUnitFp16", <f16 as Element>::GREATEST_UNIT),
+    ("kGreatestFp16", <f16 as Element>::GREATEST),
     ("kLeastUnitBf16", <bf16 as Element>::LEAST_UNIT),
-    ("kGreatestUnitBf16", <bf16 as Element>::GREATEST_UNIT),
+    ("kGreatestBf16", <bf16 as Element>::GREATEST),
 ];
 
 /// A struct below, for `shared.cuh`.
