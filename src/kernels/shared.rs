@@ -134,7 +134,7 @@ shared_structs! {
         /// The operation's elements.
         input: *const c_void,
         /// Slots of all ranks, in order.
-        incoming: *const u8,
+        incoming: *mut u8,
         /// The sum's payload.
         outgoing: *mut u8,
         /// Bytes from one incoming slot to the next.
@@ -147,6 +147,8 @@ shared_structs! {
         slice: Slice,
         /// What the sum is multiplied with: 1, or 1 / world for an average.
         scale: f32,
+        /// 1: the rank's own input is quantized before it is added, as those of the others are; else 0.
+        batch_invariant: u32,
     }
 
     /// What `dequantize` gets.
@@ -205,5 +207,7 @@ shared_structs! {
         group_shift: u32,
         /// What the sum is multiplied with: 1, or 1 / world for an average.
         scale: f32,
+        /// As in [`ReduceArgs`].
+        batch_invariant: u32,
     }
 }

@@ -119,8 +119,12 @@ pub fn rings(facts: &[Blob]) -> Option<Rings> {
 
 /// From how many bytes on an all-reduce is compressed: what the ranks have set, or what was measured (docs/tuning.md).
 pub(crate) fn min_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
-    let default = || default_min_bytes(kind, facts.len(), is_one_host(facts));
-    facts[0].agreement.min_bytes.unwrap_or_else(default)
+    let agreement = &facts[0].agreement;
+    let default = || match agreement.legs.batch_invariant {
+        true => 0, // a row must not go another way because its batch is small
+        false => default_min_bytes(kind, facts.len(), is_one_host(facts)),
+    };
+    agreement.min_bytes.unwrap_or_else(default)
 }
 
 /// From how many bytes on an all-reduce is compressed by default; `u64::MAX`: never.

@@ -25,7 +25,8 @@ impl Op {
 
 /// The compressed sum, or average, of `inputs`, one slice of equal length per rank, in rank order.
 ///
-/// Each chunk's owner adds, in fp32 and in rank order, what it decodes of the others and its own input unquantized;
+/// Each chunk's owner adds, in fp32 and in rank order, what it decodes of the others and its own input unquantized (where
+/// the legs are batch invariant, as it would decode, too);
 /// the sum is quantized for the gather leg, and everyone (the owner, too) keeps what that decodes to. All of it happens
 /// in the domain of the code: each input enters it once, the result leaves it once.
 ///
@@ -60,7 +61,7 @@ fn reduce_tile<E: Element>(inputs: &[&[E]], scale: f32, owner: usize, start: usi
     let mut sum = Vec::new();
     for (rank, input) in inputs.iter().enumerate() {
         let mut term = legs.reduce.enter(&input[start..start + out.len()]);
-        if rank != owner {
+        if rank != owner || legs.batch_invariant {
             legs.reduce.encode_tile::<E>(&term, &mut payload);
             legs.reduce.decode_tile::<E>(&payload, &mut term);
         }
@@ -85,7 +86,7 @@ mod tests {
 
     fn legs(reduce: u8, gather: u8) -> Legs {
         let codec = |bits| Codec::plain(Width::new(bits).unwrap(), GroupSize::new(32).unwrap());
-        Legs { reduce: codec(reduce), gather: codec(gather) }
+        Legs { reduce: codec(reduce), gather: codec(gather), batch_invariant: false }
     }
 
     #[test]
