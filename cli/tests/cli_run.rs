@@ -119,6 +119,17 @@ fn every_setting_has_an_option_that_the_shims_parser_checks() {
 }
 
 #[test]
+fn a_job_that_wants_batch_invariance_gets_plain_nccl_or_a_batch_invariant_shim() {
+    let of = |arguments: &[&str]| {
+        let mut command = flashcomm(&[&["run"], arguments, &["sh", "-c", "echo $FLASHCOMM_ENABLE"]].concat());
+        let (stdout, stderr, _) = run(command.env("VLLM_BATCH_INVARIANT", "1"));
+        (stdout, stderr.contains("VLLM_BATCH_INVARIANT=1 wants results that do not depend on the batch"))
+    };
+    assert_eq!(of(&["--"]), ("0\n".into(), true));
+    assert_eq!(of(&["--batch-invariant", "1", "--"]), ("\n".into(), false));
+}
+
+#[test]
 fn a_job_without_a_real_nccl_is_refused_unless_forced() {
     let (stdout, stderr, code) = run(&mut bare(&["run", "--", "sh", "-c", "echo started"]));
     assert_eq!((stdout.as_str(), code), ("", 125), "{stderr}");

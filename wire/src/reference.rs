@@ -141,12 +141,42 @@ mod tests {
         let input: Vec<f16> = (0..count).map(|i| f16::from_f32(60000.0 - i as f32)).collect();
         for code in Code::ALL {
             let codec = Codec { code, ..legs(8, 8).reduce };
-            // Octets of equal elements are the worst of blocks.
+            // Octets of nearly equal elements are the worst of blocks.
             let most = if code == Code::Blocks { 1500.0 } else { 300.0 };
             let average = all_reduce(&[&input, &input, &input], Op::Average, Legs::new(codec, codec).unwrap());
             for (x, y) in input.iter().zip(&average) {
                 assert!((x.to_f32() - y.to_f32()).abs() < most, "{code:?}: {x} {y}");
             }
+        }
+    }
+
+    #[test]
+    fn a_batch_invariant_result_depends_on_nothing_but_its_groups_elements() {
+        // Groups of three ranks' inputs, alone, and among others in any place: chunks of other owners, too.
+        let (group, n_groups) = (64, if cfg!(miri) { 3 } else { 200 });
+        let inputs: Vec<Vec<bf16>> = (0..3)
+            .map(|rank| (0..group * n_groups).map(|i| bf16::from_f32((i as f32 * 0.37 + rank as f32).sin())).collect())
+            .collect();
+        let places: Vec<usize> = (0..n_groups).map(|i| i * 77 % n_groups).collect();
+        for code in Code::ALL {
+            let codec = Codec { code, ..Codec::plain(Width::new(4).unwrap(), GroupSize::new(64).unwrap()) };
+            let sum = |batch_invariant: bool, which: &[usize]| {
+                let of = |input: &Vec<bf16>| -> Vec<bf16> {
+                    which.iter().flat_map(|n| input[n * group..][..group].to_vec()).collect()
+                };
+                let ranks: Vec<Vec<bf16>> = inputs.iter().map(of).collect();
+                let ranks: Vec<&[bf16]> = ranks.iter().map(Vec::as_slice).collect();
+                all_reduce(&ranks, Op::Sum, Legs::new(codec, codec).unwrap().with_batch_invariant(batch_invariant))
+            };
+            let changes = |batch_invariant: bool| {
+                let (all, moved) =
+                    (sum(batch_invariant, &(0..n_groups).collect::<Vec<_>>()), sum(batch_invariant, &places));
+                let alone = sum(batch_invariant, &[2]);
+                let is_other = |(at, n): (usize, &usize)| moved[at * group..][..group] != all[n * group..][..group];
+                places.iter().enumerate().any(is_other) || alone != all[2 * group..][..group]
+            };
+            assert!(!changes(true), "{code:?}");
+            assert!(changes(false) || cfg!(miri), "{code:?}: else nobody needs it");
         }
     }
 }

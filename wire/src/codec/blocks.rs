@@ -54,8 +54,8 @@
 //! # Layout
 //!
 //! Behind the quants stand the levels, 2 bytes per thread with that of row r in byte r % 2, from bit r / 2 * 4 on (so
-//! two rows' move at a time), then the units, 2 bytes per group, 8 per thread. That is 0.625 bits per element at a
-//! group of 128.
+//! two rows' move at a time), then the units, 2 bytes per group, 8 per thread. That is 0.75 bits per element at a
+//! group of 64.
 
 use super::layout::{Place, store, stored};
 use super::{Codec, LANE_ELEMS, TILE_ELEMS};
