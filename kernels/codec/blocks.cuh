@@ -77,6 +77,7 @@ struct Blocks {
       largest[row] = max_nan(Element<T>::to_float(uint16_t(two)), Element<T>::to_float(uint16_t(two >> 16)));
       maybe_constant |= (upper == 0) | !(largest[row] <= Pairs<T>::kGreatest);
     }
+    // Rare. (Asked of the whole warp, here and below, since a branch that may diverge takes registers.)
     if (__any_sync(kAllLanes, maybe_constant)) {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
@@ -190,10 +191,10 @@ struct Blocks {
         out.words[n] = Element<T>::word(__floats2bfloat162_rn(low, high));
       }
     }
-    if (__builtin_expect(half == 0.0f, false)) {
+    if (__any_sync(kAllLanes, half == 0.0f)) {
       const uint16_t element = constant(in, row);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) out.words[n] = two_elements(element, element);
+      for (int n = 0; n < 4; ++n) out.words[n] = half == 0.0f ? two_elements(element, element) : out.words[n];
     }
     return out;
   }
