@@ -185,7 +185,7 @@ fn demo_draws_the_error_of_each_width() {
     let (stdout, stderr, code) = run(flashcomm(&arguments).arg(&path));
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     let svg = std::fs::read_to_string(path).unwrap();
-    for text in ["4 (3.46x smaller)", "8 (1.86x smaller)", "2:8 (", "NCCL, 16 bits", "relative L2 error"] {
+    for text in ["4 (3.37x smaller)", "8 (1.83x smaller)", "2:8 (", "NCCL, 16 bits", "relative L2 error"] {
         assert!(svg.contains(text), "no {text:?} in the picture");
     }
 }
