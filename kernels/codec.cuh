@@ -7,7 +7,7 @@
 //   kQuantsBytes, params_bytes(shift)   of the two parts of a payload: quants, and behind them what there is for each group
 //   encode_input(x, shift)          x: this thread's elements as they are stored; may be overwritten
 //   add_input(row, sum)             adds a row of them to a row of a sum, as they would be if they were not quantized
-//   encode(sum, shift)
+//   encode(sum, shift)              sum: may be overwritten
 //   add(thread, sum)                adds what they decode to
 //   decode_row(thread, row)         a row as the output has it
 //   load_quants(payload, thread), store_quants(payload, thread)

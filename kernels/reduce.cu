@@ -5,6 +5,9 @@
 //          incoming slots of the ranks in order, slot_bytes apart: their tiles of this chunk (not the owner's own slot)
 //   writes outgoing the tiles of the sum
 //
+// Where the result is to be batch invariant, the owner's input is quantized first, to its slot of incoming, and added as
+// the others' are.
+//
 // The sum is taken in fp32 in rank order, whatever order the payloads came in, so that every exchange and every run
 // gives the same bits. Past the
 // end of a short tile the repeated inputs are summed like any others.
@@ -24,12 +27,18 @@ __device__ __forceinline__ void reduce(const ReduceArgs& args) {
 
   const unsigned shift = args.slice.group_shift;
   const T* input = static_cast<const T*>(args.input) + tile.start;
-  const uint8_t* incoming = args.incoming + blockIdx.x * payload_bytes<In>(shift);
+  uint8_t* incoming = args.incoming + blockIdx.x * payload_bytes<In>(shift);
+  if (args.batch_invariant != 0) {
+    ThreadVecs own;
+    load_vecs(input, tile.n_elems, own);
+    store_payload<In>(incoming + args.rank * args.slot_bytes, shift, In::encode_input(own, shift));
+    __syncwarp();  // a warp reads no more of a payload than it has written
+  }
   ThreadElems sum;
   start_sum(sum);
 #pragma unroll 1  // unrolled, the senders' quants would take 150 registers
   for (unsigned rank = 0; rank < args.world; ++rank) {
-    if (rank == args.rank) {
+    if (rank == args.rank && args.batch_invariant == 0) {
       ThreadVecs own;
       load_vecs(input, tile.n_elems, own);
 #pragma unroll

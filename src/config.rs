@@ -62,11 +62,11 @@ impl ExchangeKind {
 pub struct Config {
     /// `FLASHCOMM_ENABLE`.
     pub enable: bool,
-    /// `FLASHCOMM_BITS`, `FLASHCOMM_GROUP` and `FLASHCOMM_CODE`.
+    /// `FLASHCOMM_BITS`, `FLASHCOMM_GROUP`, `FLASHCOMM_CODE` and `FLASHCOMM_BATCH_INVARIANT`.
     pub legs: Legs,
     /// `FLASHCOMM_CODE`; `None`: the default one for the widths.
     pub code: Option<Code>,
-    /// `FLASHCOMM_MIN_BYTES`; `None`: the exchange's measured default.
+    /// `FLASHCOMM_MIN_BYTES`; `None`: the exchange's measured default, or 0 where the legs are batch invariant.
     pub min_bytes: Option<u64>,
     /// `FLASHCOMM_DTYPES`: whether fp16 is compressed.
     pub fp16: bool,
@@ -126,6 +126,7 @@ impl Config {
             Some((code, Legs::choose(code, widths, group)?))
         });
         let (fp16, bf16) = reader.read("FLASHCOMM_DTYPES", parse_dtypes);
+        let legs = legs.with_batch_invariant(reader.read("FLASHCOMM_BATCH_INVARIANT", parse_switch));
         let config = Config {
             enable: reader.read("FLASHCOMM_ENABLE", parse_switch),
             legs,
@@ -259,7 +260,7 @@ mod tests {
         let config = Config::default();
         assert!(config.enable && config.fp16 && config.bf16);
         assert_eq!(config.legs.to_string(), "8");
-        assert_eq!((config.legs.reduce.group.n_elems(), config.code, config.legs.code()), (128, None, Code::Blocks));
+        assert_eq!((config.legs.reduce.group.n_elems(), config.code, config.legs.code()), (64, None, Code::Blocks));
         assert_eq!((config.min_bytes, config.exchange), (None, None));
         assert_eq!(config.buffer_bytes, 64 << 20);
         assert_eq!((config.max_ctas, config.timeout), (0, None));

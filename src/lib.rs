@@ -11,7 +11,7 @@
 //! 3. [`allreduce`] runs it: quantize, hop 1, reduce, hop 2, dequantize, all on the caller's stream, over an
 //!    [`exchange`]. Inside a group it waits for the group's end: [`abi::group`].
 //!
-//! The invariants that the files cite as I1 to I7 are in `docs/design/invariants.md`, the words in `docs/design/glossary.md`.
+//! The invariants that the files cite as I1 to I8 are in `docs/design/invariants.md`, the words in `docs/design/glossary.md`.
 //!
 //! # The map
 //!

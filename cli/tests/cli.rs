@@ -41,8 +41,8 @@ fn demo_shows_each_width_with_its_bytes_and_its_error() {
     let (stdout, stderr, code) = run(&mut flashcomm(&arguments));
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     assert!(stdout.contains("the simulator"), "{stdout}");
-    // Of 16 bits an element: blocks carry 0.5 bits of levels and 2 bytes for each 128, the plain code 4 bytes for each 128.
-    let rows = [("8", "1.86x", 44.0..47.0), ("4", "3.46x", 20.0..22.0), ("4-plain", "3.76x", 16.0..20.0)];
+    // Of 16 bits an element: blocks carry 0.5 bits of levels and 2 bytes for each 64, the plain code 4 bytes for each 64.
+    let rows = [("8", "1.83x", 44.0..47.0), ("4", "3.37x", 20.0..22.0), ("4-plain", "3.56x", 16.0..20.0)];
     for (bits, smaller, sqnr_db) in rows {
         let cells = row(&stdout, bits);
         // bits, number, MiB, smaller, relative L2, SQNR, max abs, same bits, reference, compressed, forwarded
@@ -185,7 +185,7 @@ fn demo_draws_the_error_of_each_width() {
     let (stdout, stderr, code) = run(flashcomm(&arguments).arg(&path));
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     let svg = std::fs::read_to_string(path).unwrap();
-    for text in ["4 (3.46x smaller)", "8 (1.86x smaller)", "2:8 (", "NCCL, 16 bits", "relative L2 error"] {
+    for text in ["4 (3.37x smaller)", "8 (1.83x smaller)", "2:8 (", "NCCL, 16 bits", "relative L2 error"] {
         assert!(svg.contains(text), "no {text:?} in the picture");
     }
 }

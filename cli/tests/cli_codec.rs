@@ -50,7 +50,7 @@ fn the_table_the_recommendation_and_the_files_agree() {
         assert!(row.contains(&format!("{:.5}", number(&line["sum"], "relative_l2"))), "{row}");
     }
     let svg = std::fs::read_to_string(dir.path().join("out.svg")).unwrap();
-    assert!(svg.contains("blocks, group 128"));
+    assert!(svg.contains("blocks, group 64"));
 
     let (stdout, _, code) =
         codec(dir.path(), &["x.safetensors", "--bits", "2,3:4", "--codes", "plain,blocks", "--error", "0.001"]);

@@ -1,5 +1,4 @@
-//! `flashcomm run` and `flashcomm doctor`, run as users run them: what a job gets, what is refused, and that engines take
-//! what is set for them as their published source says.
+//! `flashcomm run` and `flashcomm doctor` as users run them; and that engines take what is set, as their source says.
 
 mod command;
 
@@ -116,6 +115,15 @@ fn every_setting_has_an_option_that_the_shims_parser_checks() {
     }
     let (_, stderr, code) = run(flashcomm(&["run", "true"]).env("FLASHCOMM_GROUP", "100"));
     assert!(code == 125 && stderr.contains("FLASHCOMM_GROUP=\"100\""), "{stderr}");
+}
+
+#[test]
+fn a_job_that_wants_batch_invariance_is_not_compressed_unless_that_is_batch_invariant() {
+    for (invariant, enable) in [("0", "0\n"), ("1", "\n")] {
+        let mut command = flashcomm(&["run", "--batch-invariant", invariant, "sh", "-c", "echo $FLASHCOMM_ENABLE"]);
+        let (stdout, stderr, _) = run(command.env("VLLM_BATCH_INVARIANT", "1"));
+        assert_eq!((stdout.as_str(), stderr.contains("VLLM_BATCH_INVARIANT=1 wants")), (enable, invariant == "0"));
+    }
 }
 
 #[test]

@@ -18,7 +18,7 @@ struct Pairs<__half> {
   // In both halves, or in the lower and in the upper one.
   static constexpr uint32_t kEighth = 0x30003000, kMinusEighth = 0xb000b000;
   static constexpr uint32_t kPlusMinus = 0xbc003c00, kMinusPlus = 0x3c00bc00;
-  static constexpr float kLeastUnit = kLeastUnitFp16, kGreatestUnit = kGreatestUnitFp16;
+  static constexpr float kLeastUnit = kLeastUnitFp16, kGreatest = kGreatestFp16;
   __device__ static uint32_t mul(uint32_t a, uint32_t b) { return E::word(__hmul2_rn(E::pair(a), E::pair(b))); }
   __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
     return E::word(__hfma2(E::pair(a), E::pair(b), E::pair(c)));
@@ -37,7 +37,7 @@ struct Pairs<__nv_bfloat16> {
   using E = Element<__nv_bfloat16>;
   static constexpr uint32_t kEighth = 0x3e003e00, kMinusEighth = 0xbe00be00;
   static constexpr uint32_t kPlusMinus = 0xbf803f80, kMinusPlus = 0x3f80bf80;
-  static constexpr float kLeastUnit = kLeastUnitBf16, kGreatestUnit = kGreatestUnitBf16;
+  static constexpr float kLeastUnit = kLeastUnitBf16, kGreatest = kGreatestBf16;
   __device__ static uint32_t mul(uint32_t a, uint32_t b) { return E::word(__hmul2_rn(E::pair(a), E::pair(b))); }
   __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
     return E::word(__hfma2(E::pair(a), E::pair(b), E::pair(c)));
@@ -67,12 +67,25 @@ struct Blocks {
   // x: turned into its transform.
   __device__ static Thread encode_input(ThreadVecs& x, unsigned group_shift) {
     float largest[kRows];
+    bool maybe_constant = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       enter(x[row]);
       const uint32_t(&w)[4] = x[row].words;
-      const uint32_t two = Pairs<T>::abs_max(Pairs<T>::abs_max(w[0], w[1]), Pairs<T>::abs_max(w[2], w[3]));
+      const uint32_t upper = Pairs<T>::abs_max(w[2], w[3]);
+      const uint32_t two = Pairs<T>::abs_max(Pairs<T>::abs_max(w[0], w[1]), upper);
       largest[row] = max_nan(Element<T>::to_float(uint16_t(two)), Element<T>::to_float(uint16_t(two >> 16)));
+      maybe_constant |= (upper == 0) | !(largest[row] <= Pairs<T>::kGreatest);
+    }
+    // Rare. (Asked of the whole warp, here and below, since a branch that may diverge takes registers.)
+    if (__any_sync(kAllLanes, maybe_constant)) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        float wide[kLaneElems];
+        widen<T>(x[row], wide);
+        make_constant(wide, largest[row]);
+        narrow<T>(wide, x[row]);
+      }
     }
     Thread out = {};
     float inverse[kRows];
@@ -86,13 +99,18 @@ struct Blocks {
     return out;
   }
 
-  __device__ static Thread encode(const ThreadElems& x, unsigned group_shift) {
+  __device__ static Thread encode(ThreadElems& x, unsigned group_shift) {
     float largest[kRows];
+    bool maybe_constant = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      largest[row] = fabsf(x[row][0]);
+      const float upper = largest_of_4(x[row] + 4);
+      largest[row] = max_nan(largest_of_4(x[row]), upper);
+      maybe_constant |= (upper == 0.0f) | !(largest[row] <= Pairs<T>::kGreatest);
+    }
+    if (__any_sync(kAllLanes, maybe_constant)) {
 #pragma unroll
-      for (int e = 1; e < kLaneElems; ++e) largest[row] = max_nan(largest[row], fabsf(x[row][e]));
+      for (int row = 0; row < kRows; ++row) make_constant(x[row], largest[row]);
     }
     Thread out = {};
     float inverse[kRows];
@@ -123,6 +141,16 @@ struct Blocks {
           float& s = sum[row][half * 4 + e];
           s = __fmaf_rn(middle, step, s);  // the product is exact
         }
+      }
+    }
+    // To a constant octet, whose step is 0, nothing has been added so far.
+    if (__builtin_expect(has_constants(in), false)) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        if ((in.levels >> level_shift(row) & kMaxLevel) != 0) continue;
+        const float half = __fmul_rn(0.5f, Element<T>::to_float(constant(in, row)));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[row][e] = __fadd_rn(sum[row][e], e == 3 ? -half : half);
       }
     }
   }
@@ -163,6 +191,11 @@ struct Blocks {
         out.words[n] = Element<T>::word(__floats2bfloat162_rn(low, high));
       }
     }
+    if (__any_sync(kAllLanes, half == 0.0f)) {
+      const uint16_t element = constant(in, row);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) out.words[n] = half == 0.0f ? two_elements(element, element) : out.words[n];
+    }
     return out;
   }
 
@@ -199,14 +232,51 @@ struct Blocks {
     return __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
   }
 
+  // The largest magnitude of 4 values.
+  __device__ static float largest_of_4(const float* x) {
+    return max_nan(max_nan(fabsf(x[0]), fabsf(x[1])), max_nan(fabsf(x[2]), fabsf(x[3])));
+  }
+
+  // Where an octet is to be a constant, c becomes what has its quants when encoded with an inverse of 1, and its largest
+  // magnitude 0, which tells scales() of it and takes no part in the group's.
+  __device__ static void make_constant(float (&c)[kLaneElems], float& largest) {
+    const bool is_equal = c[1] == c[0] && c[2] == c[0] && c[3] == -c[0] && largest_of_4(c + 4) == 0.0f;
+    const bool is_constant = is_equal || !(largest <= Pairs<T>::kGreatest);
+    const uint32_t element = is_equal ? Element<T>::nearest(__fadd_rn(__fadd_rn(c[0], c[0]), 0.0f)) : kCanonicalNan;
+#pragma unroll
+    for (int e = 0; e < kLaneElems; ++e) {
+      const uint32_t quant = e * kBits < 16 ? element >> (e * kBits) & (2 * kHalfRange - 1) : 0;
+      c[e] = select(is_constant, float(int(quant) - kHalfRange), c[e]);
+    }
+    largest = select(is_constant, 0.0f, largest);
+  }
+
+  __device__ static int level_shift(int row) { return row % 2 * 8 + row / 2 * 4; }
+
+  // Whether a level is 0.
+  __device__ static bool has_constants(const Thread& in) {
+    return ((in.levels - 0x1111) & ~in.levels & 0x8888) != 0;
+  }
+
+  // The element of a constant octet.
+  __device__ static uint16_t constant(const Thread& in, int row) {
+    uint32_t element = 0;
+#pragma unroll
+    for (int half = 0; half < 2 && half * 4 * kBits < 16; ++half) {
+      const uint32_t quants = P::get_half(in.quants, row * 2 + half);
+      const uint32_t pairs = (quants & 0x00ff00ff) | (quants & 0xff00ff00) >> (8 - kBits);
+      element |= ((pairs & 0xffff) | pairs >> 16 << (2 * kBits)) << (half * 4 * kBits);
+    }
+    return uint16_t(element);
+  }
+
   // Units and levels, and the inverse of the step in each row.
-  // largest: the largest magnitude of each octet.
+  // largest: the largest magnitude of each octet; 0: it is a constant, of level 0.
   __device__ static void scales(const float (&largest)[kRows], unsigned group_shift, Thread& out, float (&inverse)[kRows]) {
     const float max = reduce_rows(largest, group_shift, max_nan);
     const float share = __fmul_rn(max, (1.0f + 1.0f / 2048) / kMaxLevel);
     float unit = __uint_as_float((__float_as_uint(share) + 0x1ffffu) & ~0x1ffffu);  // 7 significant bits, rounded up
     unit = fmaxf(unit, Pairs<T>::kLeastUnit);
-    if (!(max <= 3e38f && unit <= Pairs<T>::kGreatestUnit)) unit = __uint_as_float(0x7fffffff);
     const float my_per_unit = __fmul_rn(inverse_of(unit), 1.0f + 1.0f / 4096);
     uint32_t level_bits[kRows], units[kRows];
 #pragma unroll
@@ -215,8 +285,8 @@ struct Blocks {
       units[row] = Element<T>::nearest(unit_here);
       const float level = __fmaf_ru(largest[row], of_row(my_per_unit, row), kIntegerMagic);
       level_bits[row] = __float_as_uint(level);
-      const float at_least_1 = fmaxf(__fsub_rn(level, kIntegerMagic), 1.0f);
-      inverse[row] = inverse_of(__fmul_rn(at_least_1, __fmul_rn(unit_here, 1.0f / kHalfRange)));
+      const float step = __fmul_rn(__fsub_rn(level, kIntegerMagic), __fmul_rn(unit_here, 1.0f / kHalfRange));
+      inverse[row] = largest[row] == 0.0f ? 1.0f : inverse_of(step);
     }
     out.levels = (__byte_perm(level_bits[0], level_bits[1], 0x0040) & 0x0f0f) |
                  (__byte_perm(level_bits[2], level_bits[3], 0x0040) & 0x0f0f) << 4;

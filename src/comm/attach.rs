@@ -113,7 +113,10 @@ impl Change {
         let mut legs = self.comm.attached().map_or(Config::global().legs, |attached| attached.legs);
         if let Some(widths) = self.widths {
             // A code that has no kernels for them gives way to the default one.
-            let choose = |code| Legs::choose(code, widths, legs.reduce.group);
+            let choose = |code| {
+                let chosen = Legs::choose(code, widths, legs.reduce.group)?;
+                Some(chosen.with_batch_invariant(legs.batch_invariant))
+            };
             legs = choose(Config::global().code).or_else(|| choose(None)).expect("the default code takes all widths");
         }
         let is_off = self.comm.verdict() == Verdict::SwitchedOff;

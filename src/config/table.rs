@@ -19,7 +19,7 @@ pub struct Setting {
 }
 
 /// Every setting.
-pub const SETTINGS: [Setting; 18] = [
+pub const SETTINGS: [Setting; 19] = [
     setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
     setting(
         "FLASHCOMM_BITS",
@@ -28,7 +28,7 @@ pub const SETTINGS: [Setting; 18] = [
         "bits per element on the wire; 16: as they are",
         true,
     ),
-    setting("FLASHCOMM_GROUP", "128", "32, 64 or 128", "elements that share a scale", true),
+    setting("FLASHCOMM_GROUP", "64", "32, 64 or 128", "elements that share a scale", true),
     setting(
         "FLASHCOMM_CODE",
         "auto",
@@ -41,6 +41,13 @@ pub const SETTINGS: [Setting; 18] = [
         "auto",
         "auto, or a number of bytes, K, M or G allowed behind it",
         "smaller all-reduces go to the real NCCL",
+        true,
+    ),
+    setting(
+        "FLASHCOMM_BATCH_INVARIANT",
+        "0",
+        "0 or 1",
+        "1: a row's sum does not depend on the rest of its batch",
         true,
     ),
     setting("FLASHCOMM_DTYPES", "fp16,bf16", "fp16, bf16 or both", "element types that are compressed", true),

@@ -190,6 +190,7 @@ impl Fused {
             max_channels: self.rings.channels as u32,
             group_shift: kernels::group_shift(self.rings.legs.reduce),
             scale: 1.0,
+            batch_invariant: self.rings.legs.batch_invariant.into(),
         }
     }
 

@@ -60,7 +60,8 @@ impl Instance {
     /// one for GPU memory there, too.
     pub fn new(verb: Verb, element: ElementType, legs: Legs) -> Option<Self> {
         let (code, pair) = (legs.code(), (legs.reduce.width, legs.gather.width));
-        Legs::choose(Some(code), pair, legs.reduce.group).filter(|chosen| *chosen == legs)?;
+        Legs::choose(Some(code), pair, legs.reduce.group)
+            .filter(|chosen| chosen.with_batch_invariant(legs.batch_invariant) == legs)?;
         let (reduce, gather) = pair;
         let widths = match verb {
             Verb::Quantize => vec![reduce],

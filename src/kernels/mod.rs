@@ -196,13 +196,14 @@ impl Kernels {
     /// Sums the payloads in `incoming` and the caller's own chunk, and quantizes the sum to `outgoing`.
     ///
     /// # Safety
-    /// As for [`Kernels::quantize`]; both areas are the plan's, and what is in `outgoing` is overwritten.
+    /// As for [`Kernels::quantize`]; both areas are the plan's, and what is in `outgoing` is overwritten, as is the rank's
+    /// own slot of `incoming` where the legs are batch invariant.
     pub unsafe fn reduce(
         &self,
         piece: Piece<'_>,
         rank: usize,
         input: *const c_void,
-        incoming: *const c_void,
+        incoming: *mut c_void,
         outgoing: *mut c_void,
         stream: StreamHandle,
     ) -> CudaResult<()> {
@@ -215,6 +216,7 @@ impl Kernels {
             world: piece.plan.world() as u32,
             slice: piece.args(piece.plan.legs().reduce),
             scale: piece.scale,
+            batch_invariant: piece.plan.legs().batch_invariant.into(),
         };
         // SAFETY: as the caller vouches; the struct is the kernel's.
         unsafe { self.entries(piece.element).reduce.launch(tiles(piece.n_tiles(), 1), stream, &args) }

@@ -66,9 +66,9 @@ pub const CONSTANTS: [(&str, &str, usize); 17] = [
 /// The same of floating-point numbers.
 pub const FLOAT_CONSTANTS: [(&str, f32); 4] = [
     ("kLeastUnitFp16", <f16 as Element>::LEAST_UNIT),
-    ("kGreatestUnitFp16", <f16 as Element>::GREATEST_UNIT),
+    ("kGreatestFp16", <f16 as Element>::GREATEST),
     ("kLeastUnitBf16", <bf16 as Element>::LEAST_UNIT),
-    ("kGreatestUnitBf16", <bf16 as Element>::GREATEST_UNIT),
+    ("kGreatestBf16", <bf16 as Element>::GREATEST),
 ];
 
 /// A struct below, for `shared.cuh`.
@@ -134,7 +134,7 @@ shared_structs! {
         /// The operation's elements.
         input: *const c_void,
         /// Slots of all ranks, in order.
-        incoming: *const u8,
+        incoming: *mut u8,
         /// The sum's payload.
         outgoing: *mut u8,
         /// Bytes from one incoming slot to the next.
@@ -147,6 +147,8 @@ shared_structs! {
         slice: Slice,
         /// What the sum is multiplied with: 1, or 1 / world for an average.
         scale: f32,
+        /// 1: the rank's own input is quantized before it is added, as those of the others are; else 0.
+        batch_invariant: u32,
     }
 
     /// What `dequantize` gets.
@@ -205,5 +207,7 @@ shared_structs! {
         group_shift: u32,
         /// What the sum is multiplied with: 1, or 1 / world for an average.
         scale: f32,
+        /// As in [`ReduceArgs`].
+        batch_invariant: u32,
     }
 }

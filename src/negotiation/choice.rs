@@ -174,11 +174,13 @@ pub fn rings(facts: &[Blob]) -> Option<Rings> {
 
 /// From how many bytes on an all-reduce is compressed: what the ranks have set, or what was measured (docs/tuning.md).
 pub(crate) fn min_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
+    let agreement = &facts[0].agreement;
     let default = || match kind {
+        _ if agreement.legs.batch_invariant => 0, // a row must not go another way because its batch is small
         ExchangeKind::Nccl if sends_more_than_nccl(facts) => u64::MAX,
         _ => default_min_bytes(kind, facts.len(), !is_over_network(facts)),
     };
-    facts[0].agreement.min_bytes.unwrap_or_else(default)
+    agreement.min_bytes.unwrap_or_else(default)
 }
 
 /// From how many bytes on an all-reduce is compressed by default; `u64::MAX`: never.

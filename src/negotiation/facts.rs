@@ -21,7 +21,7 @@ const MAGIC: u64 = u64::from_le_bytes(*b"flashcom");
 /// The settings that all ranks must share, as one rank has them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Agreement {
-    /// `FLASHCOMM_BITS`, `FLASHCOMM_GROUP` and `FLASHCOMM_CODE`.
+    /// `FLASHCOMM_BITS`, `FLASHCOMM_GROUP`, `FLASHCOMM_CODE` and `FLASHCOMM_BATCH_INVARIANT`.
     pub legs: Legs,
     /// `FLASHCOMM_MIN_BYTES`.
     pub min_bytes: Option<u64>,
@@ -113,7 +113,7 @@ impl Blob {
             u64::from(legs.gather.width.bits()),
             legs.reduce.group.n_elems() as u64,
             min_bytes.unwrap_or(u64::MAX),
-            flags([dtypes.0, dtypes.1, switched_off, location.is_first]),
+            flags([dtypes.0, dtypes.1, switched_off, location.is_first, legs.batch_invariant]),
             exchange.map_or(0, |kind| 1 + kind as u64),
             buffer_bytes as u64,
             u64::from(max_ctas),
@@ -159,7 +159,7 @@ impl Blob {
         let codec = |width| Codec { width, group, code };
         // What no settings and no device give is not ours; and settings that look alike when told are alike.
         let within = |i, min: u64, max: u64| Some(field(i)).filter(|value| (min..=max).contains(value));
-        let flags = within(9, 0, 15).filter(|flags| flags & 3 != 0)?;
+        let flags = within(9, 0, 31).filter(|flags| flags & 3 != 0)?;
         Some(Self {
             rank: u32::try_from(field(2)).ok()?,
             ready: within(3, 0, 1)? == 1,
@@ -180,7 +180,7 @@ impl Blob {
                 is_first: flags & 8 != 0,
             },
             agreement: Agreement {
-                legs: Legs::new(codec(width(5)?), codec(width(6)?))?,
+                legs: Legs::new(codec(width(5)?), codec(width(6)?))?.with_batch_invariant(flags & 16 != 0),
                 min_bytes: Some(field(8)).filter(|n_bytes| *n_bytes != u64::MAX),
                 dtypes: (flags & 1 != 0, flags & 2 != 0),
                 switched_off: flags & 4 != 0,
@@ -196,7 +196,7 @@ impl Blob {
 }
 
 /// Bits, the first one lowest.
-fn flags(bits: [bool; 4]) -> u64 {
+fn flags(bits: [bool; 5]) -> u64 {
     bits.into_iter().enumerate().map(|(i, bit)| u64::from(bit) << i).sum()
 }
 
@@ -224,10 +224,11 @@ pub fn agree(gathered: &[u8]) -> Result<Vec<Blob>, Disagreement> {
 
 /// The first setting that differs, with both values.
 fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, String, String)> {
-    let rows: [(&str, fn(&Agreement) -> String); 9] = [
+    let rows: [(&str, fn(&Agreement) -> String); 10] = [
         ("FLASHCOMM_BITS", |a| a.legs.to_string()),
         ("FLASHCOMM_GROUP", |a| a.legs.reduce.group.n_elems().to_string()),
         ("FLASHCOMM_CODE", |a| a.legs.code().name().into()),
+        ("FLASHCOMM_BATCH_INVARIANT", |a| u8::from(a.legs.batch_invariant).to_string()),
         ("FLASHCOMM_MIN_BYTES", |a| a.min_bytes.map_or("auto".into(), |n_bytes| n_bytes.to_string())),
         ("FLASHCOMM_DTYPES", |a| match a.dtypes {
             (true, true) => "fp16,bf16".into(),
@@ -296,8 +297,9 @@ mod tests {
     fn every_shared_setting_that_differs_is_named_with_rank_and_values() {
         for (name, value) in [
             ("FLASHCOMM_BITS", "4:6"),
-            ("FLASHCOMM_GROUP", "64"),
+            ("FLASHCOMM_GROUP", "128"),
             ("FLASHCOMM_CODE", "plain"),
+            ("FLASHCOMM_BATCH_INVARIANT", "1"),
             ("FLASHCOMM_MIN_BYTES", "77"),
             ("FLASHCOMM_DTYPES", "bf16"),
             ("FLASHCOMM_EXCHANGE", "nccl"),
@@ -310,7 +312,7 @@ mod tests {
             assert!(error.to_string().contains(name) && error.to_string().contains("rank 2"));
         }
         let shared = crate::config::table::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
-        assert_eq!(shared, 9, "eight are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
+        assert_eq!(shared, 10, "nine are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
     }
 
     #[test]

@@ -38,13 +38,13 @@ impl Random {
 }
 
 /// Adversarial and ordinary elements, in stretches: bell-like, any bits, subnormal, constant, zeros of both signs,
-/// extremes, and now and then a NaN or an infinity.
+/// extremes, octets of equal elements, and now and then a NaN, an infinity or what is too large for a code.
 fn elements<E: Element>(count: usize, seed: u64) -> Vec<E> {
     let mut random = Random(seed);
     let mut out = Vec::with_capacity(count);
     while out.len() < count {
         let stretch = 1 + random.next() as usize % 700;
-        let kind = random.next() % 9;
+        let kind = random.next() % 10;
         let fixed = E::from_bits(random.next() as u16);
         let scale = (random.next() % 1000) as f32 / 50.0;
         for _ in 0..stretch {
@@ -58,6 +58,11 @@ fn elements<E: Element>(count: usize, seed: u64) -> Vec<E> {
                 6 if fixed.to_f32().is_finite() => fixed,
                 6 => E::from_f32_nearest(-0.0),
                 7 => E::from_bits((random.next() as u16) & 0x8000),
+                // The same of every rank, so that sums are constant octets, too; every third is -0.
+                8 => match out.len() / 8 {
+                    octet if octet % 3 == 0 => E::from_bits(0x8000),
+                    octet => E::from_f32_nearest((octet % 997) as f32 / 8.0 - 50.0),
+                },
                 _ => match random.next() % 400 {
                     0 => E::CANONICAL_NAN,
                     1 => E::from_f32_nearest(f32::INFINITY),
@@ -65,6 +70,7 @@ fn elements<E: Element>(count: usize, seed: u64) -> Vec<E> {
                     3 => E::from_bits(0xffff),
                     4 | 5 => E::from_f32_nearest(65504.0),
                     6 => E::from_f32_nearest(-65504.0),
+                    7 => E::from_f32_nearest(-1e38),
                     _ => E::from_f32_nearest(unit),
                 },
             };
@@ -166,9 +172,11 @@ fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
             let mut sum: Vec<f32> = Vec::new();
             for sender in 0..world {
                 let mut term = enter(&inputs[sender][mine.clone()], legs.reduce);
-                if sender != rank {
+                if sender != rank || legs.batch_invariant {
                     let payload = encode::<E>(&term, legs.reduce);
-                    incoming.write(sender * plan.reduce_slot_bytes(slice), &payload, stream).unwrap();
+                    if sender != rank {
+                        incoming.write(sender * plan.reduce_slot_bytes(slice), &payload, stream).unwrap();
+                    }
                     term = decode::<E>(&payload, legs.reduce);
                 }
                 sum = if sender == 0 { term } else { sum.iter().zip(&term).map(|(s, t)| s + t).collect() };
@@ -224,6 +232,8 @@ fn kernels_equal_the_reference_for_every_pair_of_widths() {
             let legs = legs(code, reduce, gather, group);
             let case = Case { count: 30_011, world: 3, legs, buffer_bytes: 1 << 20, misaligned: 0, seed };
             check_both(&stream, &case);
+            let legs = legs.with_batch_invariant(true);
+            check_both(&stream, &Case { legs, ..case });
             seed += 10;
         }
     }

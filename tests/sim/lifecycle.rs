@@ -21,6 +21,7 @@ fn settings_that_differ_leave_all_ranks_with_plain_nccl_and_are_named() {
     for (name, first, second) in [
         ("FLASHCOMM_BITS", "4", "8"),
         ("FLASHCOMM_GROUP", "128", "32"),
+        ("FLASHCOMM_BATCH_INVARIANT", "0", "1"),
         ("FLASHCOMM_MIN_BYTES", "0", "1K"),
         ("FLASHCOMM_DTYPES", "fp16", "fp16,bf16"),
         ("FLASHCOMM_EXCHANGE", "auto", "nccl"),

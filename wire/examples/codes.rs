@@ -32,7 +32,7 @@ fn run<E: Element>(dtype: &str) {
     println!();
     let inputs: Vec<Vec<Vec<E>>> = (0..INPUTS.len()).map(inputs).collect();
     for bits in 2..=8 {
-        for (code, groups) in [(Code::Plain, &[128u16, 64, 32][..]), (Code::Blocks, &[128, 32])] {
+        for (code, groups) in [(Code::Plain, &[128u16, 64, 32][..]), (Code::Blocks, &[128, 64, 32])] {
             for group in groups {
                 let codec = Codec { width: Width::new(bits).unwrap(), group: GroupSize::new(*group).unwrap(), code };
                 let legs = Legs::new(codec, codec).unwrap();

@@ -118,6 +118,9 @@ pub struct Legs {
     pub reduce: Codec,
     /// Hop 2, from the owner to everyone.
     pub gather: Codec,
+    /// Whether the owner's own chunk goes through the reduce leg's codec as everyone else's does. Then the result for an
+    /// element does not depend on where in the operation it stands, but for what shares its group.
+    pub batch_invariant: bool,
 }
 
 impl Legs {
@@ -146,7 +149,16 @@ impl Legs {
     /// elements transformed: the sum is encoded as it stands.
     pub fn new(reduce: Codec, gather: Codec) -> Option<Self> {
         let compressed = reduce.width.is_uncompressed() == gather.width.is_uncompressed();
-        (compressed && reduce.transforms() == gather.transforms()).then_some(Self { reduce, gather })
+        (compressed && reduce.transforms() == gather.transforms()).then_some(Self {
+            reduce,
+            gather,
+            batch_invariant: false,
+        })
+    }
+
+    /// The same, batch invariant or not.
+    pub const fn with_batch_invariant(self, batch_invariant: bool) -> Self {
+        Self { batch_invariant, ..self }
     }
 }
 

@@ -8,8 +8,8 @@ pub trait Element: Copy + PartialEq + std::fmt::Debug + Send + Sync + 'static {
     const CANONICAL_NAN: Self;
     /// The least unit of the code `blocks`: from here on, half a unit of 7 significant bits times a level is exact.
     const LEAST_UNIT: f32;
-    /// The greatest unit of the code `blocks`: half of it times a level is finite.
-    const GREATEST_UNIT: f32;
+    /// The greatest value of the code `blocks`: half of its unit times a level is finite.
+    const GREATEST: f32;
     /// Bits of the value, as stored.
     fn to_bits(self) -> u16;
     /// The value with these bits.
@@ -53,7 +53,7 @@ const SIGN: u16 = 0x8000;
 impl Element for f16 {
     const CANONICAL_NAN: Self = f16::from_bits(0x7fff);
     const LEAST_UNIT: f32 = 1.0 / 131_072.0;
-    const GREATEST_UNIT: f32 = 8128.0;
+    const GREATEST: f32 = 120_000.0;
     fn to_bits(self) -> u16 {
         self.to_bits()
     }
@@ -77,7 +77,7 @@ impl Element for bf16 {
     const CANONICAL_NAN: Self = bf16::from_bits(0x7fff);
     // No need of exactness here, but inverses must be finite and normal.
     const LEAST_UNIT: f32 = f32::from_bits((127 - 100) << 23);
-    const GREATEST_UNIT: f32 = f32::from_bits((127 + 120) << 23);
+    const GREATEST: f32 = f32::from_bits((127 + 123) << 23);
     fn to_bits(self) -> u16 {
         self.to_bits()
     }

@@ -177,7 +177,7 @@ mod tests {
 
     fn legs(reduce: u8, gather: u8) -> Legs {
         let codec = |bits| Codec::plain(Width::new(bits).unwrap(), GroupSize::new(128).unwrap());
-        Legs { reduce: codec(reduce), gather: codec(gather) }
+        Legs { reduce: codec(reduce), gather: codec(gather), batch_invariant: false }
     }
 
     proptest! {

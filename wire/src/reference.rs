@@ -25,7 +25,8 @@ impl Op {
 
 /// The compressed sum, or average, of `inputs`, one slice of equal length per rank, in rank order.
 ///
-/// Each chunk's owner adds, in fp32 and in rank order, what it decodes of the others and its own input unquantized;
+/// Each chunk's owner adds, in fp32 and in rank order, what it decodes of the others and its own input unquantized (where
+/// the legs are batch invariant, as it would decode, too);
 /// the sum is quantized for the gather leg, and everyone (the owner, too) keeps what that decodes to. All of it happens
 /// in the domain of the code: each input enters it once, the result leaves it once.
 ///
@@ -60,7 +61,7 @@ fn reduce_tile<E: Element>(inputs: &[&[E]], scale: f32, owner: usize, start: usi
     let mut sum = Vec::new();
     for (rank, input) in inputs.iter().enumerate() {
         let mut term = legs.reduce.enter(&input[start..start + out.len()]);
-        if rank != owner {
+        if rank != owner || legs.batch_invariant {
             legs.reduce.encode_tile::<E>(&term, &mut payload);
             legs.reduce.decode_tile::<E>(&payload, &mut term);
         }
@@ -85,7 +86,7 @@ mod tests {
 
     fn legs(reduce: u8, gather: u8) -> Legs {
         let codec = |bits| Codec::plain(Width::new(bits).unwrap(), GroupSize::new(32).unwrap());
-        Legs { reduce: codec(reduce), gather: codec(gather) }
+        Legs { reduce: codec(reduce), gather: codec(gather), batch_invariant: false }
     }
 
     #[test]
@@ -140,12 +141,42 @@ mod tests {
         let input: Vec<f16> = (0..count).map(|i| f16::from_f32(60000.0 - i as f32)).collect();
         for code in Code::ALL {
             let codec = Codec { code, ..legs(8, 8).reduce };
-            // Octets of equal elements are the worst of blocks.
+            // Octets of nearly equal elements are the worst of blocks.
             let most = if code == Code::Blocks { 1500.0 } else { 300.0 };
             let average = all_reduce(&[&input, &input, &input], Op::Average, Legs::new(codec, codec).unwrap());
             for (x, y) in input.iter().zip(&average) {
                 assert!((x.to_f32() - y.to_f32()).abs() < most, "{code:?}: {x} {y}");
             }
+        }
+    }
+
+    #[test]
+    fn a_batch_invariant_result_depends_on_nothing_but_its_groups_elements() {
+        // Groups of three ranks' inputs, alone, and among others in any place: chunks of other owners, too.
+        let (group, n_groups) = (64, if cfg!(miri) { 3 } else { 200 });
+        let inputs: Vec<Vec<bf16>> = (0..3)
+            .map(|rank| (0..group * n_groups).map(|i| bf16::from_f32((i as f32 * 0.37 + rank as f32).sin())).collect())
+            .collect();
+        let places: Vec<usize> = (0..n_groups).map(|i| i * 77 % n_groups).collect();
+        for code in Code::ALL {
+            let codec = Codec { code, ..Codec::plain(Width::new(4).unwrap(), GroupSize::new(64).unwrap()) };
+            let sum = |batch_invariant: bool, which: &[usize]| {
+                let of = |input: &Vec<bf16>| -> Vec<bf16> {
+                    which.iter().flat_map(|n| input[n * group..][..group].to_vec()).collect()
+                };
+                let ranks: Vec<Vec<bf16>> = inputs.iter().map(of).collect();
+                let ranks: Vec<&[bf16]> = ranks.iter().map(Vec::as_slice).collect();
+                all_reduce(&ranks, Op::Sum, Legs::new(codec, codec).unwrap().with_batch_invariant(batch_invariant))
+            };
+            let changes = |batch_invariant: bool| {
+                let (all, moved) =
+                    (sum(batch_invariant, &(0..n_groups).collect::<Vec<_>>()), sum(batch_invariant, &places));
+                let alone = sum(batch_invariant, &[2]);
+                let is_other = |(at, n): (usize, &usize)| moved[at * group..][..group] != all[n * group..][..group];
+                places.iter().enumerate().any(is_other) || alone != all[2 * group..][..group]
+            };
+            assert!(!changes(true), "{code:?}");
+            assert!(changes(false) || cfg!(miri), "{code:?}: else nobody needs it");
         }
     }
 }

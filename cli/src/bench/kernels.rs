@@ -168,7 +168,7 @@ fn host_link(extent: &Extent, stream: &Stream, from: u64, to: u64) -> Result<Hos
 }
 
 fn legs(bits: u8, code: Code) -> (Legs, Codec) {
-    let (width, group) = (Width::new(bits).expect("a width"), GroupSize::new(128).expect("a size"));
+    let (width, group) = (Width::new(bits).expect("a width"), GroupSize::new(values::GROUP).expect("a size"));
     let legs = Legs::choose(Some(code), (width, width), group).expect("every code takes equal widths");
     (legs, legs.reduce)
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::rank::Dtype;
 
 /// Elements that share a scale and a zero point in every job here.
-pub const GROUP: u16 = 128;
+pub const GROUP: u16 = 64;
 
 /// A value of `--bits`, `BITS` or `BITS-CODE`, as values of `FLASHCOMM_BITS` and `FLASHCOMM_CODE`.
 pub fn bits_and_code(bits: &str) -> (&str, &str) {

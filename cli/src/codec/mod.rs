@@ -40,7 +40,7 @@ pub struct Args {
     #[arg(long, value_delimiter = ',', default_value = "plain,blocks", value_parser = parse_code)]
     codes: Vec<Code>,
     /// Elements that share a scale: 32, 64 or 128
-    #[arg(long, value_delimiter = ',', default_value = "128", value_parser = parse_group)]
+    #[arg(long, value_delimiter = ',', default_value = "64", value_parser = parse_group)]
     group: Vec<GroupSize>,
     /// Ranks that a tensor is cut for, unless it was recorded of several
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(2..=64))]
@@ -202,7 +202,7 @@ pub fn run(args: &Args) -> Result<bool> {
 /// What is measured; first of all 16 bits, to compare with.
 fn codecs(args: &Args) -> Vec<Legs> {
     let plain = Codec::plain(Width::new(16).expect("a width"), args.group[0]);
-    let mut codecs = vec![Legs { reduce: plain, gather: plain }];
+    let mut codecs = vec![Legs { reduce: plain, gather: plain, batch_invariant: false }];
     for Widths(reduce, gather) in &args.bits {
         for code in &args.codes {
             for group in &args.group {
@@ -341,7 +341,7 @@ mod tests {
 
     fn line(bits: &str, code: Option<&'static str>, bits_per_element: f64, errors: (f64, f64)) -> Line {
         let loss = Loss { relative_l2: errors.0, sqnr_db: 0.0, max_abs: 0.0, worst_relative_l2: errors.1 };
-        let group = code.map(|_| if code == Some("blocks") { 32 } else { 128 });
+        let group = code.map(|_| if code == Some("blocks") { 32 } else { 64 });
         Line { bits: bits.into(), code, group, bits_per_element, smaller: 1.0, row: Row { once: loss, sum: loss } }
     }
 

@@ -113,6 +113,18 @@ pub fn with_word(list: &str, word: &str) -> String {
     }
 }
 
+/// What asks for results that do not depend on the batch, if something does: vLLM's and SGLang's variables, or an option
+/// of SGLang's.
+pub fn asks_for_batch_invariance(command: &[OsString], variable: impl Fn(&str) -> Option<OsString>) -> Option<String> {
+    let is_on = |name: &&str| variable(name).is_some_and(|value| !["", "0", "false"].iter().any(|off| value == *off));
+    let option = "--enable-deterministic-inference";
+    let variables = ["VLLM_BATCH_INVARIANT", "SGLANG_ENABLE_DETERMINISTIC_INFERENCE"];
+    match variables.iter().copied().find(|name| is_on(&name)) {
+        Some(name) => Some(format!("{name}={}", variable(name)?.to_string_lossy())),
+        None => command.iter().any(|word| word == option).then(|| option.into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,6 +152,19 @@ mod tests {
         assert_eq!(missing(Engine::Sglang, "python -m sglang.launch_server --tp 2"), (all.clone(), vec![]));
         assert_eq!(missing(Engine::Sglang, "vllm serve m"), (vec![], all));
         assert_eq!(missing(Engine::Torch, "torchrun x.py"), (vec![], vec![]));
+    }
+
+    #[test]
+    fn what_asks_for_batch_invariance_is_named() {
+        let asks = |command: &str, name: &str, value: &str| {
+            let command: Vec<_> = command.split(' ').map(OsString::from).collect();
+            asks_for_batch_invariance(&command, |asked| (asked == name).then(|| value.into()))
+        };
+        assert_eq!(asks("vllm serve m", "VLLM_BATCH_INVARIANT", "1").as_deref(), Some("VLLM_BATCH_INVARIANT=1"));
+        assert_eq!(asks("vllm serve m", "VLLM_BATCH_INVARIANT", "0"), None);
+        let option = "--enable-deterministic-inference";
+        assert_eq!(asks(&format!("sglang serve m {option}"), "", "").as_deref(), Some(option));
+        assert_eq!(asks("sglang serve m", "", ""), None);
     }
 
     #[test]

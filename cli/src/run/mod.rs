@@ -181,8 +181,15 @@ fn prepare(args: &Args) -> Result<Launch> {
         Err(refusal) if args.force => job.notes.push(refusal.to_string()),
         Err(refusal) => bail!("{refusal}"),
     }
+    let asked = engine::asks_for_batch_invariance(&job.command, |name| env::var_os(name));
     if !config.enable {
         job.notes.push("FLASHCOMM_ENABLE=0: every call goes to the real NCCL".into());
+    } else if let Some(asked) = asked.filter(|_| !config.legs.batch_invariant) {
+        job.set("FLASHCOMM_ENABLE", "0");
+        job.notes.push(format!(
+            "{asked} wants results that do not depend on the batch, so every call goes to the real NCCL; \
+             --batch-invariant 1 compresses so that they do not"
+        ));
     }
     if let Some(engine) = args.engine {
         prepare_engine(engine, &mut job);

@@ -63,7 +63,8 @@ fn word(address: usize) -> Result<&'static AtomicU32> {
 /// Runs the operation to its end, or until it gives up.
 pub fn run<E: Element>(kernel: &Kernel, bytes: &[u8], shape: Shape) -> Result<()> {
     let args: AllReduceArgs = args(bytes);
-    let legs = Legs { reduce: kernel.codec(0, args.group_shift)?, gather: kernel.codec(1, args.group_shift)? };
+    let (reduce, gather) = (kernel.codec(0, args.group_shift)?, kernel.codec(1, args.group_shift)?);
+    let legs = Legs { reduce, gather, batch_invariant: args.batch_invariant != 0 };
     let rings = Rings { world: args.world as usize, legs, channels: args.max_channels as usize };
     let n_channels = (shape.grid[0] * shape.block[1]) as usize;
     let n_tiles = args.chunk_tiles as usize;
@@ -161,6 +162,9 @@ impl Channel {
                 for owner in launch.others() {
                     self.push::<E>(launch, owner)?;
                 }
+                if launch.rings.legs.batch_invariant {
+                    self.push::<E>(launch, launch.args.rank as usize)?;
+                }
                 if lag == 0 {
                     self.tell(launch)?;
                 }
@@ -238,12 +242,12 @@ impl Channel {
     }
 
     fn reduce<E: Element>(&self, launch: &Launch, round: usize) -> Result<()> {
-        let (rank, Legs { reduce, gather }) = (launch.args.rank as usize, launch.rings.legs);
+        let (rank, Legs { reduce, gather, batch_invariant }) = (launch.args.rank as usize, launch.rings.legs);
         let Some(tile) = launch.tile(self, rank, round) else { return Ok(()) };
         let n_values = reduce.n_values(tile.1);
         let mut sum = vec![-0.0f32; n_values];
         for from in 0..launch.rings.world {
-            let term = if from == rank {
+            let term = if from == rank && !batch_invariant {
                 enter::<E>(reduce, launch.args.input as usize, tile)?
             } else {
                 let mut term = vec![0.0; n_values];

@@ -121,15 +121,21 @@ fn reduce<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()>
     let (from, to) = (kernel.codec(0, args.slice.group_shift)?, kernel.codec(1, args.slice.group_shift)?);
     let tile = at[0];
     let Some(elements) = args.slice.tile(args.rank, tile) else { return Ok(()) };
+    let slot = |rank: u32| args.incoming as usize + rank as usize * args.slot_bytes as usize;
+    let payload_at = |rank: u32| slot(rank) + tile as usize * from.tile_bytes();
+    let is_batch_invariant = args.batch_invariant != 0;
+    if is_batch_invariant {
+        let mut payload = vec![0; from.tile_bytes()];
+        from.encode_tile::<E>(&enter::<E>(from, args.input as usize, elements)?, &mut payload);
+        store(payload_at(args.rank), &payload)?;
+    }
     let mut sum: Option<Vec<f32>> = None;
     for rank in 0..args.world {
-        let term = if rank == args.rank {
+        let term = if rank == args.rank && !is_batch_invariant {
             enter::<E>(from, args.input as usize, elements)?
         } else {
-            let from_at =
-                args.incoming as usize + rank as usize * args.slot_bytes as usize + tile as usize * from.tile_bytes();
             let mut term = vec![0.0; from.n_values(elements.1)];
-            from.decode_tile::<E>(&load(from_at, from.tile_bytes())?, &mut term);
+            from.decode_tile::<E>(&load(payload_at(rank), from.tile_bytes())?, &mut term);
             term
         };
         match &mut sum {

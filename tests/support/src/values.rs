@@ -37,9 +37,9 @@ pub fn inputs<E: Element>(count: usize, seed: u64, world: usize) -> Vec<Vec<E>> 
     (0..world).map(|rank| input(count, seed, rank)).collect()
 }
 
-/// The codecs of `FLASHCOMM_BITS`, group 128 and the default code.
+/// The codecs of `FLASHCOMM_BITS`, the default group and code.
 pub fn legs(reduce: u8, gather: u8) -> Legs {
-    legs_of(None, reduce, gather, 128)
+    legs_of(None, reduce, gather, 64)
 }
 
 /// Those of `FLASHCOMM_CODE` and `FLASHCOMM_GROUP`, too.

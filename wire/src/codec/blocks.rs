@@ -21,22 +21,32 @@
 //!
 //! # The code
 //!
-//! In fp32, rounding to nearest unless said otherwise; `up7` rounds up to 7 significant bits, and `inv` is below.
+//! In fp32, rounding to nearest unless said otherwise; `up7` rounds up to 7 significant bits, and `inv` is below. `max`
+//! does not look at constant octets, which come next.
 //!
 //! ```text
 //! unit U  = max(up7(max |v| of the group * ((1 + 2^-11) / 15)), least)
 //! level k = ceil(max |v| of the octet * (inv(U) * (1 + 2^-12))), the product unrounded
 //! step s  = U * k / 2^(b-1)
-//! q       = 2^(b-1) + floor(v * inv(U * max(k, 1) / 2^(b-1))), the product unrounded
+//! q       = 2^(b-1) + floor(v * inv(s)), the product unrounded
 //! v'      = (q - 2^(b-1) + 1/2) * s, exact
 //! x'      = fma(I, s or -s (elements 3 and 7), +0), I the Hadamard matrix times q - 2^(b-1) + 1/2: integers
 //! ```
 //!
-//! The margins see to it that k is at most 15 and q within its bits without a clamp, and that L = U * k is exact in the
-//! storage type: `least` is 2^-17 in fp16, 2^-100 in bf16. A group of zeros, and an octet of zeros, decode to zeros.
-//! Where U is a NaN or greater than 8128 in fp16, 2^120 in bf16, which takes a NaN, an infinity, or a sum twice as
-//! large as fp16 holds, U is written as NaN, every level as 15 and every quant as 2^b - 1: the group decodes to NaN
-//! throughout.
+//! The margins see to it that k is 1 to 15 and q within its bits without a clamp, and that L = U * k is exact in the
+//! storage type: `least` is 2^-17 in fp16, 2^-100 in bf16.
+//!
+//! # Constant octets
+//!
+//! The level 0 says that all 8 elements are the same one, c, which stands in the octet's quants as it is stored: quant e
+//! has its bits e * b to e * b + b - 1, and 0 where there are none. It decodes to (c/2, c/2, c/2, -c/2, 0, 0, 0, 0), or to
+//! c 8 times. Two kinds of octets are coded so, and neither makes the unit of its group larger:
+//!
+//! - Equal elements, whose transform is (v, v, v, -v, 0, 0, 0, 0): c is 2 * v + 0 rounded to the storage type, so they
+//!   arrive as they are, and their sum over ranks rounded once. (Zeros arrive as +0. Of elements below 2^-11 in fp16 the
+//!   transform has rounded off 2^-22 at most.)
+//! - Octets with a value that is a NaN, an infinity, or greater than 120000 in fp16, 2^123 in bf16: c is NaN. A value that
+//!   is not finite thus reaches no element beyond its octet (invariant I8), and overflow checks downstream still fire.
 //!
 //! `inv(x)` is what a GPU computes in 5 instructions, at most 7e-6 below 1/x: the float with the bits 0x7ef311c7 less
 //! those of x, then twice `y = fma(y, fma(-x, y, 1), y)`.
@@ -44,8 +54,8 @@
 //! # Layout
 //!
 //! Behind the quants stand the levels, 2 bytes per thread with that of row r in byte r % 2, from bit r / 2 * 4 on (so
-//! two rows' move at a time), then the units, 2 bytes per group, 8 per thread. That is 0.625 bits per element at a
-//! group of 128.
+//! two rows' move at a time), then the units, 2 bytes per group, 8 per thread. That is 0.75 bits per element at a
+//! group of 64.
 
 use super::layout::{Place, store, stored};
 use super::{Codec, LANE_ELEMS, TILE_ELEMS};
@@ -86,14 +96,20 @@ pub(super) fn enter<E: Element>(octet: &mut [f32]) {
 
 impl Codec {
     pub(super) fn encode_blocks<E: Element>(self, group: &[f32], start: usize, payload: &mut [u8]) {
-        let unit = unit::<E>(group);
+        let octets = || group.chunks_exact(LANE_ELEMS);
+        let coded = octets().filter(|octet| constant::<E>(octet).is_none());
+        let unit = unit::<E>(coded.map(largest).fold(0.0, f32::max));
         store::<E>(payload, self.unit_at(start), unit);
-        for (n, octet) in group.chunks_exact(LANE_ELEMS).enumerate() {
+        for (n, octet) in octets().enumerate() {
             let at = start + n * LANE_ELEMS;
+            if let Some(element) = constant::<E>(octet) {
+                self.write_constant(at, element, payload); // and the level stays 0
+                continue;
+            }
             let level = level(octet, unit);
             let (byte, bit) = self.level_at(at);
             payload[byte] |= level << bit;
-            let inverse = inverse(self.step(unit, level.max(1)));
+            let inverse = inverse(self.step(unit, level));
             for (e, v) in octet.iter().enumerate() {
                 self.write_quant(at + e, self.cell(*v, inverse), payload);
             }
@@ -104,9 +120,16 @@ impl Codec {
         let unit = stored::<E>(payload, self.unit_at(start)).to_f32();
         for (n, octet) in group.chunks_mut(LANE_ELEMS).enumerate() {
             let at = start + n * LANE_ELEMS;
-            let step = self.step(unit, self.read_level(at, payload));
-            for (e, v) in octet.iter_mut().enumerate() {
-                *v = self.middle(at + e, payload) * step;
+            match self.read_level(at, payload) {
+                0 => {
+                    let half = self.read_constant::<E>(at, payload).to_f32() / 2.0;
+                    let values = [half, half, half, -half, 0.0, 0.0, 0.0, 0.0];
+                    octet.iter_mut().zip(values).for_each(|(v, value)| *v = value);
+                }
+                level => {
+                    let step = self.step(unit, level);
+                    octet.iter_mut().enumerate().for_each(|(e, v)| *v = self.middle(at + e, payload) * step);
+                }
             }
         }
     }
@@ -115,7 +138,12 @@ impl Codec {
         let unit = stored::<E>(payload, self.unit_at(start)).to_f32();
         for (n, octet) in group.chunks_mut(LANE_ELEMS).enumerate() {
             let at = start + n * LANE_ELEMS;
-            let step = self.step(unit, self.read_level(at, payload));
+            let level = self.read_level(at, payload);
+            if level == 0 {
+                octet.fill(self.read_constant(at, payload));
+                continue;
+            }
+            let step = self.step(unit, level);
             let mut integers: Vec<f32> = (0..LANE_ELEMS).map(|e| self.middle(at + e, payload)).collect();
             hadamard(&mut integers);
             for (e, x) in octet.iter_mut().enumerate() {
@@ -123,6 +151,21 @@ impl Codec {
                 *x = E::from_f32_nearest(integers[e].mul_add(step, 0.0));
             }
         }
+    }
+
+    /// Writes the element of the constant octet that starts at element `i` of the tile.
+    fn write_constant<E: Element>(self, i: usize, element: E, payload: &mut [u8]) {
+        let bits = usize::from(self.width.bits());
+        for e in 0..16usize.div_ceil(bits) {
+            self.write_quant(i + e, (element.to_bits() >> (e * bits)) as u8 & self.width.max_quant(), payload);
+        }
+    }
+
+    fn read_constant<E: Element>(self, i: usize, payload: &[u8]) -> E {
+        let bits = usize::from(self.width.bits());
+        E::from_bits(
+            (0..16usize.div_ceil(bits)).fold(0, |c, e| c | u16::from(self.read_quant(i + e, payload)) << (e * bits)),
+        )
     }
 
     /// The width of a cell. Exact.
@@ -137,9 +180,6 @@ impl Codec {
 
     /// The cell of `v`.
     fn cell(self, v: f32, inverse: f32) -> u8 {
-        if inverse.is_nan() {
-            return self.width.max_quant();
-        }
         let q = (f64::from(v) * f64::from(inverse)).floor() + f64::from(self.half_range());
         debug_assert!((0.0..=f64::from(self.width.max_quant())).contains(&q), "{v} {inverse}");
         q as u8
@@ -177,25 +217,30 @@ fn hadamard(octet: &mut [f32]) {
     }
 }
 
-/// The unit of a group, NaN where there is none.
-fn unit<E: Element>(group: &[f32]) -> f32 {
-    if !group.iter().all(|v| v.is_finite()) {
-        return f32::NAN;
+/// The element of an octet that is coded as a constant, from its transform.
+fn constant<E: Element>(octet: &[f32]) -> Option<E> {
+    let v = octet[0];
+    if octet == [v, v, v, -v, 0.0, 0.0, 0.0, 0.0] {
+        Some(E::from_f32_nearest(v + v + 0.0))
+    } else if octet.iter().all(|v| v.abs() <= E::GREATEST) {
+        None
+    } else {
+        Some(E::CANONICAL_NAN)
     }
-    let share = largest(group) * UNIT_SHARE;
-    let low_bits = (1 << 17) - 1; // of the mantissa's 23, all but 6
-    let unit = f32::from_bits((share.to_bits() + low_bits) & !low_bits).max(E::LEAST_UNIT);
-    if unit <= E::GREATEST_UNIT { unit } else { f32::NAN }
 }
 
-/// The level of an octet: the least whose L is greater than every value, 0 if they are all 0.
+/// The unit of a group whose largest value is that.
+fn unit<E: Element>(largest: f32) -> f32 {
+    let share = largest * UNIT_SHARE;
+    let low_bits = (1 << 17) - 1; // of the mantissa's 23, all but 6
+    f32::from_bits((share.to_bits() + low_bits) & !low_bits).max(E::LEAST_UNIT)
+}
+
+/// The level of an octet: the least whose L is greater than every value.
 fn level(octet: &[f32], unit: f32) -> u8 {
-    if unit.is_nan() {
-        return MAX_LEVEL;
-    }
     let per_unit = inverse(unit) * LEVEL_MARGIN;
     let level = (f64::from(largest(octet)) * f64::from(per_unit)).ceil();
-    debug_assert!(level <= f64::from(MAX_LEVEL), "{octet:?} {unit}");
+    debug_assert!((1.0..=f64::from(MAX_LEVEL)).contains(&level), "{octet:?} {unit}");
     level as u8
 }
 
@@ -205,9 +250,6 @@ fn largest(values: &[f32]) -> f32 {
 
 /// About 1 / `x`, of a positive `x`.
 pub(super) fn inverse(x: f32) -> f32 {
-    if x.is_nan() {
-        return x;
-    }
     let y = f32::from_bits(0x7ef3_11c7 - x.to_bits());
     let y = y.mul_add((-x).mul_add(y, 1.0), y);
     y.mul_add((-x).mul_add(y, 1.0), y)

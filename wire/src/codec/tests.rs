@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use super::*;
 
 mod blocks_code;
+mod isolation;
 
 fn codec(bits: u8, group: u16) -> Codec {
     Codec::plain(Width::new(bits).unwrap(), GroupSize::new(group).unwrap())
