@@ -329,6 +329,10 @@ mod tests {
         assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [2 << 20, 256 << 10, u64::MAX]);
         (facts[1].location.host, facts[1].location.nccl_host) = (8, 8);
         assert_eq!(min_bytes(&facts, Nccl), 1 << 20);
+        let default = facts[0].agreement.legs;
+        facts[0].agreement.legs = default.with_batch_invariant(true);
+        assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [0; 3], "else size would matter");
+        facts[0].agreement.legs = default;
         facts.iter_mut().for_each(|rank| rank.agreement.min_bytes = Some(77));
         assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [77; 3]);
     }

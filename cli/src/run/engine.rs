@@ -116,10 +116,10 @@ pub fn with_word(list: &str, word: &str) -> String {
 /// What asks for results that do not depend on the batch, if something does: vLLM's and SGLang's variables, or an option
 /// of SGLang's.
 pub fn asks_for_batch_invariance(command: &[OsString], variable: impl Fn(&str) -> Option<OsString>) -> Option<String> {
-    let is_on = |name: &&str| variable(name).is_some_and(|value| !["", "0", "false"].iter().any(|off| value == *off));
+    let is_on = |name: &str| variable(name).is_some_and(|value| !["", "0", "false"].iter().any(|off| value == *off));
     let option = "--enable-deterministic-inference";
     let variables = ["VLLM_BATCH_INVARIANT", "SGLANG_ENABLE_DETERMINISTIC_INFERENCE"];
-    match variables.iter().copied().find(|name| is_on(&name)) {
+    match variables.iter().copied().find(|name| is_on(name)) {
         Some(name) => Some(format!("{name}={}", variable(name)?.to_string_lossy())),
         None => command.iter().any(|word| word == option).then(|| option.into()),
     }
