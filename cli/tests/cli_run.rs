@@ -24,8 +24,7 @@ fn bare(arguments: &[&str]) -> Command {
     let mut command = Command::new(COMMAND);
     command.args(arguments).env_clear();
     // No Python of this machine, which may have an NCCL.
-    let path = std::env::var("PATH").unwrap();
-    command.env("PATH", without_python(&path));
+    command.env("PATH", without_python(&std::env::var("PATH").unwrap()));
     command
 }
 

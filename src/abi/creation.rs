@@ -14,11 +14,12 @@ use crate::variables::Variables;
 const SHRINK_ABORT: c_int = 1;
 
 /// Creates one communicator; `mixes_graphs`: whether its captured calls keep their order with others.
-fn one(place: *mut CommPtr, mixes_graphs: bool, real: impl FnOnce() -> NcclResult) -> NcclResult {
+fn one(place: *mut CommPtr, mixes_graphs: impl FnOnce() -> bool, real: impl FnOnce() -> NcclResult) -> NcclResult {
     group::create((!place.is_null()).then_some(place).into_iter(), mixes_graphs, real)
 }
 
-/// What a configuration and the environment say of graphs. In NCCL the configuration comes first.
+/// What a configuration, with which the real NCCL was content, and the environment say of graphs. In NCCL the configuration
+/// comes first.
 fn mixes_graphs(config: *const CommConfig) -> bool {
     // SAFETY: null or the application's, of the size that it says.
     let configured = unsafe { CommConfig::mixes_graphs(config) };
@@ -42,7 +43,7 @@ nccl_exports! {
         comm_id: UniqueId,
         rank: c_int,
     ) {
-        one(comm, Variables::global().graph_mixing, real)
+        one(comm, || Variables::global().graph_mixing, real)
     }
 
     /// `ncclCommInitRankConfig`: then the ranks meet.
@@ -54,7 +55,7 @@ nccl_exports! {
         rank: c_int,
         config: *mut CommConfig,
     ) {
-        one(comm, mixes_graphs(config), real)
+        one(comm, || mixes_graphs(config), real)
     }
 
     /// `ncclCommInitRankScalable`: then the ranks meet.
@@ -67,7 +68,7 @@ nccl_exports! {
         comm_ids: *mut UniqueId,
         config: *mut CommConfig,
     ) {
-        one(newcomm, mixes_graphs(config), real)
+        one(newcomm, || mixes_graphs(config), real)
     }
 
     /// `ncclCommInitAll`: then the ranks meet, each on a thread of its own.
@@ -78,7 +79,7 @@ nccl_exports! {
         devlist: *const c_int,
     ) {
         let n_places = if comm.is_null() { 0 } else { usize::try_from(ndev).unwrap_or(0) };
-        group::create((0..n_places).map(|i| comm.wrapping_add(i)), Variables::global().graph_mixing, real)
+        group::create((0..n_places).map(|i| comm.wrapping_add(i)), || Variables::global().graph_mixing, real)
     }
 
     /// `ncclCommSplit`: then the ranks of each child meet.
@@ -90,7 +91,7 @@ nccl_exports! {
         newcomm: *mut CommPtr,
         config: *mut CommConfig,
     ) {
-        one(newcomm, child_mixes_graphs(comm, config), real)
+        one(newcomm, || child_mixes_graphs(comm, config), real)
     }
 
     /// `ncclCommShrink`: where it aborts the parent's operations, ours end, too. Then the ranks that stay meet.
@@ -106,7 +107,7 @@ nccl_exports! {
         if !comm.is_null() && shrink_flags & SHRINK_ABORT != 0 {
             comm::turn_off(comm);
         }
-        one(new_comm, child_mixes_graphs(comm, config), real)
+        one(new_comm, || child_mixes_graphs(comm, config), real)
     }
 
     /// `ncclCommGrow`: then the old ranks and the new ones meet.
@@ -119,6 +120,6 @@ nccl_exports! {
         newcomm: *mut CommPtr,
         config: *mut CommConfig,
     ) {
-        one(newcomm, child_mixes_graphs(comm, config), real)
+        one(newcomm, || child_mixes_graphs(comm, config), real)
     }
 }

@@ -34,13 +34,14 @@ struct Created {
 /// end.
 pub(super) fn create(
     places: impl Iterator<Item = *mut CommPtr>,
-    mixes_graphs: bool,
+    mixes_graphs: impl FnOnce() -> bool,
     real: impl FnOnce() -> NcclResult,
 ) -> NcclResult {
     let result = in_real_nccl(real);
     if is_reentered() || !is_good(result) || !Config::global().enable {
         return result;
     }
+    let mixes_graphs = mixes_graphs();
     CREATED.with_borrow_mut(|created| {
         created.extend(places.map(|place| Created { place, mixes_graphs }));
         if DEPTH.get() > 0 { result } else { meet(created, result) }
