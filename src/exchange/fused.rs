@@ -8,7 +8,7 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use flashcomm_wire::{Plan, Rings, rings};
+use flashcomm_wire::{Legs, Plan, Rings, rings};
 
 use super::area::{Area, Mapped, Offer, Peer};
 use crate::cuda::{Context, DeviceMemory, PinnedMemory, Stream, StreamHandle};
@@ -116,6 +116,11 @@ impl Fused {
         self.mine.unlink();
     }
 
+    /// The agreed codecs.
+    pub(super) fn legs(&self) -> Legs {
+        self.rings.legs
+    }
+
     /// Where the areas live.
     pub fn memory(&self) -> Areas {
         self.mine.memory()
@@ -145,13 +150,49 @@ impl Fused {
         if let Some(error) = self.failure() {
             return Err(error);
         }
+        // SAFETY: as the caller vouches.
+        unsafe { self.launch(kernels, plan, element, scale, (input, output), self.timeout, stream) }
+    }
+
+    /// As [`Fused::all_reduce`], the sum, with a deadline of its own.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// As for [`Fused::all_reduce`].
+    pub(super) unsafe fn try_all_reduce(
+        &self,
+        kernels: &Kernels,
+        plan: &Plan,
+        element: ElementType,
+        buffers: (*const c_void, *mut c_void),
+        deadline: Duration,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        // SAFETY: as the caller vouches.
+        unsafe { self.launch(kernels, plan, element, 1.0, buffers, Some(deadline), stream) }
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "an operation, and how long it may wait")]
+    unsafe fn launch(
+        &self,
+        kernels: &Kernels,
+        plan: &Plan,
+        element: ElementType,
+        scale: f32,
+        (input, output): (*const c_void, *mut c_void),
+        timeout: Option<Duration>,
+        stream: StreamHandle,
+    ) -> Result<()> {
         let chunk_tiles = plan.chunk_tiles();
         // Few tiles rather spread over multiprocessors than share one; many take as few blocks as do with as many rounds.
         let block_channels = chunk_tiles.div_ceil(self.max_blocks).min(self.block_channels);
         let n_rounds = chunk_tiles.div_ceil(self.max_blocks * block_channels);
         let n_blocks = chunk_tiles.div_ceil(n_rounds * block_channels);
         let (count, chunk_tiles) = (plan.count() as u64, chunk_tiles as u64);
-        let args = AllReduceArgs { input, output, count, chunk_tiles, scale, ..self.args() };
+        let timeout_ns = timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX));
+        let args = AllReduceArgs { input, output, count, chunk_tiles, scale, timeout_ns, ..self.args() };
         // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `block_limit`.
         unsafe { kernels.all_reduce(element, self.memory(), (n_blocks, block_channels), &args, stream) }
             .map_err(Error::cuda("launching the all-reduce"))
@@ -184,7 +225,7 @@ impl Fused {
             signals: self.signals.at(0).cast(),
             abort: self.control.address().cast(),
             gave_up: self.gave_up_ptr(),
-            timeout_ns: self.timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)),
+            timeout_ns: 0,
             rank: self.rank as u32,
             world: self.rings.world as u32,
             max_channels: self.rings.channels as u32,

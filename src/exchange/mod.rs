@@ -6,6 +6,7 @@ pub(crate) mod fused;
 pub(crate) mod nccl;
 pub(crate) mod residency;
 pub(crate) mod shared;
+pub(crate) mod trial;
 
 use crate::config::ExchangeKind;
 use crate::kernels::Areas;

@@ -1,7 +1,7 @@
 //! An exchange is set up in rounds, and taken when every rank could.
 //!
-//! For `peer` and `host` two rounds: everyone has made its area; everyone has mapped all of them and
-//! run the kernels once. For the exchange over the real NCCL one: everyone has its staging memory,
+//! For `peer` and `host` three rounds: everyone has made its area; everyone has mapped all of them and
+//! run the kernels once; everyone has got what the others wrote. For the exchange over the real NCCL one: everyone has its staging memory,
 //! and NCCL its connections.
 
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::choice::{self, choose};
 use super::disagreement::Disagreement;
 use super::facts::{Agreement, Blob, Location};
 use super::identity;
-use super::meeting::{Meeting, Round, Rounds};
+use super::meeting::{Meeting, Round, Rounds, poll};
 use super::over_nccl::OverNccl;
 use crate::config::ExchangeKind;
 use crate::cuda::{self, Context, CudaResult, Distance, Stream};
@@ -20,6 +20,7 @@ use crate::exchange::area::{OFFER_BYTES, Peer};
 use crate::exchange::fused::{Fused, Prepared};
 use crate::exchange::nccl::Staging;
 use crate::exchange::residency::Seat;
+use crate::exchange::trial::Trial;
 use crate::kernels::{Areas, Kernels};
 use crate::variables::Variables;
 
@@ -103,21 +104,18 @@ impl<M: Meeting> Rounds<M> {
     ///
     /// # Errors
     /// As for [`Rounds::next`].
-    pub fn set_up_fused(
-        &mut self,
-        areas: Areas,
-        facts: &[Blob],
-        Local { context, kernels, stream, timeout }: &Local<'_>,
-    ) -> Result<SetUp<Fused>> {
+    pub fn set_up_fused(&mut self, areas: Areas, facts: &[Blob], local: &Local<'_>) -> Result<SetUp<Fused>> {
+        let Local { context, kernels, stream, timeout } = local;
         let Some(rings) = choice::rings(facts) else {
             return Ok(Err(NotSetUp { why: Disagreement::NoSharedMemory, mine: None }));
         };
         let rank = self.blob.rank as usize;
-        let prepared = Prepared::new(areas, rings, context, stream);
-        let offer = prepared.as_ref().map_or(NOTHING, |prepared| *prepared.offer());
+        let prepared = Prepared::new(areas, rings, context, stream)
+            .and_then(|prepared| Ok((prepared, Trial::new(facts.len(), context.device())?)));
+        let offer = prepared.as_ref().map_or(NOTHING, |(prepared, _)| *prepared.offer());
         let round = self.next(prepared.is_ok(), offer)?;
-        let (prepared, offers) = match (prepared, round) {
-            (Ok(prepared), Ok(offers)) => (prepared, offers),
+        let (prepared, mut trial, offers) = match (prepared, round) {
+            (Ok((prepared, trial)), Ok(offers)) => (prepared, trial, offers),
             (prepared, round) => return Ok(Err(not_set_up(prepared, round, "offer memory"))),
         };
         let peer = |Blob { location, offer, .. }: &Blob| Peer {
@@ -129,13 +127,34 @@ impl<M: Meeting> Rounds<M> {
         let fused = prepared.connect(rank, &peers, context, choice::block_channels(facts), *timeout);
         let fused = fused.and_then(|fused| fused.warm_up(kernels, stream).map(|()| fused));
         let round = self.next(fused.is_ok(), offer)?;
-        Ok(match (fused, round) {
-            (Ok(mut fused), Ok(_)) => {
+        let fused = match (fused, round) {
+            (Ok(fused), Ok(_)) => fused,
+            (fused, round) => return Ok(Err(not_set_up(fused, round, "use others' memory"))),
+        };
+        let tried = self.try_links(&mut trial, &fused, local)?;
+        let round = self.next(tried.is_ok(), offer)?;
+        Ok(match (tried, round) {
+            (Ok(()), Ok(_)) => {
+                let mut fused = fused;
                 fused.unlink();
                 Ok(fused)
             }
-            (fused, round) => Err(not_set_up(fused, round, "use others' memory")),
+            (tried, round) => Err(not_set_up(tried, round, "believe its links")),
         })
+    }
+
+    /// Sends something over every link and looks at what arrives.
+    fn try_links(&self, trial: &mut Trial, fused: &Fused, local: &Local<'_>) -> Result<Result<()>> {
+        if let Err(error) = trial.launch(self.blob.rank as usize, fused, local.kernels, local.stream) {
+            return Ok(Err(error));
+        }
+        let is_over = || trial.is_over().map_err(Error::cuda("waiting for the trial of the links"));
+        let over = poll(|| self.meeting.check(), is_over);
+        if over.is_err() {
+            fused.abort();
+            trial.lose();
+        }
+        over.map(|()| trial.result(fused))
     }
 }
 

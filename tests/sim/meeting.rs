@@ -190,3 +190,28 @@ fn a_communicator_that_is_still_in_the_making_may_be_aborted() {
         });
     });
 }
+
+#[test]
+fn a_link_that_loses_or_garbles_stores_is_not_used() {
+    for stores in ["lost", "garbled"] {
+        let settings = |_| {
+            let words = [("FLASHCOMM_BITS", "4"), ("FLASHCOMM_LOG", "info"), ("FLASHCOMM_SIM_STORES", stores)];
+            words.map(|(name, value)| (name, value.to_string())).to_vec()
+        };
+        let ends = processes(3, settings, |process| {
+            use_device(process.rank);
+            let numbers: Vec<_> = (0..3).map(|rank| whole_numbers(5000, 1, rank)).collect();
+            let (comm, stream) = (init(3, process.unique_id(0), process.rank), Stream::new());
+            let memory = Memory::of(&numbers[process.rank], &stream);
+            ok!(ncclAllReduce(memory.at, memory.at, 5000, dtype::FP16, SUM, comm, stream.0));
+            let sum = memory.read(5000, &stream);
+            same_bits(&sum, &reference(&numbers, legs(4, 4)), "over another exchange");
+            assert_ne!(Info::of(comm).exchange(), "peer");
+            ok!(ncclCommDestroy(comm));
+        });
+        let Some(ends) = ends else { return };
+        let word = if stores == "lost" { "loses stores" } else { "garbles stores" };
+        assert!(ends.iter().any(|(_, log)| log.contains(word)), "{}", ends[0].1);
+        all_succeed(Some(ends));
+    }
+}

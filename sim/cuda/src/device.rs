@@ -48,6 +48,27 @@ pub fn have_nvlink() -> bool {
     *NVLINK
 }
 
+/// What becomes of what a kernel writes to the memory of another rank's GPU: `FLASHCOMM_SIM_STORES`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stores {
+    /// It arrives.
+    Arrive,
+    /// `lost`: it does not.
+    Lost,
+    /// `garbled`: payloads arrive as something else, signals as they are.
+    Garbled,
+}
+
+/// What becomes of it.
+pub fn stores() -> Stores {
+    static STORES: Lazy<Stores> = Lazy::new(|| match std::env::var("FLASHCOMM_SIM_STORES").as_deref() {
+        Ok("lost") => Stores::Lost,
+        Ok("garbled") => Stores::Garbled,
+        _ => Stores::Arrive,
+    });
+    *STORES
+}
+
 /// Number of devices.
 pub fn count() -> i32 {
     DEVICES.len() as i32

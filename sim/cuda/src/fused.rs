@@ -12,8 +12,9 @@ use flashcomm_wire::{Codec, Element, Legs, Rings, TILE_ELEMS, rings};
 
 use crate::access::{args, enter, load, store, store_decoded};
 use crate::cu_result::{CuResult, Result};
+use crate::device::{self, Stores};
 use crate::kernels::{Kernel, Shape};
-use crate::memory;
+use crate::memory::{self, Kind};
 use crate::shared::{ABORTED, AllReduceArgs, DEADLINE_PASSED, GaveUp};
 
 /// Channels of a block at most.
@@ -121,6 +122,22 @@ impl Launch {
         self.args.areas[at_rank] as usize + self.rings.slot(channel.number, hop, from, round)
     }
 
+    /// What becomes of what is written to the area of `rank`: host memory is not behind the link that may be bad.
+    fn stores_to(&self, rank: usize) -> Stores {
+        let kind = memory::allocation_of(self.args.areas[rank] as usize).map(|found| found.kind);
+        let is_remote = rank != self.args.rank as usize && matches!(kind, Some(Kind::Device | Kind::Imported));
+        if is_remote { device::stores() } else { Stores::Arrive }
+    }
+
+    /// Writes a payload to a slot in the area of `rank`.
+    fn send(&self, rank: usize, slot: usize, payload: &[u8]) -> Result<()> {
+        match self.stores_to(rank) {
+            Stores::Arrive => store(slot, payload),
+            Stores::Lost => Ok(()),
+            Stores::Garbled => store(slot, &payload.iter().map(|byte| byte ^ 0x11).collect::<Vec<u8>>()),
+        }
+    }
+
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
         let (rank, world) = (self.args.rank as usize, self.args.world as usize);
         (1..world).map(move |step| (rank + step) % world)
@@ -222,7 +239,9 @@ impl Channel {
         for peer in launch.others() {
             let signal =
                 word(launch.args.areas[peer] as usize + launch.rings.signal(self.number, launch.args.rank as usize))?;
-            signal.store(self.n_signals, Ordering::Release);
+            if launch.stores_to(peer) != Stores::Lost {
+                signal.store(self.n_signals, Ordering::Release);
+            }
         }
         Ok(())
     }
@@ -231,7 +250,7 @@ impl Channel {
         let Some(tile) = launch.tile(self, owner, self.iteration) else { return Ok(()) };
         let reduce = launch.rings.legs.reduce;
         let payload = encode::<E>(reduce, &enter::<E>(reduce, launch.args.input as usize, tile)?);
-        store(launch.slot(owner, self, 0, launch.args.rank as usize, self.iteration), &payload)
+        launch.send(owner, launch.slot(owner, self, 0, launch.args.rank as usize, self.iteration), &payload)
     }
 
     fn decode<E: Element>(&self, launch: &Launch, owner: usize, round: usize) -> Result<()> {
@@ -260,7 +279,7 @@ impl Channel {
         sum.iter_mut().for_each(|sum| *sum *= launch.args.scale);
         let payload = encode::<E>(gather, &sum);
         for peer in launch.others() {
-            store(launch.slot(peer, self, 1, rank, round), &payload)?;
+            launch.send(peer, launch.slot(peer, self, 1, rank, round), &payload)?;
         }
         store_decoded::<E>(gather, &payload, launch.args.output as usize, tile)
     }
