@@ -2,7 +2,7 @@
 # The host code under ThreadSanitizer: jobs of threads on the simulators, with the shim and them compiled for it. A race is a
 # failure. What it cannot see is in scripts/tsan.supp.
 #
-#   ./scripts/tsan.sh          groups, life cycles, control, statistics, every code
+#   ./scripts/tsan.sh          groups, life cycles, meeting, control, statistics, every code
 #   ./scripts/tsan.sh --long   every other test of threads on the simulators, soaks of 18,000 operations (22 minutes on 2 cores)
 #
 # The standard library stays as it is shipped, so that its locks and channels are not seen: host code takes those of parking_lot
@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Its one test preloads the shim, also into the program that names the functions of a report.
 leave_out="test(what_nccl_calls_of_itself_is_not_taken_twice)"
-tests='test(/^(groups|lifecycle|control|stats)::/) or test(/^allreduce::.*every_code/)'
+tests='test(/^(groups|lifecycle|meeting|control|stats)::/) or test(/^allreduce::.*every_code/)'
 packages=(-p flashcomm -p flashcomm-sim-cuda -p flashcomm-sim-nccl)
 case ${1:-} in
     "") ;;

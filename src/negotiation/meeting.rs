@@ -82,6 +82,16 @@ impl<M: Meeting> Rounds<M> {
         Ok(round)
     }
 
+    /// Waits until all ranks of this process have heard the last round. A rank that is still reading it may have to wait for
+    /// work on the GPU, also for a kernel that waits for that rank.
+    ///
+    /// # Errors
+    /// As for [`Meeting::check`].
+    pub fn meet_neighbors(&mut self) -> Result<()> {
+        let Self { meeting, neighbors, .. } = self;
+        neighbors.as_mut().map_or(Ok(()), |neighbors| neighbors.meet(|| meeting.check()))
+    }
+
     /// The first operation waits for the others, too: until all are done with what attach needs, also with giving it up.
     ///
     /// # Errors

@@ -144,7 +144,8 @@ impl<M: Meeting> Rounds<M> {
     }
 
     /// Sends something over every link and looks at what arrives.
-    fn try_links(&self, trial: &mut Trial, fused: &Fused, local: &Local<'_>) -> Result<Result<()>> {
+    fn try_links(&mut self, trial: &mut Trial, fused: &Fused, local: &Local<'_>) -> Result<Result<()>> {
+        self.meet_neighbors()?;
         if let Err(error) = trial.launch(self.blob.rank as usize, fused, local.kernels, local.stream) {
             return Ok(Err(error));
         }

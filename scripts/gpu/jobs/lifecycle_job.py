@@ -92,7 +92,7 @@ def reference(ranks):
     for i, rank in enumerate(ranks):
         files.append(f"{SCRATCH}/life{i}")
         inputs[rank].view(torch.int16).cpu().numpy().tofile(files[-1])
-    subprocess.run([os.environ["FLASHCOMM_REFERENCE"], "sum", "fp16", BITS, "auto", "128", f"{SCRATCH}/life", *files], check=True)
+    subprocess.run([os.environ["FLASHCOMM_REFERENCE"], "sum", "fp16", BITS, "auto", "64", f"{SCRATCH}/life", *files], check=True)
     return torch.frombuffer(bytearray(open(f"{SCRATCH}/life", "rb").read()), dtype=torch.int16).cuda()
 
 

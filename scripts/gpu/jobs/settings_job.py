@@ -5,10 +5,11 @@ usage: settings_job.py            starts the jobs and checks what they say
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
+
+from launch import free_port
 
 SHIM = os.environ["FLASHCOMM_LIB"]
 
@@ -30,9 +31,7 @@ def rank(wanted):
 
 def job(settings, wanted):
     """Exit codes and the outputs of two ranks with settings[r] each, which want an "exact" or a "coded" sum."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = str(unused.getsockname()[1])
+    port = str(free_port())
     ranks = []
     for r in range(2):
         env = dict(os.environ, RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -34,7 +34,7 @@ class Case:
         dist.barrier()
         if RANK == 0:
             inputs = [f"{path}.{rank}" for rank in range(WORLD)]
-            reference = [os.environ["FLASHCOMM_REFERENCE"], "sum", NAMES[dtype], os.environ["FLASHCOMM_BITS"], "auto", "128"]
+            reference = [os.environ["FLASHCOMM_REFERENCE"], "sum", NAMES[dtype], os.environ["FLASHCOMM_BITS"], "auto", "64"]
             subprocess.run([*reference, path, *inputs], check=True)
         dist.barrier()
         expected = bytearray(open(path, "rb").read())

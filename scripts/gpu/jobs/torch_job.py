@@ -41,7 +41,7 @@ def check_against_reference(count, dtype, op=dist.ReduceOp.SUM, group=None, rank
     if RANK == ranks[0]:
         inputs = [f"{SCRATCH}/in{r}" for r in ranks]
         op_name, path = "avg" if op == dist.ReduceOp.AVG else "sum", f"{SCRATCH}/ref{RANK}"
-        command = [os.environ["FLASHCOMM_REFERENCE"], op_name, name, BITS, "auto", "128", path, *inputs]
+        command = [os.environ["FLASHCOMM_REFERENCE"], op_name, name, BITS, "auto", "64", path, *inputs]
         subprocess.run(command, check=True)
         expected = open(path, "rb").read()
         for r in ranks:
