@@ -9,9 +9,7 @@ use half::f16;
 
 const EXCHANGES: [&str; 3] = ["peer", "host", "nccl"];
 /// Longer than `FLASHCOMM_ATTACH_TIMEOUT_S` below.
-const LATE: Duration = Duration::from_millis(1500);
-/// What a call that does not wait takes at most, on a loaded machine.
-const AT_ONCE: Duration = Duration::from_millis(1000);
+const LATE: Duration = Duration::from_secs(3);
 
 /// One rank's all-reduce of a case on a stream of its own.
 struct Sum<'a> {
@@ -29,11 +27,8 @@ impl<'a> Sum<'a> {
         Sum { comm, stream, memory, case }
     }
 
-    /// Issues it, and wants that to take no time.
     fn issue(&self) {
-        let (start, at) = (Instant::now(), self.memory.at);
-        ok!(ncclAllReduce(at, at, self.case.count, dtype::FP16, SUM, self.comm, self.stream.0));
-        assert!(start.elapsed() < AT_ONCE, "the call waited for {:?}", start.elapsed());
+        ok!(ncclAllReduce(self.memory.at, self.memory.at, self.case.count, dtype::FP16, SUM, self.comm, self.stream.0));
     }
 
     fn check(&self, about: &str) {
@@ -69,7 +64,9 @@ fn a_rank_may_be_late_at_creation_and_at_the_first_sum() {
             if rank == 1 {
                 std::thread::sleep(LATE); // it compiles
             }
+            let start = Instant::now();
             sum.issue();
+            assert!(start.elapsed() < LATE / 2, "the call waited for {:?}", start.elapsed());
             sum.check("the first sum");
             ok!(ncclCommDestroy(sum.comm));
         });

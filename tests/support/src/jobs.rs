@@ -1,5 +1,7 @@
 //! Jobs: ranks that are threads, or processes that start this very test again.
 //!
+//! `FLASHCOMM_TEST_LOG` is the `FLASHCOMM_LOG` of jobs that set none.
+//!
 //! A process finds its part by `WORLD_INNER`, or by `WORLD_RANK` and `WORLD_DIR`, where the ranks of a job meet.
 
 use std::path::{Path, PathBuf};
@@ -40,6 +42,9 @@ fn again(dir: &Path, settings: Settings<'_>) -> Command {
     }
     if is_real() {
         command.env("CUDA_VISIBLE_DEVICES", "0"); // where `take_from_a_real_device` has its memory
+    }
+    if let Some(level) = std::env::var_os("FLASHCOMM_TEST_LOG") {
+        command.env("FLASHCOMM_LOG", level);
     }
     command.envs(settings.iter().copied());
     command
