@@ -4,6 +4,7 @@
 
 use flashcomm_test_support::{Random, dtype};
 
+use super::GAPS;
 use super::machine;
 use super::program::{Comm, Kind, Making, Op, Program, STREAMS, Step, Way};
 
@@ -251,8 +252,7 @@ impl Generator {
         let way = if non_blocking && matches!(way, Way::Graph(_)) { Way::Alone } else { way };
         let alike = |comm: &usize| self.program.comms[*comm].non_blocking == non_blocking;
         let alike: Vec<_> = self.live.iter().copied().filter(alike).collect();
-        // Left out: the shim does not keep the order of what is forwarded and what is compressed in such a group.
-        let large_half = if non_blocking { Some(self.one_in(2)) } else { None };
+        let large_half = if non_blocking && !GAPS { Some(self.one_in(2)) } else { None };
         let mut ops = Vec::new();
         for i in 0..n_ops {
             let comm = if i == 0 { first } else { alike[self.random.below(alike.len())] };
@@ -268,9 +268,21 @@ impl Generator {
             let mine: Vec<usize> = ops.iter().filter(is_mine).copied().collect();
             let ops: Vec<_> =
                 mine.into_iter().map(|op| (op, if everywhere { same } else { self.random.below(STREAMS) })).collect();
-            if !ops.is_empty() {
+            if GAPS && matches!(way, Way::Group | Way::Nested) && self.one_in(2) {
+                self.push_by_comm(rank, ops, way);
+            } else if !ops.is_empty() {
                 self.push(rank, Step::Issue { ops, way });
             }
+        }
+    }
+
+    /// A group for each communicator.
+    fn push_by_comm(&mut self, rank: usize, mut ops: Vec<(usize, usize)>, way: Way) {
+        while let Some((first, _)) = ops.first() {
+            let comm = self.program.ops[*first].comm;
+            let (same, others) = ops.into_iter().partition(|(op, _)| self.program.ops[*op].comm == comm);
+            self.push(rank, Step::Issue { ops: same, way });
+            ops = others;
         }
     }
 

