@@ -57,8 +57,8 @@ pub(crate) fn attach_all(comms: &[Arc<Comm>]) -> Result<()> {
     })
 }
 
-/// As [`attach_all`], for communicators that do not block: each stays in progress until it has a verdict. None waits for
-/// another of its group, to which other ranks may come later.
+/// As [`attach_all`], for communicators that do not block: each stays in progress until it has a
+/// verdict. None waits for another of its group, to which other ranks may come later.
 pub(crate) fn attach_in_background(comms: Vec<Arc<Comm>>) {
     for comm in comms {
         comm.set_meeting(true);

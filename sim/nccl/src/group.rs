@@ -136,7 +136,8 @@ fn run_makings(makings: Vec<(Arc<Comm>, Making)>) -> Result<()> {
     outcome
 }
 
-/// Issues the calls of communicators that do not block: one communicator after the other, as NCCL's one thread of a group does.
+/// Issues the calls of communicators that do not block: one communicator after the other, as NCCL's
+/// one thread of a group does.
 fn launch_in_background(launches: Vec<(Arc<Comm>, Calls)>) -> Result<()> {
     launches.iter().for_each(|(comm, _)| comm.begin());
     std::thread::spawn(move || {

@@ -1,6 +1,7 @@
-//! Programs from seeds. First a schedule of the whole job, in which every call comes when all before it are done with; each
-//! rank's program is its part of that. Then each rank's steps change places, as long as those of a stream and of a communicator
-//! stay in order and the program ends by the application's own rules ([`machine`]).
+//! Programs from seeds. First a schedule of the whole job, in which every call comes when all
+//! before it are done with; each rank's program is its part of that. Then each rank's steps change
+//! places, as long as those of a stream and of a communicator stay in order and the program ends by
+//! the application's own rules ([`machine`]).
 
 use flashcomm_test_support::{Random, dtype};
 
@@ -213,7 +214,8 @@ impl Generator {
         }
     }
 
-    /// An operation on a communicator; only one that may be compressed, or only one that is forwarded, where it says so.
+    /// An operation on a communicator; only one that may be compressed, or only one that is
+    /// forwarded, where it says so.
     fn op(&mut self, comm: usize, in_graph: bool, large_half: Option<bool>) -> usize {
         let world = self.program.comms[comm].members.len();
         let (from, to) = match large_half {
@@ -288,7 +290,7 @@ impl Generator {
 
     /// Two steps next to each other change places, some at a time, where the program still ends.
     fn change_places(&mut self) {
-        for _ in 0..12 {
+        for _ in 0..20 {
             let before = self.program.ranks.clone();
             for _ in 0..1 + self.random.below(4) {
                 let rank = self.random.below(self.program.world);

@@ -1,6 +1,6 @@
-//! Whether a program ends, by the application's own rules: what a call waits for on the host, and what an operation waits for
-//! on its stream, in its communicator and of the other ranks. Time does not matter: whatever can go on goes on, and the
-//! order does not change how far all get.
+//! Whether a program ends, by the application's own rules: what a call waits for on the host, and
+//! what an operation waits for on its stream, in its communicator and of the other ranks. Time does
+//! not matter: whatever can go on goes on, and the order does not change how far all get.
 
 use std::collections::HashMap;
 

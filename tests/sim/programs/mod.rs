@@ -1,16 +1,19 @@
-//! Random programs, each run twice: by plain NCCL, and with the shim. *A job that plain NCCL would run must run with the shim
-//! preloaded, in time*, with the results that NCCL has where calls are forwarded and those of the reference where they are
-//! compressed.
+//! Random programs, each run twice: by plain NCCL, and with the shim. *A job that plain NCCL would
+//! run must run with the shim preloaded, in time*, with the results that NCCL has where calls are
+//! forwarded and those of the reference where they are compressed.
 //!
-//! `FLASHCOMM_TEST_PROGRAMS` (400): how many. `FLASHCOMM_TEST_PROGRAM`: the seed of one, which then runs alone.
+//! `FLASHCOMM_TEST_PROGRAMS` (400): how many. `FLASHCOMM_TEST_PROGRAM`: the seed of one, which then
+//! runs alone.
 //!
-//! In time is twice plain NCCL's time, or two seconds more: the simulators have no time of their own, so it is that of a clock
-//! on a machine that does other things, too. It finds calls that wait for a timeout or poll slowly, and says nothing of speed.
+//! In time is twice plain NCCL's time, or two seconds more: the simulators have no time of their
+//! own, so it is that of a clock on a machine that does other things, too. It finds calls that wait
+//! for a timeout or poll slowly, and says nothing of speed.
 //!
 //! What is left out, since a job may hang there with the shim that plain NCCL runs, is in [`GAPS`].
 //!
-//! A process runs a few dozen programs, one after the other. It ends at the first that hangs or fails, says so, and the next
-//! process goes on behind that. Where plain NCCL's hangs, its program is none that this is about; there should be few.
+//! A process runs a few dozen programs, one after the other. It ends at the first that hangs or
+//! fails, says so, and the next process goes on behind that. Where plain NCCL's hangs, its program
+//! is none that this is about; there should be few.
 
 mod data; // inputs, and what must come out
 mod generate; // programs from seeds
@@ -29,21 +32,24 @@ use flashcomm_test_support::*;
 use data::Compression;
 use run::{Board, Rank};
 
-/// Whether programs do what the shim is known not to keep up with. All three need ranks that issue the same calls in groups of
-/// another kind:
+/// Whether programs do what the shim is known not to keep up with. All three need ranks that issue
+/// the same calls in groups of another kind:
 ///
-/// * A group creates several communicators that block. Their ranks meet when the group has ended. A rank that creates only the
-///   first must not wait, before the others are created, for what its creation lets go on.
-/// * A group on communicators that do not block has calls that are forwarded and such that are compressed. What is forwarded is
-///   issued whenever the real NCCL comes to it, so the order on a stream is one or the other.
-/// * A rank has calls on several communicators in a group, and another rank has not, on the same stream. In a group, what is
-///   compressed comes last.
+/// * A group creates several communicators that block. Their ranks meet when the group has ended. A
+///   rank that creates only the first must not wait, before the others are created, for what its
+///   creation lets go on.
+/// * A group on communicators that do not block has calls that are forwarded and such that are
+///   compressed. What is forwarded is issued whenever the real NCCL comes to it, so the order on a
+///   stream is one or the other.
+/// * A rank has calls on several communicators in a group, and another rank has not, on the same
+///   stream. In a group, what is compressed comes last.
 const GAPS: bool = false;
 /// Programs of a process. What it sets is the same for all of them.
 const BLOCK: u64 = 50;
 /// Programs whose ranks are processes have so many.
 const PROCESSES: usize = 3;
-/// Longer than any program takes, also with the delays of a schedule. With the shim it may take twice as long.
+/// Longer than any program takes, also with the delays of a schedule. With the shim it may take
+/// twice as long.
 const PLAIN_LIMIT: Duration = Duration::from_secs(5);
 const SHIM_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes from which on it compresses.
@@ -69,12 +75,12 @@ fn what_plain_nccl_runs_runs_with_the_shim_in_time() {
     while next < all.end && wrong.len() < 5 {
         let end = all.end.min((next / BLOCK + 1) * BLOCK);
         let Some(Ended { times, troubles }) = block(next, end) else { return };
-        for (plain, shim) in times.values() {
+        for (seed, (plain, shim)) in &times {
             n_run += usize::from(shim.is_some());
             if let (Some(plain), Some(shim)) = (plain, shim)
                 && *shim > (*plain * 2).max(*plain + Duration::from_secs(2))
             {
-                wrong.push(format!("plain NCCL takes {plain:?}, with the shim it is {shim:?}"));
+                wrong.push(format!("seed {seed}: {plain:?} by plain NCCL, {shim:?} with the shim\n{}", listing(*seed)));
             }
         }
         // Whatever went wrong first.
@@ -90,6 +96,12 @@ fn what_plain_nccl_runs_runs_with_the_shim_in_time() {
     eprintln!("programs: {n_run} run, {} discarded", discarded.len());
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(discarded.len() as u64 * 100 <= all.end - all.start, "plain NCCL does not run\n{}", discarded.join("\n"));
+}
+
+/// Each rank's program.
+fn listing(seed: u64) -> String {
+    let program = generate::program(seed, kind_of(seed).2);
+    (0..program.world).map(|rank| program.listing(rank, usize::MAX)).collect()
 }
 
 /// A program that hung or failed.
@@ -141,14 +153,17 @@ fn block(from: u64, to: u64) -> Option<Ended> {
             }
         }
         if !status.success() {
-            let head = format!("seed {last}, {}", if is_plain { "plain" } else { "with the shim" });
-            ended.troubles.push(Trouble { seed: last, is_plain, said: format!("{head}: {status}\n{said}\n") });
+            let head = format!("seed {last}, {}: {status}\n", if is_plain { "plain" } else { "with the shim" });
+            let is_of_others = |line: &&str| line.starts_with("program ") && line.ends_with(" us");
+            let said = said.lines().filter(|line| !is_of_others(line)).flat_map(|line| [line, "\n"]);
+            ended.troubles.push(Trouble { seed: last, is_plain, said: head + &said.collect::<String>() });
         }
     }
     Some(ended)
 }
 
-/// A process' part: all programs one after the other. Ends the process at the first that hangs or fails.
+/// A process' part: all programs one after the other. Ends the process at the first that hangs or
+/// fails.
 fn run_all(from: u64, to: u64, process: Process) {
     let is_plain = std::env::var_os("WORLD_WITHOUT_SHIM").is_some();
     let (exchange, _, n_processes) = kind_of(from);

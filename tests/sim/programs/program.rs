@@ -168,7 +168,7 @@ impl Program {
         let mark = |i: usize| if i == at { '>' } else { ' ' };
         let line = |(i, step)| format!("{} {}\n", mark(i), self.line(step));
         let lines: String = self.ranks[rank].iter().enumerate().map(line).collect();
-        let end = if at >= self.ranks[rank].len() { "> its end\n" } else { "" };
+        let end = if at == self.ranks[rank].len() { "> its end\n" } else { "" };
         format!("rank {rank}:\n{lines}{end}")
     }
 
