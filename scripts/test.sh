@@ -4,8 +4,8 @@
 # simulators, some of these under ThreadSanitizer, and makes and tries the package for Python.
 #
 #   ./scripts/test.sh          what CI runs
-#   ./scripts/test.sh --long   also Miri, every job under ThreadSanitizer, a rank killed at every single step, and ten more
-#                              soaks (hours)
+#   ./scripts/test.sh --long   also Miri, every job under ThreadSanitizer, a rank killed at every single step, 10,000 random
+#                              programs, and ten more soaks (hours)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -69,9 +69,10 @@ if $long; then
         echo "SKIPPED: no $nightly with Miri here"
     fi
 
-    step "a rank killed at every step; soaks"
+    step "a rank killed at every step; random programs; soaks"
     export FLASHCOMM_CUDA_ARCHS=90
     FLASHCOMM_TEST_STRIDE=1 cargo nextest run -p flashcomm-test-support -E 'test(/^faults::/)'
+    FLASHCOMM_TEST_PROGRAMS=10000 cargo nextest run -p flashcomm-test-support -E 'test(/^programs::/)' --no-capture
     for seed in $(seq 100 100 1000); do
         FLASHCOMM_TEST_SOAK_SEED=$seed cargo nextest run -p flashcomm-test-support -E 'test(/^soak::/)' --no-capture
     done

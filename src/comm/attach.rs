@@ -57,13 +57,16 @@ pub(crate) fn attach_all(comms: &[Arc<Comm>]) -> Result<()> {
     })
 }
 
-/// As [`attach_all`], for communicators that do not block: they stay in progress until they have a verdict.
+/// As [`attach_all`], for communicators that do not block: each stays in progress until it has a
+/// verdict. None waits for another of its group, to which other ranks may come later.
 pub(crate) fn attach_in_background(comms: Vec<Arc<Comm>>) {
-    comms.iter().for_each(|comm| comm.set_meeting(true));
-    thread::spawn(move || {
-        let _ = attach_all(&comms); // it has told of an error, and the communicator has it
-        comms.iter().for_each(|comm| comm.set_meeting(false));
-    });
+    for comm in comms {
+        comm.set_meeting(true);
+        thread::spawn(move || {
+            let _ = attach_all(std::slice::from_ref(&comm)); // it has told of an error, and the communicator has it
+            comm.set_meeting(false);
+        });
+    }
 }
 
 /// A change that an engine asks for. What is `None` stays.

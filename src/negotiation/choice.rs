@@ -122,7 +122,7 @@ fn is_over_network(facts: &[Blob]) -> bool {
     };
     let apart = |one: &Blob, other: &Blob| {
         one.location.nccl_host != other.location.nccl_host
-            || !(reaches(one, other.rank) && reaches(other, one.rank)) && !share(one, other)
+            || !(share(one, other) || reaches(one, other.rank) && reaches(other, one.rank))
     };
     facts.iter().any(|one| facts.iter().any(|other| one.rank != other.rank && apart(one, other)))
 }

@@ -209,15 +209,17 @@ impl Rounds<OverNccl<'_>> {
 
     fn set_up_nccl(&mut self) -> Result<SetUp<Staging>> {
         let Blob { rank, agreement: Agreement { legs, buffer_bytes, .. }, .. } = self.blob;
+        if !self.meeting.connect()? {
+            // Nothing is allocated that would be freed at once: that would wait for what the application has on the GPU.
+            log::info!("rank {rank} has a non-blocking communicator");
+            let why = self.compare(false)?.expect_err("this rank is not ready");
+            return Ok(Err(NotSetUp { why, mine: None }));
+        }
         let staging = Staging::new(self.meeting.world(), legs, buffer_bytes);
         if let Err(error) = &staging {
             log::warn!("rank {rank} cannot compress: {error}");
         }
-        let takes_calls = self.meeting.connect()?;
-        if !takes_calls {
-            log::info!("rank {rank} has a non-blocking communicator");
-        }
-        Ok(match self.compare(staging.is_ok() && takes_calls)? {
+        Ok(match self.compare(staging.is_ok())? {
             Ok(_) => Ok(staging?),
             Err(why) => Err(NotSetUp { why, mine: None }),
         })

@@ -11,6 +11,7 @@ mod faults; // a rank killed at every step, every call of a rank refused once
 mod groups; // groups, captures, streams
 mod lifecycle; // communicators to their end
 mod meeting; // at creation; late ranks, first sums in any order
+mod programs; // random programs run as plain NCCL runs them
 mod record; // inputs saved as they were passed
 mod soak; // random operations against a model
 mod stats; // what the shim counts, and what a profiler hears

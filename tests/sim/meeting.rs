@@ -1,7 +1,7 @@
 //! When ranks meet: at a communicator's creation, which waits for all of them anyway. Afterwards no call blocks the host
 //! where NCCL's would not, whoever is late and in whatever order communicators are used first.
 
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Barrier, mpsc};
 use std::time::{Duration, Instant};
 
 use flashcomm_test_support::*;
@@ -214,4 +214,68 @@ fn a_link_that_loses_or_garbles_stores_is_not_used() {
         assert!(ends.iter().any(|(_, log)| log.contains(word)), "{}", ends[0].1);
         all_succeed(Some(ends));
     }
+}
+
+fn settled(comm: usize) {
+    let (mut state, end) = (7, Instant::now() + Duration::from_secs(20)); // ncclInProgress
+    while state == 7 {
+        assert!(Instant::now() < end, "the communicator stays in progress");
+        std::thread::sleep(Duration::from_millis(1));
+        ok!(ncclCommGetAsyncError(comm, &mut state));
+    }
+    assert_eq!(state, 0);
+}
+
+/// Begins to create a communicator of two ranks that does not block.
+fn begin(comm: &mut usize, id: UniqueId, rank: usize) {
+    let answer = call!(ncclCommInitRankConfig(comm, 2, id, rank as i32, &Config::non_blocking()));
+    assert!(answer == 0 || answer == 7, "{answer}");
+}
+
+#[test]
+fn a_communicator_that_does_not_block_is_ready_before_another_of_its_group() {
+    over_each_exchange(|| {
+        let (world, ids) = (2, [unique_id(), unique_id()]);
+        let first_is_ready = Barrier::new(world);
+        threads(world, |rank| {
+            let mut comms = [0; 2];
+            if rank == 0 {
+                ok!(ncclGroupStart());
+                (0..2).for_each(|i| begin(&mut comms[i], ids[i], rank));
+                let answer = call!(ncclGroupEnd());
+                assert!(answer == 0 || answer == 7, "{answer}");
+            } else {
+                begin(&mut comms[0], ids[0], rank);
+            }
+            settled(comms[0]);
+            first_is_ready.wait();
+            if rank == 1 {
+                begin(&mut comms[1], ids[1], rank);
+            }
+            settled(comms[1]);
+            comms.iter().for_each(|comm| ok!(ncclCommDestroy(*comm)));
+        });
+    });
+}
+
+#[test]
+fn a_communicator_that_does_not_block_is_made_while_a_sum_of_another_waits() {
+    over_each_exchange(|| {
+        let (world, ids) = (2, [unique_id(), unique_id()]);
+        let case = case(5, world);
+        threads(world, |rank| {
+            let sum = Sum::new(init(world, ids[0], rank), rank, &case);
+            let mut comm = 0;
+            if rank == 0 {
+                sum.issue();
+            }
+            begin(&mut comm, ids[1], rank);
+            settled(comm);
+            if rank == 1 {
+                sum.issue();
+            }
+            sum.check("the sum");
+            [sum.comm, comm].iter().for_each(|comm| ok!(ncclCommDestroy(*comm)));
+        });
+    });
 }

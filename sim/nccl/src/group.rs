@@ -13,11 +13,14 @@ use crate::types::{Code, Result};
 /// Work that makes a communicator.
 type Making = Box<dyn FnOnce() -> Result<()> + Send>;
 
+/// Calls, each with its communicator and its stream.
+type Calls = Vec<(Arc<Comm>, usize, Op)>;
+
 #[derive(Default)]
 struct Group {
     depth: u32,
     error: Option<Code>,
-    calls: Vec<(Arc<Comm>, usize, Op)>,
+    calls: Calls,
     makings: Vec<(Arc<Comm>, Making)>,
 }
 
@@ -86,16 +89,19 @@ fn run(group: Group) -> Result<()> {
     if let Some(code) = group.error {
         return Err(code);
     }
-    let made = run_makings(group.makings);
-    let mut outcome = made;
+    let mut outcome = run_makings(group.makings);
+    let mut background = Vec::new();
     let mut rest = group.calls;
     while let Some((comm, ..)) = rest.first() {
         let comm = comm.clone();
         let (mine, others) = rest.into_iter().partition(|(other, ..)| Arc::ptr_eq(other, &comm));
         rest = others;
-        outcome = worse(outcome, launch(&comm, mine));
+        match comm.is_blocking {
+            true => outcome = worse(outcome, issue(&comm, mine)),
+            false => background.push((comm, mine)),
+        }
     }
-    outcome
+    if background.is_empty() { outcome } else { worse(outcome, launch_in_background(background)) }
 }
 
 /// An error is worse than what is in progress, and that than success.
@@ -130,21 +136,21 @@ fn run_makings(makings: Vec<(Arc<Comm>, Making)>) -> Result<()> {
     outcome
 }
 
-/// Issues the calls of one communicator.
-fn launch(comm: &Arc<Comm>, calls: Vec<(Arc<Comm>, usize, Op)>) -> Result<()> {
-    if comm.is_blocking {
-        return issue(comm, calls);
-    }
-    comm.begin();
-    let comm = comm.clone();
+/// Issues the calls of communicators that do not block: one communicator after the other, as NCCL's
+/// one thread of a group does.
+fn launch_in_background(launches: Vec<(Arc<Comm>, Calls)>) -> Result<()> {
+    launches.iter().for_each(|(comm, _)| comm.begin());
     std::thread::spawn(move || {
         schedule::point();
-        comm.settle(issue(&comm, calls));
+        for (comm, calls) in launches {
+            comm.settle(issue(&comm, calls));
+        }
     });
     Err(Code::IN_PROGRESS)
 }
 
-fn issue(comm: &Arc<Comm>, calls: Vec<(Arc<Comm>, usize, Op)>) -> Result<()> {
+/// Issues the calls of one communicator.
+fn issue(comm: &Arc<Comm>, calls: Calls) -> Result<()> {
     let driver = driver()?;
     let _entered = driver.enter(comm.device)?;
     let mut streams: Vec<usize> = Vec::new();
