@@ -36,10 +36,15 @@ step "setup"
 export FLASHCOMM_TEST_NCCL=$PWD/.toolkit/nccl-2.32.3/lib/libnccl.so.2
 export FLASHCOMM_TEST_NCCL_OLD=$PWD/.toolkit/nccl-2.18.3/lib/libnccl.so.2
 
+# The library with the kernels of every architecture takes longest. It is built with what the tests leave of the processor.
+release_log=$(mktemp)
+nice -n 19 cargo build --release >"$release_log" 2>&1 &
+release=$!
+
 step "format"
 cargo fmt --all --check
 
-# The release library below is compiled for every architecture; one is enough for lints and tests.
+# One architecture is enough for lints and tests.
 step "clippy"
 FLASHCOMM_CUDA_ARCHS=90 cargo clippy --workspace --all-targets -- -D warnings
 
@@ -79,8 +84,9 @@ if $long; then
     unset FLASHCOMM_CUDA_ARCHS
 fi
 
-step "release build, all architectures"
-cargo build --release
+step "release build, all architectures: what was left of it"
+wait "$release" || { cat "$release_log" >&2 && exit 1; }
+rm "$release_log"
 python3 scripts/check_spills.py target/release/libflashcomm.so
 
 step "the package for Python, in a fresh environment"
