@@ -182,17 +182,17 @@ impl Rounds<OverNccl<'_>> {
                 return Ok(Err(choice.refusal().expect("what is not taken has failed")));
             };
             let outcome = match kind {
-                ExchangeKind::Nccl => {
-                    for (other, against) in choice.passed_over {
-                        log::info!("rank {}: not over the exchange {}: {against}", self.blob.rank, other.name());
-                    }
-                    self.set_up_nccl()?.map(Exchange::Nccl)
-                }
+                ExchangeKind::Nccl => self.set_up_nccl()?.map(Exchange::Nccl),
                 ExchangeKind::Peer => self.set_up_fused(Areas::InGpuMemory, facts, local)?.map(Exchange::Fused),
                 ExchangeKind::Host => self.set_up_fused(Areas::InHostMemory, facts, local)?.map(Exchange::Fused),
             };
             match outcome {
-                Ok(exchange) => return Ok(Ok(exchange)),
+                Ok(exchange) => {
+                    for (other, against) in choice.passed_over {
+                        log::info!("rank {}: not over the exchange {}: {against}", self.blob.rank, other.name());
+                    }
+                    return Ok(Ok(exchange));
+                }
                 Err(NotSetUp { why, mine }) => {
                     // Loudly where no other may take its place.
                     let is_only_one = self.blob.agreement.exchange.is_some();
