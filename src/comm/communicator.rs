@@ -176,9 +176,11 @@ impl Comm {
         self.failed.get().map(|(result, why)| Error::Failed { result: *result, why: why.clone() })
     }
 
-    /// Its ranks could not meet, midway: it refuses every call from now on.
+    /// Its ranks could not meet, midway: it refuses every call from now on. A thread of ours that nobody waits for any more
+    /// stops and frees what it holds.
     pub(crate) fn fail(&self, error: &Error) {
         let _ = self.failed.set((NcclResult::from(error), error.to_string()));
+        self.life.end();
         self.settle_off();
         HAS_ANY_FAILED.store(true, Ordering::Release);
     }

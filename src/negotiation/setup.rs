@@ -4,9 +4,10 @@
 //! run the kernels once; everyone has got what the others wrote. For the exchange over the real NCCL one: everyone has its staging memory,
 //! and NCCL its connections.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use super::choice::{self, choose};
+use super::choice::{self, Against, choose};
 use super::disagreement::Disagreement;
 use super::facts::{Agreement, Blob, Location};
 use super::identity;
@@ -147,13 +148,22 @@ impl<M: Meeting> Rounds<M> {
     fn try_links(&mut self, trial: &mut Trial, fused: &Fused, local: &Local<'_>) -> Result<Result<()>> {
         self.meet_neighbors()?;
         if let Err(error) = trial.launch(self.blob.rank as usize, fused, local.kernels, local.stream) {
+            // Now, since the others' kernels wait for this one, and who waits for those may give up first.
+            log::warn!("rank {}: trying the links: {error}", self.blob.rank);
             return Ok(Err(error));
         }
         let is_over = || trial.is_over().map_err(Error::cuda("waiting for the trial of the links"));
         let over = poll(|| self.meeting.check(), is_over);
         if over.is_err() {
             fused.abort();
-            trial.lose();
+            // It ends by itself now; where even that takes long, its memory is nobody's any more.
+            let end = Instant::now() + Duration::from_secs(2);
+            while trial.is_over() == Ok(false) && Instant::now() < end {
+                thread::sleep(Duration::from_millis(1));
+            }
+            if trial.is_over() != Ok(true) {
+                trial.lose();
+            }
         }
         over.map(|()| trial.result(fused))
     }
@@ -188,7 +198,8 @@ impl Rounds<OverNccl<'_>> {
             };
             match outcome {
                 Ok(exchange) => {
-                    for (other, against) in choice.passed_over {
+                    let of_note = |(_, against): &(_, Against)| !matches!(against, Against::Setting(_));
+                    for (other, against) in choice.passed_over.into_iter().filter(of_note) {
                         log::info!("rank {}: not over the exchange {}: {against}", self.blob.rank, other.name());
                     }
                     return Ok(Ok(exchange));

@@ -23,6 +23,8 @@ const COUNT: usize = 9000;
 const ATTACH_TIMEOUT_S: u64 = 1;
 /// `FLASHCOMM_BUFFER_MIB` of the jobs.
 const RECEIVE_AREA: usize = 1 << 20;
+/// Input and output of the trial of the links: two tiles of a chunk for each rank.
+const TRIAL: usize = 2 * WORLD * 2 * 8192;
 /// How soon an abort has to free what waits.
 const SOON: Duration = Duration::from_secs(5);
 /// What a loaded machine may add to a time limit.
@@ -196,7 +198,7 @@ fn works(process: &Process, n: usize, world: usize, rank: usize) {
 /// What may be held after `n` aborts, if so much was held before.
 fn with_lost(mut held: Held, exchange: &str, n: usize) -> Held {
     // Scratch memory of attach, kept for the next one, the larger the more ranks.
-    held.device_bytes += 4096;
+    held.device_bytes += 4096 + TRIAL;
     if exchange == "peer" {
         // What a peer's kernel may still write to is not used again: a receive area each time.
         held.device_bytes += n * RECEIVE_AREA;
