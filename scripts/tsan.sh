@@ -40,6 +40,9 @@ export CARGO_BUILD_TARGET RUSTFLAGS RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$PWD/targ
 reports=$(mktemp -d)
 trap 'rm -rf "$reports"' EXIT
 export TSAN_OPTIONS="suppressions=$PWD/scripts/tsan.supp log_path=$reports/race exitcode=66 history_size=4"
+# Some jobs are to panic. A backtrace is made under the lock of the dynamic linker, and so is a report, also one that is suppressed,
+# with locks of the sanitizer's held: the two would wait for each other for ever.
+export RUST_BACKTRACE=0
 
 cargo build "${packages[@]}"
 status=0
