@@ -29,6 +29,11 @@ pub enum Error {
     },
     /// Not every rank answered the attach in time.
     AttachTimeout(Duration),
+    /// A rank ended, or could not go on, while the others waited for its word.
+    RankGone {
+        /// That one.
+        rank: usize,
+    },
     /// `FLASHCOMM_BUFFER_MIB` does not hold one tile for each rank.
     BufferTooSmall {
         /// Ranks of the communicator.
@@ -98,6 +103,9 @@ impl fmt::Display for Error {
                  slow, raise FLASHCOMM_ATTACH_TIMEOUT_S",
                 waited.as_secs()
             ),
+            Error::RankGone { rank } => {
+                write!(f, "rank {rank} ended, or could not go on, while the ranks met; its own log says more")
+            }
             Error::BufferTooSmall { world } => {
                 write!(f, "the staging memory is too small for {world} ranks; raise FLASHCOMM_BUFFER_MIB")
             }
@@ -182,7 +190,7 @@ impl From<&Error> for NcclResult {
             Error::Cuda { .. } => NcclResult::UNHANDLED_CUDA_ERROR,
             Error::Nccl { result, .. } | Error::Failed { result, .. } => *result,
             Error::System { .. } | Error::Unmappable(_) => NcclResult::SYSTEM_ERROR,
-            Error::AttachTimeout(_) | Error::GaveUp { .. } => NcclResult::REMOTE_ERROR,
+            Error::AttachTimeout(_) | Error::RankGone { .. } | Error::GaveUp { .. } => NcclResult::REMOTE_ERROR,
             Error::BufferTooSmall { .. } | Error::Refused(_) | Error::Aborted => NcclResult::INVALID_USAGE,
         }
     }

@@ -10,6 +10,7 @@ use std::cell::{Cell, RefCell};
 
 use super::boundary::{in_real_nccl, is_reentered, nccl_exports};
 use crate::allreduce::{self, Operation};
+use crate::comm::Origin;
 use crate::comm::attach::{self, Change};
 use crate::config::Config;
 use crate::nccl::{CommPtr, NcclResult, SimInfo};
@@ -27,33 +28,33 @@ thread_local! {
 /// A communicator in the making.
 struct Created {
     place: *mut CommPtr,
-    mixes_graphs: bool,
+    origin: Origin,
 }
 
 /// Creates communicators, whose handles `real` puts at `places`. Their ranks meet now or, inside a group, at its outermost
 /// end.
 pub(super) fn create(
     places: impl Iterator<Item = *mut CommPtr>,
-    mixes_graphs: impl FnOnce() -> bool,
+    origin: impl FnOnce() -> Origin,
     real: impl FnOnce() -> NcclResult,
 ) -> NcclResult {
     let result = in_real_nccl(real);
     if is_reentered() || !is_good(result) || !Config::global().enable {
         return result;
     }
-    let mixes_graphs = mixes_graphs();
+    let origin = origin();
     CREATED.with_borrow_mut(|created| {
-        created.extend(places.map(|place| Created { place, mixes_graphs }));
+        created.extend(places.map(|place| Created { place, origin }));
         if DEPTH.get() > 0 { result } else { meet(created, result) }
     })
 }
 
 /// The ranks of communicators, for which the real NCCL has answered `result`, meet.
 fn meet(created: &mut Vec<Created>, result: NcclResult) -> NcclResult {
-    let comm = |Created { place, mixes_graphs }: Created| {
+    let comm = |Created { place, origin }: Created| {
         // SAFETY: the application vouches for it until the communicator is made, which it is, or is about to be.
         let handle = unsafe { place.read() };
-        (!handle.is_null()).then(|| comm::created(handle, mixes_graphs))
+        (!handle.is_null()).then(|| comm::created(handle, origin))
     };
     let comms: Vec<_> = created.drain(..).filter_map(comm).collect();
     if result == NcclResult::IN_PROGRESS {

@@ -12,17 +12,16 @@
 //! communicator still, and other ranks may be further: such a communicator is *failed*, and refuses every call.
 
 use std::mem::ManuallyDrop;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use flashcomm_wire::{Legs, Width};
-use parking_lot::{Condvar, Mutex};
 
 use super::communicator::{Attached, Comm};
 use super::order::Order;
+use super::wait::Wait;
 use crate::config::Config;
 use crate::cuda::{self, Context, RelaxedCapture, Stream};
 use crate::error::{self, Error, Result};
@@ -33,8 +32,9 @@ use crate::nccl::{CommPtr, NcclResult};
 use crate::negotiation::choice;
 use crate::negotiation::disagreement::{Disagreement, MAX_SETUPS};
 use crate::negotiation::facts::{Agreement, Blob};
-use crate::negotiation::meeting::{Rounds, poll};
+use crate::negotiation::meeting::{Meeting, Rounds, poll};
 use crate::negotiation::over_nccl::OverNccl;
+use crate::negotiation::page::OverPage;
 use crate::negotiation::setup::Local;
 use crate::real;
 use crate::stats;
@@ -47,7 +47,7 @@ use crate::verdict::Verdict;
 /// peers rely on. The communicator is failed then.
 pub(crate) fn attach_all(comms: &[Arc<Comm>]) -> Result<()> {
     let wish = Wish { legs: Config::global().legs, switched_off: false };
-    let waits = comms.iter().map(|comm| Wait::start(comm, wish)).collect();
+    let waits = comms.iter().map(|comm| start(comm, wish)).collect();
     all(waits, |comm, outcome| {
         match outcome {
             Outcome::New(attached) => put_on(comm, attached, wish),
@@ -92,7 +92,7 @@ pub(crate) fn change_all(changes: &[Change]) -> Result<()> {
     if changes.iter().any(|change| change.comm.verdict() == Verdict::Off) {
         return Err(Error::Refused("all ranks of the communicator forward to the real NCCL; the log says why".into()));
     }
-    let waits: Vec<Wait> = changes.iter().map(|change| Wait::start(&change.comm, change.wish())).collect();
+    let waits: Vec<_> = changes.iter().map(|change| start(&change.comm, change.wish())).collect();
     all(waits, |comm, outcome| {
         let change = changes.iter().find(|change| Arc::ptr_eq(&change.comm, comm)).expect("it was started for one");
         let wish = change.wish();
@@ -156,60 +156,12 @@ fn describe(comm: &Comm) {
     }
 }
 
-/// One communicator's rounds, on a thread of their own.
-struct Wait {
-    comm: Arc<Comm>,
-    answer: Arc<Answer>,
+fn start(comm: &Arc<Comm>, wish: Wish) -> Wait<Outcome> {
+    Wait::start(comm, move |comm| attach(comm, wish))
 }
-
-/// What the thread comes to. (A channel of the standard library would do, but ThreadSanitizer does not see into it.)
-#[derive(Default)]
-struct Answer {
-    outcome: Mutex<Option<Result<Outcome>>>,
-    has_come: Condvar,
-}
-
-impl Wait {
-    fn start(comm: &Arc<Comm>, wish: Wish) -> Self {
-        let answer = Arc::new(Answer::default());
-        let (there, to) = (comm.clone(), answer.clone());
-        thread::spawn(move || {
-            // After a panic its message is out.
-            let attached = catch_unwind(AssertUnwindSafe(|| attach(&there, wish)));
-            // Before anybody goes on: whoever destroys the communicator next is to be the last that holds it, so that
-            // what it has is free for the communicator after it.
-            drop(there);
-            // Nobody waits any more after a timeout; then the last one drops the result.
-            *to.outcome.lock() = Some(attached.unwrap_or(Err(Error::Aborted)));
-            to.has_come.notify_one();
-        });
-        Wait { comm: comm.clone(), answer }
-    }
-
-    /// What it came to, at `deadline` at the latest; `None` where it has not. Says now and then that it waits.
-    fn until(&self, deadline: Instant) -> Option<Result<Outcome>> {
-        let begin = Instant::now();
-        let mut outcome = self.answer.outcome.lock();
-        while outcome.is_none() && Instant::now() < deadline {
-            let next = deadline.min(Instant::now() + TELL_EVERY);
-            if self.answer.has_come.wait_until(&mut outcome, next).timed_out() && next < deadline {
-                log::warn!(
-                    "waiting for {} s for the other ranks of a communicator to meet. A rank that runs without the shim \
-                     or with FLASHCOMM_ENABLE=0 never comes; after FLASHCOMM_ATTACH_TIMEOUT_S={} this rank gives up",
-                    begin.elapsed().as_secs(),
-                    Config::global().attach_timeout.as_secs()
-                );
-            }
-        }
-        outcome.take()
-    }
-}
-
-/// How often a rank that waits says so.
-const TELL_EVERY: Duration = Duration::from_secs(60);
 
 /// Waits for all, within the attach timeout, and does `then` with what each came to; the last error.
-fn all(waits: Vec<Wait>, mut then: impl FnMut(&Arc<Comm>, Outcome) -> Result<()>) -> Result<()> {
+fn all(waits: Vec<Wait<Outcome>>, mut then: impl FnMut(&Arc<Comm>, Outcome) -> Result<()>) -> Result<()> {
     let timeout = Config::global().attach_timeout;
     let deadline = Instant::now() + timeout;
     let mut result = Ok(());
@@ -257,8 +209,12 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
     let first = comm.setups().next();
     let seat = comm.setups().find_map(|setup| setup.seat.clone()).unwrap_or_else(|| Arc::new(Seat::take(device)));
     let stream = Rc::new(Stream::new().map_err(Error::cuda("creating a stream"))?);
+    let over_nccl = || OverNccl::new(comm.handle(), &comm.life, device, (rank, world), stream.clone());
     let begin = |blob| {
-        let meeting = OverNccl::new(comm.handle(), &comm.life, device, (rank, world), stream.clone())?;
+        let meeting: Box<dyn Meeting + '_> = match comm.page(rank, world)? {
+            Some(page) => Box::new(OverPage { page, life: &comm.life }),
+            None => Box::new(over_nccl()?),
+        };
         Ok(Rounds::new(meeting, blob))
     };
 
@@ -302,7 +258,7 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
     let Loaded { kernels, order, .. } = loaded?;
     let local = Local { context: &context, kernels: &kernels, stream: &stream, timeout: Config::global().timeout };
     let set_up = match rounds.find_reach(&context, &facts)? {
-        Ok(facts) => rounds.set_up_best(&facts, &local)?,
+        Ok(facts) => rounds.set_up_best(&facts, &local, || over_nccl()?.connect())?,
         Err(disagreement) => Err(disagreement),
     };
     drop(stream);

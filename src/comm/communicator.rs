@@ -7,22 +7,26 @@
 //! as if it were another communicator's: kernels, receive areas, counters. The setups of earlier widths stay as long as the
 //! communicator, since graphs that were captured with them may be replayed whenever the application likes.
 
+use std::collections::HashMap;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use flashcomm_wire::Legs;
 use once_cell::sync::OnceCell;
+use parking_lot::Mutex;
 
 use super::order::Order;
 use crate::cuda::{Context, RelaxedCapture};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::exchange::residency::Seat;
 use crate::kernels::Kernels;
 use crate::nccl::{CommPtr, NcclResult};
 use crate::negotiation::disagreement::MAX_SETUPS;
+use crate::negotiation::key::{Birth, Key};
 use crate::negotiation::over_nccl::Life;
+use crate::negotiation::page::Page;
 use crate::record::Recording;
 use crate::verdict::Verdict;
 
@@ -39,6 +43,12 @@ pub(crate) struct Comm {
     is_meeting: AtomicBool,
     /// Whether captured calls keep their order with others.
     mixes_graphs: AtomicBool,
+    /// By which its ranks find each other, where they can.
+    key: OnceCell<Key>,
+    /// How often communicators were made of it.
+    births: Mutex<HashMap<Birth, u32>>,
+    /// Where its ranks meet; `None`: over the real NCCL.
+    page: OnceCell<Option<Page>>,
     /// Why its ranks could not meet.
     failed: OnceCell<(NcclResult, String)>,
     setups: [OnceCell<Box<Attached>>; MAX_SETUPS],
@@ -102,6 +112,9 @@ impl Comm {
             switched_off: AtomicBool::new(false),
             is_meeting: AtomicBool::new(false),
             mixes_graphs: AtomicBool::new(true),
+            key: OnceCell::new(),
+            births: Default::default(),
+            page: OnceCell::new(),
             failed: OnceCell::new(),
             setups: Default::default(),
             recording: Recording::default(),
@@ -154,6 +167,7 @@ impl Comm {
     /// Frees the kernels that wait for other ranks (invariant I5).
     pub(crate) fn abort(&self) {
         self.life.end();
+        self.leave_page();
         for attached in self.setups() {
             if let Exchange::Fused(fused) = &*attached.exchange {
                 fused.abort();
@@ -181,6 +195,7 @@ impl Comm {
     pub(crate) fn fail(&self, error: &Error) {
         let _ = self.failed.set((NcclResult::from(error), error.to_string()));
         self.life.end();
+        self.leave_page();
         self.settle_off();
         HAS_ANY_FAILED.store(true, Ordering::Release);
     }
@@ -193,6 +208,47 @@ impl Comm {
     /// Says whether they do, before the ranks meet.
     pub(crate) fn set_mixes_graphs(&self, mixes_graphs: bool) {
         self.mixes_graphs.store(mixes_graphs, Ordering::Relaxed);
+    }
+
+    /// Says by what its ranks find each other, before they meet.
+    pub(crate) fn set_key(&self, key: Option<Key>) {
+        if let Some(key) = key {
+            let _ = self.key.set(key); // who takes part in making a communicator twice is told by the real NCCL
+        }
+    }
+
+    /// That of a communicator which all its ranks are about to make of this one.
+    pub(crate) fn child_key(&self, birth: Birth, color: i32) -> Option<Key> {
+        let mut births = self.births.lock();
+        let n = births.entry(birth.clone()).or_default();
+        let key = self.key.get().map(|key| key.child(&birth, *n, color));
+        *n += 1;
+        key
+    }
+
+    /// The page at which its ranks meet; waits for them where this is the first time. `None`: there is none.
+    ///
+    /// # Errors
+    /// [`Error::Aborted`].
+    pub(crate) fn page(&self, rank: usize, world: usize) -> Result<Option<&Page>> {
+        let check = || if self.is_aborted() { Err(Error::Aborted) } else { Ok(()) };
+        let come = || match self.key.get() {
+            Some(key) => Page::come(*key, rank, world, check),
+            None => Ok(None),
+        };
+        self.page.get_or_try_init(come).map(Option::as_ref)
+    }
+
+    /// The ranks for which this one waits in a meeting, as far as it can tell.
+    pub(crate) fn missing(&self) -> Vec<usize> {
+        self.page.get().and_then(Option::as_ref).map_or(Vec::new(), |page| page.missing().collect())
+    }
+
+    /// Its ranks need not wait for this one any more.
+    fn leave_page(&self) {
+        if let Some(Some(page)) = self.page.get() {
+            page.leave();
+        }
     }
 
     /// Whether its ranks are meeting while the application goes on.

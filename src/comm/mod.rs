@@ -8,6 +8,7 @@ pub(crate) mod attach;
 mod communicator;
 mod order;
 mod table;
+mod wait;
 
 pub(crate) use communicator::{Attached, Comm, has_any_failed};
-pub(crate) use table::{abort, created, failed_attach, failure, is_meeting, known, of, reap, retire, turn_off};
+pub(crate) use table::{Origin, abort, created, failed_attach, failure, is_meeting, known, of, reap, retire, turn_off};

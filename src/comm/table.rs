@@ -11,6 +11,7 @@ use super::communicator::{Comm, CommHandle};
 use crate::cuda::RelaxedCapture;
 use crate::error::{self, Error};
 use crate::nccl::CommPtr;
+use crate::negotiation::key::Key;
 
 type Table = HashMap<CommHandle, Arc<Comm>, BuildHasherDefault<AddressHasher>>;
 
@@ -44,11 +45,20 @@ pub(crate) fn of(handle: CommPtr) -> Arc<Comm> {
     TABLE.write().entry(handle).or_insert_with(|| Arc::new(Comm::new(handle.0))).clone()
 }
 
-/// The entry of a communicator that has just been created. `handle` is not null; `mixes_graphs`: whether its captured calls
-/// keep their order with others.
-pub(crate) fn created(handle: CommPtr, mixes_graphs: bool) -> Arc<Comm> {
+/// What is known of a communicator from the call that made it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Origin {
+    /// Whether its captured calls keep their order with others.
+    pub mixes_graphs: bool,
+    /// By which its ranks find each other, where they can.
+    pub key: Option<Key>,
+}
+
+/// The entry of a communicator that has just been created. `handle` is not null.
+pub(crate) fn created(handle: CommPtr, origin: Origin) -> Arc<Comm> {
     let comm = of(handle);
-    comm.set_mixes_graphs(mixes_graphs);
+    comm.set_mixes_graphs(origin.mixes_graphs);
+    comm.set_key(origin.key);
     comm
 }
 

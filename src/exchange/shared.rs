@@ -3,8 +3,11 @@
 //! It is made private to the user under a name that nobody can guess, and the name goes as soon as every rank has mapped
 //! it. As long as it has a name its maker holds a lock on it, which ends with the process; a name without a lock is
 //! what a killed process left, and whoever makes shared memory next removes it.
+//!
+//! Where all know a secret, they may name it by that: then whoever comes first makes it. Those who share such memory can tell
+//! who of them has ended, by locks on its bytes.
 
-use std::ffi::{CString, c_void};
+use std::ffi::{CString, c_int, c_void};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -41,33 +44,53 @@ impl SharedMemory {
     /// When the system has no room for it (containers bound /dev/shm) or does not allow it.
     pub(crate) fn create(n_bytes: usize, numa_node: Option<u32>) -> Result<Self> {
         sweep();
-        // Another process may sweep away the name before the lock is there; then there is another one.
         let (file, name) = loop {
-            let mut name = [0; 16];
+            let mut name = Name::default();
             // SAFETY: `name` has the room that it says.
             if unsafe { libc::getrandom(name.as_mut_ptr().cast(), name.len(), 0) } != name.len() as isize {
                 return Err(failed("naming shared memory"));
             }
-            let file = open(&name, libc::O_CREAT | libc::O_EXCL | libc::O_RDWR)?;
-            if lock(&file, libc::LOCK_SH) && file.metadata().is_ok_and(|file| file.nlink() == 1) {
+            if let Some(file) = open_locked(&name, libc::O_CREAT | libc::O_EXCL | libc::O_RDWR)? {
                 break (file, name);
             }
         };
-        let linked = file.try_clone().map_err(|error| Error::System { doing: "keeping shared memory", error });
-        // From here on the name is removed when this is dropped.
-        let mut shared = Self { address: ptr::null_mut(), n_bytes, name, linked: Some(linked?) };
-        // Takes the pages now: without that a full /dev/shm would be a bus error later.
-        // SAFETY: an open file.
-        let result = unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, n_bytes as libc::off_t) };
-        if result != 0 {
-            let error = io::Error::from_raw_os_error(result);
-            return Err(Error::System { doing: "taking shared memory (is /dev/shm large enough?)", error });
-        }
-        shared.map(&file)?;
+        let mut shared = Self { address: ptr::null_mut(), n_bytes, name, linked: None };
+        shared.take(file)?;
         if let Some(node) = numa_node.filter(|node| *node < 64) {
             prefer(shared.address, n_bytes, node);
         }
         Ok(shared)
+    }
+
+    /// Memory of a name that nobody else can guess: made, zeroed, by whoever comes first.
+    ///
+    /// # Errors
+    /// As for [`SharedMemory::create`]; when the name is another user's.
+    pub(crate) fn join(name: Name, n_bytes: usize) -> Result<Self> {
+        sweep();
+        let file = loop {
+            if let Some(file) = open_locked(&name, libc::O_CREAT | libc::O_RDWR)? {
+                break file;
+            }
+        };
+        let mut shared = Self { address: ptr::null_mut(), n_bytes, name, linked: None };
+        shared.take(file)?;
+        Ok(shared)
+    }
+
+    /// Tells the others, as long as it lives, that the one of this number has not ended. Before [`SharedMemory::unlink`].
+    ///
+    /// # Errors
+    /// When the system does not allow it.
+    pub(crate) fn become_member(&self, number: usize) -> Result<Member> {
+        const DOING: &str = "locking a byte of shared memory";
+        let linked = self.linked.as_ref().expect("it has its name");
+        // The locks are the open file's, not the process's: ranks may be threads.
+        let file = linked.try_clone().map_err(|error| Error::System { doing: DOING, error })?;
+        match byte_lock(&file, libc::F_OFD_SETLK, libc::F_WRLCK, number) {
+            Some(_) => Ok(Member { file }),
+            None => Err(failed(DOING)),
+        }
     }
 
     /// Maps what another process has made.
@@ -108,6 +131,20 @@ impl SharedMemory {
         }
     }
 
+    /// Makes the memory of a file, which has its lock.
+    fn take(&mut self, file: File) -> Result<()> {
+        let file = self.linked.insert(file); // from here on the name is removed when this is dropped
+        // Takes the pages now: without that a full /dev/shm would be a bus error later.
+        // SAFETY: an open file.
+        let result = unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, self.n_bytes as libc::off_t) };
+        if result != 0 {
+            let error = io::Error::from_raw_os_error(result);
+            return Err(Error::System { doing: "taking shared memory (is /dev/shm large enough?)", error });
+        }
+        let file = file.try_clone().map_err(|error| Error::System { doing: "keeping shared memory", error })?;
+        self.map(&file)
+    }
+
     fn map(&mut self, file: &File) -> Result<()> {
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
         // SAFETY: a new mapping of an open file.
@@ -143,6 +180,45 @@ fn open(name: &Name, flags: i32) -> Result<File> {
     }
     // SAFETY: just opened, and nobody else's.
     Ok(unsafe { File::from_raw_fd(descriptor) })
+}
+
+/// One of those who share memory.
+#[derive(Debug)]
+pub(crate) struct Member {
+    file: File,
+}
+
+impl Member {
+    /// Whether the one of this number has not ended, nor left.
+    pub(crate) fn has(&self, number: usize) -> bool {
+        // Where the system does not tell, it is as if it had not.
+        byte_lock(&self.file, libc::F_OFD_GETLK, libc::F_WRLCK, number)
+            .is_none_or(|found| found != libc::F_UNLCK as libc::c_short)
+    }
+
+    /// Tells the others that this one has left.
+    pub(crate) fn leave(&self, number: usize) {
+        byte_lock(&self.file, libc::F_OFD_SETLK, libc::F_UNLCK, number);
+    }
+}
+
+/// Asks for a lock of one byte of a file, or about it; what was found there.
+fn byte_lock(file: &File, command: c_int, kind: c_int, number: usize) -> Option<libc::c_short> {
+    // SAFETY: all zeros are a value of it.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    (lock.l_start, lock.l_len) = (number as libc::off_t, 1);
+    // SAFETY: an open file, and a lock of the layout that these commands take.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) };
+    (result == 0).then_some(lock.l_type)
+}
+
+/// Opens shared memory and locks it against [`sweep`]. `None` where that has just taken the name away.
+fn open_locked(name: &Name, flags: i32) -> Result<Option<File>> {
+    let file = open(name, flags)?;
+    let is_kept = lock(&file, libc::LOCK_SH) && file.metadata().is_ok_and(|file| file.nlink() == 1);
+    Ok(is_kept.then_some(file))
 }
 
 /// Locks a file, shared or not, unless another process's lock forbids it.
@@ -213,6 +289,27 @@ mod tests {
         let mine = SharedMemory::create(4096, None).unwrap();
         assert!(SharedMemory::open([1; 16], 4096).is_err());
         assert!(SharedMemory::open(*mine.name(), 8192).unwrap_err().to_string().contains("another size"));
+    }
+
+    #[test]
+    fn who_joins_has_the_same_memory_and_tells_by_a_lock_that_it_is_there() {
+        let name = [0x5a; 16];
+        let mut both = [0, 1].map(|_| SharedMemory::join(name, 4096).unwrap());
+        let members = [0, 1].map(|i| both[i].become_member(i).unwrap());
+        // SAFETY: both mappings have 4096 bytes.
+        unsafe {
+            assert_eq!(both[0].address().cast::<u8>().add(9).read_volatile(), 0);
+            both[0].address().cast::<u8>().add(9).write_volatile(7);
+            assert_eq!(both[1].address().cast::<u8>().add(9).read_volatile(), 7);
+        }
+        both.iter_mut().for_each(SharedMemory::unlink);
+        assert!(members[0].has(1) && members[1].has(0) && !members[0].has(2));
+        let [first, second] = members;
+        second.leave(1);
+        assert!(!first.has(1), "it has left");
+        drop((first, both));
+        assert!(!second.has(0), "it has ended");
+        assert!(SharedMemory::open(name, 4096).is_err(), "the name is gone");
     }
 
     #[test]

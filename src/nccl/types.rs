@@ -70,7 +70,21 @@ pub(crate) type StreamPtr = *mut Stream;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct UniqueId {
-    _internal: [c_char; 128],
+    internal: [u8; 128],
+}
+
+impl UniqueId {
+    /// What it is; random.
+    pub(crate) fn bytes(&self) -> [u8; 128] {
+        self.internal
+    }
+}
+
+#[cfg(test)]
+impl From<[u8; 128]> for UniqueId {
+    fn from(internal: [u8; 128]) -> Self {
+        Self { internal }
+    }
 }
 
 /// `ncclResult_t`.

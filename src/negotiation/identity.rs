@@ -60,7 +60,7 @@ fn boot_id() -> Vec<u8> {
 }
 
 /// FNV-1a; of nothing 0.
-fn hash(bytes: &[u8]) -> u64 {
+pub(super) fn hash(bytes: &[u8]) -> u64 {
     bytes.iter().fold(if bytes.is_empty() { 0 } else { 0xcbf2_9ce4_8422_2325 }, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
     })

@@ -6,8 +6,8 @@
 //!
 //! Ranks that are threads of one process take care not to be in each other's way: while one has work on the GPU that
 //! waits for another, calls of the other that allocate or map memory there may wait for that very work. So they meet on the
-//! host before each round. Before the first they do not know each other yet; there the real NCCL makes them wait for one
-//! another.
+//! host before each round. Before the first they do not know each other yet; there the meeting makes them wait for one
+//! another: on the host, or as the real NCCL does.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -40,6 +40,20 @@ pub trait Meeting {
     /// # Errors
     /// [`crate::error::Error::Aborted`], once the communicator is aborted.
     fn check(&self) -> Result<()>;
+}
+
+impl<M: Meeting + ?Sized> Meeting for Box<M> {
+    fn say(&mut self, mine: &[u8; BLOB_BYTES]) -> Result<()> {
+        (**self).say(mine)
+    }
+
+    fn hear(&mut self) -> Result<Vec<u8>> {
+        (**self).hear()
+    }
+
+    fn check(&self) -> Result<()> {
+        (**self).check()
+    }
 }
 
 /// What a round came to: all ranks' blobs, or what keeps them from going on. The same on every rank.

@@ -4,7 +4,8 @@
 //! * [`facts`]: what a rank says, as bytes, and what of it keeps the ranks from going on (`agree`);
 //! * [`choice`], pure: the exchange and the sizes that follow from everyone's facts;
 //! * [`meeting`]: everyone's word to everyone, and the rounds that are made of it;
-//! * [`over_nccl`]: meeting by a real all-gather, as attach does;
+//! * [`page`]: meeting over a page of shared memory, by ranks of one host that find each other by a [`key`];
+//! * [`over_nccl`]: meeting by a real all-gather, by all others;
 //! * [`setup`]: an exchange is set up in rounds, and taken when every rank could.
 //!
 //! Attach (`comm::attach`) and `flashcomm doctor` go through the same rounds, over other meetings.
@@ -13,6 +14,8 @@ pub(crate) mod choice;
 pub(crate) mod disagreement;
 pub(crate) mod facts;
 mod identity;
+pub(crate) mod key;
 pub(crate) mod meeting;
 pub(crate) mod over_nccl;
+pub(crate) mod page;
 pub(crate) mod setup;

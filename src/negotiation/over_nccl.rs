@@ -15,25 +15,25 @@ use crate::real;
 
 /// How long a communicator's handle may be used.
 #[derive(Debug, Default)]
-pub struct Life {
+pub(crate) struct Life {
     has_ended: AtomicBool,
     in_use: Mutex<()>,
 }
 
 impl Life {
     /// Whether the application has aborted or destroyed the communicator.
-    pub fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         self.has_ended.load(Ordering::Acquire)
     }
 
     /// The application is about to do that.
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         self.has_ended.store(true, Ordering::Release);
     }
 
     /// Waits until no thread of ours is in a call on the communicator. Only for one that does not block, in which no call
     /// lasts.
-    pub fn wait_for_calls(&self) {
+    pub(crate) fn wait_for_calls(&self) {
         drop(self.in_use.lock());
     }
 
@@ -41,14 +41,14 @@ impl Life {
     ///
     /// # Errors
     /// [`Error::Aborted`].
-    pub fn call<T>(&self, call: impl FnOnce() -> T) -> Result<T> {
+    pub(crate) fn call<T>(&self, call: impl FnOnce() -> T) -> Result<T> {
         let _in_use = self.in_use.lock();
         if self.has_ended() { Err(Error::Aborted) } else { Ok(call()) }
     }
 }
 
 /// Ranks of a communicator meet over it.
-pub struct OverNccl<'a> {
+pub(crate) struct OverNccl<'a> {
     comm: CommPtr,
     life: &'a Life,
     rank: usize,
@@ -64,7 +64,7 @@ impl<'a> OverNccl<'a> {
     ///
     /// # Errors
     /// The driver's.
-    pub fn new(
+    pub(crate) fn new(
         comm: CommPtr,
         life: &'a Life,
         device: i32,
@@ -76,11 +76,6 @@ impl<'a> OverNccl<'a> {
         Ok(Self { comm, life, rank, world, stream, done, memory, is_nonblocking: false })
     }
 
-    /// Ranks.
-    pub fn world(&self) -> usize {
-        self.world
-    }
-
     /// Takes something through hop 1, so that the real NCCL connects every two ranks: the hot path must not do that, least
     /// of all inside a capture. (Hop 2's connections are those of the meetings.)
     ///
@@ -88,7 +83,7 @@ impl<'a> OverNccl<'a> {
     ///
     /// # Errors
     /// The real NCCL's, or as [`Meeting::check`].
-    pub fn connect(&mut self) -> Result<bool> {
+    pub(crate) fn connect(&mut self) -> Result<bool> {
         // SAFETY: the ranges lie in our memory, the handle and the stream live.
         let result = self.life.call(|| unsafe { all_to_all(std::iter::once(self.transfer())) })?;
         self.finish("ncclSend and ncclRecv", result)?;

@@ -7,12 +7,13 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use flashcomm_wire::Plan;
+
 use super::choice::{self, Against, choose};
 use super::disagreement::Disagreement;
 use super::facts::{Agreement, Blob, Location};
 use super::identity;
 use super::meeting::{Meeting, Round, Rounds, poll};
-use super::over_nccl::OverNccl;
 use crate::config::ExchangeKind;
 use crate::cuda::{self, Context, CudaResult, Distance, Stream};
 use crate::error::{Error, Result};
@@ -175,8 +176,9 @@ fn not_set_up<T>(mine: Result<T>, round: Round, doing: &'static str) -> NotSetUp
     NotSetUp { why, mine: mine.err().map(|error| (doing, error)) }
 }
 
-impl Rounds<OverNccl<'_>> {
-    /// Sets up the best exchange that all ranks can, of those that the setting allows.
+impl<M: Meeting> Rounds<M> {
+    /// Sets up the best exchange that all ranks can, of those that the setting allows. `connect` makes the real NCCL
+    /// connect all ranks, as [`super::over_nccl::OverNccl::connect`] does.
     ///
     /// # Errors
     /// As for [`Rounds::next`].
@@ -184,6 +186,7 @@ impl Rounds<OverNccl<'_>> {
         &mut self,
         facts: &[Blob],
         local: &Local<'_>,
+        connect: impl Fn() -> Result<bool>,
     ) -> Result<std::result::Result<Exchange, Disagreement>> {
         let mut failed = Vec::new();
         loop {
@@ -192,7 +195,7 @@ impl Rounds<OverNccl<'_>> {
                 return Ok(Err(choice.refusal().expect("what is not taken has failed")));
             };
             let outcome = match kind {
-                ExchangeKind::Nccl => self.set_up_nccl()?.map(Exchange::Nccl),
+                ExchangeKind::Nccl => self.set_up_nccl(facts, &connect)?.map(Exchange::Nccl),
                 ExchangeKind::Peer => self.set_up_fused(Areas::InGpuMemory, facts, local)?.map(Exchange::Fused),
                 ExchangeKind::Host => self.set_up_fused(Areas::InHostMemory, facts, local)?.map(Exchange::Fused),
             };
@@ -218,15 +221,19 @@ impl Rounds<OverNccl<'_>> {
         }
     }
 
-    fn set_up_nccl(&mut self) -> Result<SetUp<Staging>> {
+    fn set_up_nccl(&mut self, facts: &[Blob], connect: impl Fn() -> Result<bool>) -> Result<SetUp<Staging>> {
         let Blob { rank, agreement: Agreement { legs, buffer_bytes, .. }, .. } = self.blob;
-        if !self.meeting.connect()? {
+        let world = facts.len();
+        // Where nothing will go this way it costs no connections, and next to no memory.
+        let is_used = choice::min_bytes(facts, ExchangeKind::Nccl) != u64::MAX;
+        let buffer_bytes = if is_used { buffer_bytes } else { Plan::staging_bytes_per_tile(world, legs) };
+        if is_used && !connect()? {
             // Nothing is allocated that would be freed at once: that would wait for what the application has on the GPU.
             log::info!("rank {rank} has a non-blocking communicator");
             let why = self.compare(false)?.expect_err("this rank is not ready");
             return Ok(Err(NotSetUp { why, mine: None }));
         }
-        let staging = Staging::new(self.meeting.world(), legs, buffer_bytes);
+        let staging = Staging::new(world, legs, buffer_bytes);
         if let Err(error) = &staging {
             log::warn!("rank {rank} cannot compress: {error}");
         }

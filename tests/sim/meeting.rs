@@ -8,8 +8,11 @@ use flashcomm_test_support::*;
 use half::f16;
 
 const EXCHANGES: [&str; 3] = ["peer", "host", "nccl"];
-/// Longer than `FLASHCOMM_ATTACH_TIMEOUT_S` below.
-const LATE: Duration = Duration::from_secs(3);
+/// Seconds for which ranks wait for each other in attach: long enough for a machine that does other things, too.
+const TIMEOUT_S: u64 = 20;
+/// The same where a rank is late by more.
+const SHORT_TIMEOUT_S: u64 = 2;
+const LATE: Duration = Duration::from_secs(4);
 
 /// One rank's all-reduce of a case on a stream of its own.
 struct Sum<'a> {
@@ -36,11 +39,17 @@ impl<'a> Sum<'a> {
     }
 }
 
-/// Runs a job of two ranks once for each exchange, with 4 bits and a short attach timeout.
+/// Runs a job once for each exchange, with 4 bits and an attach timeout of [`TIMEOUT_S`].
 fn over_each_exchange(job: impl Fn()) {
+    within(TIMEOUT_S, job);
+}
+
+/// The same with another timeout.
+fn within(timeout_s: u64, job: impl Fn()) {
+    let timeout_s = timeout_s.to_string();
     for exchange in EXCHANGES {
-        let settings = [("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", exchange), ("FLASHCOMM_ATTACH_TIMEOUT_S", "1")];
-        in_process(&settings, &job);
+        let timeout = ("FLASHCOMM_ATTACH_TIMEOUT_S", timeout_s.as_str());
+        in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", exchange), timeout], &job);
         if std::env::var_os("WORLD_INNER").is_some() {
             return;
         }
@@ -53,7 +62,7 @@ fn case(seed: u64, world: usize) -> Arc<Case<f16>> {
 
 #[test]
 fn a_rank_may_be_late_at_creation_and_at_the_first_sum() {
-    over_each_exchange(|| {
+    within(SHORT_TIMEOUT_S, || {
         let (world, id) = (3, unique_id());
         let case = case(1, world);
         threads(world, |rank| {
@@ -214,6 +223,59 @@ fn a_link_that_loses_or_garbles_stores_is_not_used() {
         assert!(ends.iter().any(|(_, log)| log.contains(word)), "{}", ends[0].1);
         all_succeed(Some(ends));
     }
+}
+
+#[test]
+fn ranks_of_one_host_meet_without_a_call_of_the_real_nccl() {
+    if is_real() {
+        return; // whose calls cannot be made to fail
+    }
+    for exchange in ["peer", "host"] {
+        let settings = [("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", exchange), ("FLASHCOMM_SIM_FAIL", "nccl:1")];
+        in_process(&settings, || {
+            let (world, id) = (3, unique_id());
+            let case = case(6, world);
+            threads(world, |rank| {
+                let mut split = 0;
+                let comm = init(world, id, rank);
+                ok!(ncclCommSplit(comm, 0, rank as i32, &mut split, std::ptr::null()));
+                for comm in [comm, split] {
+                    let sum = Sum::new(comm, rank, &case);
+                    sum.issue();
+                    sum.check("the first sum");
+                    ok!(ncclCommDestroy(comm));
+                }
+            });
+            assert_eq!(n_compressed(), 6);
+        });
+        if std::env::var_os("WORLD_INNER").is_some() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn where_one_rank_may_not_share_memory_all_meet_over_the_real_nccl() {
+    let settings = |rank: usize| {
+        let shm = ("NCCL_SHM_DISABLE", usize::from(rank == 1).to_string());
+        vec![("FLASHCOMM_BITS", "4".into()), ("FLASHCOMM_LOG", "info".into()), shm]
+    };
+    let ends = processes(3, settings, |process| {
+        use_device(process.rank);
+        let case = case(7, 3);
+        let start = Instant::now();
+        let (first, mut second) = (init(3, process.unique_id(0), process.rank), 0);
+        ok!(ncclCommSplit(first, 0, process.rank as i32, &mut second, std::ptr::null()));
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+        for comm in [first, second] {
+            let sum = Sum::new(comm, process.rank, &case);
+            sum.issue();
+            sum.check("the first sum");
+            assert_eq!(Info::of(comm).exchange(), "peer");
+            ok!(ncclCommDestroy(comm));
+        }
+    });
+    all_succeed(ends);
 }
 
 fn settled(comm: usize) {
