@@ -50,6 +50,14 @@ def test_torch_job(runner, several, exchange):
     torchrun(runner, several, 4, exchange, "torch_job.py")
 
 
+@pytest.mark.parametrize("exchange", ["auto", "host"])
+def test_memory(runner, packed_nccl, several, exchange):
+    """Of communicators, used and unused, and after the last one."""
+    settings = {"FLASHCOMM_NCCL_LIB": packed_nccl, "FLASHCOMM_EXCHANGE": exchange, "FLASHCOMM_LOG": "info"}
+    with scratch() as folder:
+        runner.run([sys.executable, JOBS / "memory_job.py"], 100, **settings, FLASHCOMM_SCRATCH=folder)
+
+
 def test_random_operations(runner, several):
     torchrun(runner, several, "4:8", "auto", "soak_job.py", 20_000)
 

@@ -17,6 +17,7 @@ fn end(comm: CommPtr, ours: fn(CommPtr) -> Option<i32>, real: impl FnOnce() -> N
     let result = in_real_nccl(real);
     if let Some(device) = device {
         comm::reap(device);
+        comm::leftovers::free_after_last();
     }
     record::poll();
     result

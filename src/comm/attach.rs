@@ -20,6 +20,7 @@ use std::time::Instant;
 use flashcomm_wire::{Legs, Width};
 
 use super::communicator::{Attached, Comm};
+use super::leftovers;
 use super::order::Order;
 use super::wait::Wait;
 use crate::config::Config;
@@ -184,6 +185,7 @@ fn all(waits: Vec<Wait<Outcome>>, mut then: impl FnMut(&Arc<Comm>, Outcome) -> R
 
 /// The attach of one communicator, or its change to other widths.
 fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
+    let _kept = leftovers::keep();
     let check = || if comm.is_aborted() { Err(Error::Aborted) } else { Ok(()) };
     if comm.is_meeting() {
         // Still in the making; what comes of that the real NCCL tells the application, too.

@@ -6,6 +6,7 @@
 
 pub(crate) mod attach;
 mod communicator;
+pub(crate) mod leftovers;
 mod order;
 mod table;
 mod wait;

@@ -1,6 +1,6 @@
 //! The side table: communicators by handle, and those that are gone but still at work.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
@@ -127,4 +127,17 @@ pub(crate) fn reap(device: i32) {
         error::remember(&error);
     }
     drop(idle);
+}
+
+/// Whether this process has no communicator any more. One that compresses nothing counts, too: to free memory would wait for
+/// what the real NCCL has under way on it, and that may wait for this thread.
+pub(super) fn is_last() -> bool {
+    TABLE.read().is_empty()
+}
+
+/// Frees what those held that have ended, on every device: nobody is left for whom that could wait. Whether that was all.
+pub(super) fn is_empty() -> bool {
+    let devices: HashSet<i32> = RETIRED.lock().iter().filter_map(|comm| comm.device()).collect();
+    devices.into_iter().for_each(reap);
+    RETIRED.lock().is_empty()
 }

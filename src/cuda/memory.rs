@@ -81,8 +81,7 @@ impl DeviceMemory {
     }
 }
 
-/// Maps the device memory of another process, with peer access to its device. It stays mapped while the process lives:
-/// whoever exported it may be gone before its memory is.
+/// Maps the device memory of another process, with peer access to its device, until [`close_ipc`].
 pub(crate) fn open_ipc(handle: &IpcHandle) -> CudaResult<*mut c_void> {
     let mut address = 0;
     let handle = sys::CUipcMemHandle { reserved: handle.map(|byte| byte as std::ffi::c_char) };
@@ -90,6 +89,12 @@ pub(crate) fn open_ipc(handle: &IpcHandle) -> CudaResult<*mut c_void> {
     // SAFETY: `address` is a valid place; a handle that is none is refused.
     check(unsafe { sys::cuIpcOpenMemHandle_v2(&mut address, handle, flags) })?;
     Ok(address as *mut c_void)
+}
+
+/// Unmaps what [`open_ipc`] has mapped in the current context. Waits for all work of the device.
+pub(crate) fn close_ipc(address: *mut c_void) {
+    // SAFETY: mapped, and nobody uses it any more.
+    log_drop("unmapping another process's memory", unsafe { sys::cuIpcCloseMemHandle(address as sys::CUdeviceptr) });
 }
 
 /// Zeroed host memory that kernels of every context read and write.

@@ -20,7 +20,7 @@ pub(crate) use capture::{
 };
 pub(crate) use context::{Context, Entered, ordinal_of};
 pub(crate) use driver::{CudaError, CudaResult, init};
-pub(crate) use memory::{DeviceMemory, IpcHandle, PinnedMemory, Registered, open_ipc};
+pub(crate) use memory::{DeviceMemory, IpcHandle, PinnedMemory, Registered, close_ipc, open_ipc};
 pub(crate) use module::{Function, Module, Shape};
 pub(crate) use pool::Lent;
 pub(crate) use stream::{Event, Stream, StreamHandle};

@@ -1,4 +1,4 @@
-//! Memory that is lent: used again when it comes back, and never freed.
+//! Memory that is lent: used again when it comes back, and freed when there is no communicator any more.
 //!
 //! To free memory, the driver waits for all work of the device. Some of that may wait for another
 //! rank, which may be a thread of this process that waits for us. And device memory that another
@@ -10,6 +10,7 @@ use std::ops::Deref;
 
 use parking_lot::Mutex;
 
+use super::context::Context;
 use super::driver::CudaResult;
 use super::memory::{DeviceMemory, PinnedMemory};
 
@@ -46,6 +47,21 @@ impl Lendable for PinnedMemory {
     fn idle() -> &'static Mutex<Vec<(i32, Self)>> {
         static IDLE: Mutex<Vec<(i32, PinnedMemory)>> = Mutex::new(Vec::new());
         &IDLE
+    }
+}
+
+/// Frees all memory that is not lent. For the time when no other rank of this process is at work and no other process has
+/// any of it.
+pub(crate) fn free_idle() {
+    free_all::<DeviceMemory>();
+    free_all::<PinnedMemory>();
+}
+
+fn free_all<M: Lendable>() {
+    for (device, memory) in std::mem::take(&mut *M::idle().lock()) {
+        let Ok(context) = Context::retain(device) else { continue };
+        let _entered = context.enter();
+        drop(memory);
     }
 }
 

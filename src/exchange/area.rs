@@ -4,14 +4,11 @@
 //! process, by its address; or in pinned host memory that the ranks share. Its owner makes it and
 //! *offers* it; when all ranks have, each *maps* the others'.
 
-use std::collections::HashMap;
 use std::ffi::c_void;
 
-use once_cell::sync::Lazy;
-use parking_lot::Mutex;
-
+use super::imports;
 use super::shared::SharedMemory;
-use crate::cuda::{self, Context, DeviceMemory, IpcHandle, Lent, Registered, Stream};
+use crate::cuda::{Context, DeviceMemory, IpcHandle, Lent, Registered, Stream};
 use crate::error::{Error, Result};
 use crate::kernels::Areas;
 
@@ -26,6 +23,8 @@ pub(crate) type Offer = [u8; OFFER_BYTES];
 pub(crate) struct Peer {
     /// Tells processes of the host apart.
     pub process: u64,
+    /// Tells apart what shared memory processes see; 0 where there is none.
+    pub shared_memory: u64,
     /// Its device, by the number that its process knows it by.
     pub device: i32,
     /// Its area.
@@ -34,7 +33,7 @@ pub(crate) struct Peer {
 
 /// An area that this rank owns.
 pub(crate) enum Area {
-    /// In its GPU's memory. Lent, never freed: a process that still has freed memory mapped would be left with a mapping
+    /// In its GPU's memory. Lent, not freed: a process that still has freed memory mapped would be left with a mapping
     /// whose behavior is undefined.
     Gpu(Lent<DeviceMemory>),
     /// In host memory.
@@ -64,10 +63,6 @@ impl HostArea {
         Ok(Self { registered, shared })
     }
 }
-
-/// Areas of other processes that are mapped here, by process, handle and device of ours. They stay mapped: the owner lends
-/// them again and again.
-static MAPPED: Lazy<Mutex<HashMap<(u64, IpcHandle, i32), usize>>> = Lazy::new(Default::default);
 
 impl Area {
     /// Makes this rank's area of `n_bytes`, zeroed, in the current context, with what the others need to map it.
@@ -116,20 +111,20 @@ impl Area {
         }
     }
 
-    /// Maps the area of `peer`, of the same kind and size as this one. `process`: this rank's.
+    /// Maps the area of `peer`, of the same kind and size as this one. `me`: this rank.
     ///
     /// # Errors
     /// When the driver or the system does not allow it.
-    pub(crate) fn map(&self, peer: &Peer, process: u64, n_bytes: usize, context: &Context) -> Result<Mapped> {
-        let Peer { process: theirs, device, offer } = peer;
+    pub(crate) fn map(&self, peer: &Peer, me: &Peer, n_bytes: usize, context: &Context) -> Result<Mapped> {
+        let Peer { process, device, offer, .. } = *peer;
         match self {
-            Area::Gpu(_) if *theirs == process => {
-                let peer_context = Context::retain(*device).map_err(Error::cuda("retaining a peer's context"))?;
+            Area::Gpu(_) if process == me.process => {
+                let peer_context = Context::retain(device).map_err(Error::cuda("retaining a peer's context"))?;
                 context.enable_peer(&peer_context).map_err(Error::cuda("enabling peer access"))?;
                 let address = u64::from_le_bytes(offer[..8].try_into().expect("8 bytes")) as *mut c_void;
                 Ok(Mapped { address, _host: None })
             }
-            Area::Gpu(_) => Ok(Mapped { address: map_ipc(*theirs, offer, context.device())?, _host: None }),
+            Area::Gpu(_) => Ok(Mapped { address: map_ipc(peer, me, context.device())?, _host: None }),
             Area::Host(_) => {
                 let name = offer[..16].try_into().expect("16 bytes");
                 let host = HostArea::new(SharedMemory::open(name, n_bytes)?)?;
@@ -153,16 +148,12 @@ impl Area {
     }
 }
 
-fn map_ipc(process: u64, offer: &Offer, device: i32) -> Result<*mut c_void> {
+fn map_ipc(peer: &Peer, me: &Peer, device: i32) -> Result<*mut c_void> {
+    let Peer { process, offer, .. } = peer;
     if offer[8] == 0 {
         return Err(Error::Unmappable("the other process may not export GPU memory (CUDA IPC)"));
     }
     let handle: IpcHandle = offer[16..].try_into().expect("64 bytes");
-    let mut mapped = MAPPED.lock();
-    if let Some(address) = mapped.get(&(process, handle, device)) {
-        return Ok(*address as *mut c_void);
-    }
-    let address = cuda::open_ipc(&handle).map_err(Error::cuda("mapping another rank's GPU memory"))?;
-    mapped.insert((process, handle, device), address as usize);
-    Ok(address)
+    imports::may_be_mapped_by(*process, peer.shared_memory != 0 && peer.shared_memory == me.shared_memory);
+    imports::map(*process, handle, device, (me.process, me.shared_memory != 0))
 }

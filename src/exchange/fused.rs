@@ -88,7 +88,7 @@ impl Prepared {
             areas[peer] = if peer == rank {
                 self.area.address()
             } else {
-                let mapped = self.area.map(about, peers[rank].process, self.rings.area_bytes(), context)?;
+                let mapped = self.area.map(about, &peers[rank], self.rings.area_bytes(), context)?;
                 let address = mapped.address;
                 theirs.push(mapped);
                 address

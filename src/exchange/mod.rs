@@ -3,6 +3,7 @@
 
 pub(crate) mod area;
 pub(crate) mod fused;
+pub(crate) mod imports;
 pub(crate) mod nccl;
 pub(crate) mod residency;
 pub(crate) mod shared;

@@ -78,6 +78,11 @@ impl SharedMemory {
         Ok(shared)
     }
 
+    /// Whether there is memory of this name whose maker lives.
+    pub(crate) fn is_in_use(name: &Name) -> bool {
+        open(name, libc::O_RDWR).is_ok_and(|file| !lock(&file, libc::LOCK_EX))
+    }
+
     /// Tells the others, as long as it lives, that the one of this number has not ended. Before [`SharedMemory::unlink`].
     ///
     /// # Errors
@@ -327,5 +332,6 @@ mod tests {
         drop(SharedMemory::create(4096, None).unwrap());
         assert!(open(&left, libc::O_RDWR).is_err(), "not swept");
         assert!(SharedMemory::open(*used.name(), 4096).is_ok(), "swept while in use");
+        assert!(SharedMemory::is_in_use(used.name()) && !SharedMemory::is_in_use(&left));
     }
 }

@@ -75,7 +75,7 @@ mod tests {
                 .iter()
                 .flat_map(|birth| [(0, 0), (0, 1), (1, 0), (1, -7)].map(|(n, color)| root.child(birth, n, color)))
         });
-        let all: Vec<Key> = roots.into_iter().chain(children.flatten()).collect();
+        let all: Vec<Key> = roots.into_iter().chain(children).collect();
         let distinct: std::collections::HashSet<Key> = all.iter().copied().collect();
         assert_eq!(distinct.len(), 4 + 4 * 12);
         assert_eq!(all[0], Key::of_ids(&[id(1)]), "the same for all ranks");

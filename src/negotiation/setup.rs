@@ -122,6 +122,7 @@ impl<M: Meeting> Rounds<M> {
         };
         let peer = |Blob { location, offer, .. }: &Blob| Peer {
             process: location.process,
+            shared_memory: location.shared_memory,
             device: location.device,
             offer: *offer,
         };

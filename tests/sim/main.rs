@@ -10,6 +10,7 @@ mod endings; // what is left of processes that are killed, left by _exit, forked
 mod faults; // a rank killed at every step, every call of a rank refused once
 mod field; // what NCCL's variables say of the machine
 mod groups; // groups, captures, streams
+mod leftovers; // nothing, after the last communicator
 mod lifecycle; // communicators to their end
 mod meeting; // at creation; late ranks, first sums in any order
 mod programs; // random programs run as plain NCCL runs them
