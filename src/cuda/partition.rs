@@ -1,6 +1,7 @@
-//! Parts of a device: what of its multiprocessors a stream may use.
+//! Parts of a device: what of its multiprocessors a context or a stream may use.
 //!
-//! Within a process an application makes *green contexts*, which have some of the multiprocessors (CUDA 12.4 and newer). What is relied upon, by NVIDIA's documents:
+//! MPS bounds a whole process (`CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`). Within a process an application makes *green contexts*,
+//! which have some of the multiprocessors (CUDA 12.4 and newer). What is relied upon, by NVIDIA's documents:
 //!
 //! * A stream of a green context belongs to the device's primary context, too: `cuStreamGetCtx_v2` names both. So events
 //!   that were created in the primary context are recorded on it, though `cuEventRecord` wants event and stream of one
@@ -13,30 +14,35 @@
 //!   to be asked, and work has to be issued to it, in the application's own context.
 
 use std::ffi::c_void;
-use std::ptr;
+use std::{mem, ptr};
 
 use cudarc::driver::sys;
 use once_cell::sync::Lazy;
 
+use super::context::Context;
 use super::driver::is_available;
 use super::stream::StreamHandle;
 
 type GetGreenContext = unsafe extern "C" fn(StreamHandle, *mut *mut c_void) -> sys::CUresult;
+type GetExecAffinity = unsafe extern "C" fn(*mut sys::CUexecAffinityParam, sys::CUexecAffinityType) -> sys::CUresult;
 
 /// Functions that a driver may lack. (The bindings would panic.)
 struct Functions {
     stream_get_green_context: Option<GetGreenContext>,
+    get_exec_affinity: Option<GetExecAffinity>,
 }
 
 static FUNCTIONS: Lazy<Functions> = Lazy::new(|| {
     if !is_available() {
-        return Functions { stream_get_green_context: None };
+        return Functions { stream_get_green_context: None, get_exec_affinity: None };
     }
     // SAFETY: the driver is there, so that this does not panic.
     let driver = unsafe { sys::culib() };
     Functions {
         // SAFETY: the function of this name has this signature.
         stream_get_green_context: unsafe { driver.get(b"cuStreamGetGreenCtx\0") }.ok().map(|function| *function),
+        // SAFETY: as above.
+        get_exec_affinity: unsafe { driver.get(b"cuCtxGetExecAffinity\0") }.ok().map(|function| *function),
     }
 });
 
@@ -56,4 +62,19 @@ pub(crate) unsafe fn is_of_green_context(stream: StreamHandle) -> bool {
     // SAFETY: the caller vouches for the stream; `green` is a valid place.
     let result = unsafe { get(stream, &mut green) };
     result == sys::CUresult::CUDA_SUCCESS && !green.is_null()
+}
+
+impl Context {
+    /// Multiprocessors that kernels of this, the current context may run on, where the driver bounds them.
+    pub(super) fn affinity(&self) -> Option<usize> {
+        let get = FUNCTIONS.get_exec_affinity?;
+        // SAFETY: numbers, for which zeros will do.
+        let mut affinity: sys::CUexecAffinityParam = unsafe { mem::zeroed() };
+        // SAFETY: `affinity` is a valid place.
+        let result = unsafe { get(&mut affinity, sys::CUexecAffinityType::CU_EXEC_AFFINITY_TYPE_SM_COUNT) };
+        // SAFETY: what was asked for, and zeros where there is no answer.
+        let multiprocessors = unsafe { affinity.param.smCount.val } as usize;
+        // Where MPS is not used there is none: CUDA_ERROR_UNSUPPORTED_EXEC_AFFINITY.
+        (result == sys::CUresult::CUDA_SUCCESS && multiprocessors != 0).then_some(multiprocessors)
+    }
 }

@@ -1,4 +1,4 @@
-//! Fewer multiprocessors than the whole GPU: green contexts (invariant I6).
+//! Fewer multiprocessors than the whole GPU: green contexts and MPS (invariant I6).
 //!
 //! A simulated device has 16, so a rank's kernel has 5 blocks, of 3 channels for these sizes. One multiprocessor holds two
 //! such blocks. Ranks of which two lack room hang here (`sim/cuda/src/fused.rs`); with one of them the others' blocks are all
@@ -150,10 +150,44 @@ fn captures_and_eager_calls_of_a_communicator_go_on_beside_each_other() {
     });
 }
 
-/// Drivers before CUDA 12.4 have no green contexts.
+/// As MPS does with CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, for each process.
+#[test]
+fn ranks_that_mps_leaves_different_shares_sum() {
+    for exchange in EXCHANGES {
+        if std::env::var("WORLD_PART").is_ok_and(|mine| mine != exchange) {
+            continue;
+        }
+        let percentages = ["7", "12", "25"]; // one multiprocessor, one, and four
+        let settings = |rank: usize| {
+            vec![
+                ("FLASHCOMM_SIM_THREAD_PERCENTAGE", percentages[rank].to_string()),
+                ("FLASHCOMM_EXCHANGE", exchange.into()),
+                ("FLASHCOMM_BITS", "4".into()),
+                ("FLASHCOMM_BUFFER_MIB", "64".into()),
+                ("FLASHCOMM_LOG", "info".into()),
+                ("WORLD_PART", exchange.into()),
+            ]
+        };
+        let ends = processes(3, settings, |process| {
+            use_device(process.rank);
+            let (comm, stream) = (init(3, process.unique_id(0), process.rank), Stream::new());
+            let case = case(3, 13);
+            let memory = Memory::of(&case.inputs[process.rank], &stream);
+            ok!(ncclAllReduce(memory.at, memory.at, case.count, dtype::FP16, SUM, comm, stream.0));
+            same_bits(&memory.read(case.count, &stream), &case.expected, "the sum");
+            ok!(ncclCommDestroy(comm));
+        });
+        for (_, log) in ends.iter().flatten() {
+            assert!(log.contains(" 1 blocks,"), "{log}");
+        }
+        all_succeed(ends);
+    }
+}
+
+/// Drivers before CUDA 12.4 have no green contexts, and older ones tell of no share.
 #[test]
 fn a_driver_that_lacks_the_functions_is_not_asked() {
-    const LACKING: [&str; 1] = ["cuStreamGetGreenCtx"];
+    const LACKING: [&str; 2] = ["cuStreamGetGreenCtx", "cuCtxGetExecAffinity"];
     let dir = tempfile::tempdir().unwrap();
     let mut driver = std::fs::read(built("libflashcomm_sim_cuda.so")).unwrap();
     for name in LACKING {
