@@ -127,15 +127,41 @@ impl Operation {
     fn launch(&self, attached: &Attached, fused: &Fused) -> Result<()> {
         let mut ranges = Ranges::default();
         self.mark(attached, &mut ranges);
-        let (buffers, stream) = ((self.input, self.output), self.stream());
         let plan = self.plan(attached, usize::MAX)?;
+        let stream = self.stream();
+        // Asked before the communicator's context is entered: a default stream is that of the context that is current.
+        // SAFETY: the application's stream.
+        if unsafe { cuda::is_of_green_context(stream) } {
+            return self.launch_aside(attached, fused, &plan);
+        }
+        self.launch_on(stream, attached, fused, &plan)
+    }
+
+    /// As [`Operation::launch`], beside the application's stream, which has not got the whole GPU.
+    fn launch_aside(&self, attached: &Attached, fused: &Fused, plan: &Plan) -> Result<()> {
+        let stream = self.stream();
+        // SAFETY: the application's stream, and in its context.
+        let capture = unsafe { cuda::capture_of(stream) }.map_err(Error::cuda("asking for a capture"))?;
+        // SAFETY: as above.
+        let forked = unsafe { attached.order.aside.fork(stream, capture, &attached.context) };
+        let forked = forked.map_err(Error::cuda("leaving a green context"))?;
+        let launched = self.launch_on(*forked, attached, fused, plan);
+        // Also where nothing was launched: a capture wants all that it has forked joined.
+        // SAFETY: as above.
+        let joined = unsafe { forked.join(stream) }.map_err(Error::cuda("returning to a green context"));
+        launched.and(joined)
+    }
+
+    /// Issues it to `stream`, which has the whole GPU.
+    fn launch_on(&self, stream: StreamHandle, attached: &Attached, fused: &Fused, plan: &Plan) -> Result<()> {
+        let buffers = (self.input, self.output);
         let _entered = enter(attached)?;
-        // SAFETY: the application's stream, of the communicator's context.
+        // SAFETY: a stream of the communicator's context.
         let capture = unsafe { cuda::capture_of(stream) }.map_err(Error::cuda("asking for a capture"))?;
         // SAFETY: as above.
         unsafe { attached.order.begin(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
         // SAFETY: the application vouches for its buffers.
-        unsafe { fused.all_reduce(&attached.kernels, &plan, self.element, self.scale(attached), buffers, stream) }?;
+        unsafe { fused.all_reduce(&attached.kernels, plan, self.element, self.scale(attached), buffers, stream) }?;
         // SAFETY: as above.
         unsafe { attached.order.end(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))
     }

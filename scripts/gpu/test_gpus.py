@@ -62,6 +62,11 @@ def test_random_operations(runner, several):
     torchrun(runner, several, "4:8", "auto", "soak_job.py", 20_000)
 
 
+def test_green_contexts(runner, packed_nccl, several):
+    """Where a rank's stream has not got its whole GPU."""
+    runner.run([sys.executable, JOBS / "green_job.py"], 150, FLASHCOMM_NCCL_LIB=packed_nccl)
+
+
 @pytest.mark.measures
 @pytest.mark.parametrize("ranks_are", ["threads", "processes"])
 def test_beside_nccl(runner, packed_nccl, out, several, ranks_are):

@@ -56,9 +56,11 @@ impl Context {
         Ok(usize::try_from(value).unwrap_or(0))
     }
 
-    /// Multiprocessors of the device.
+    /// Multiprocessors that kernels of this, the current context may run on: those of the device (of its slice, with MIG), or
+    /// fewer by MPS.
     pub fn multiprocessors(&self) -> CudaResult<usize> {
-        self.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        let of_device = self.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        Ok(self.affinity().map_or(of_device, |affinity| affinity.min(of_device)))
     }
 
     /// The NUMA node that the device hangs on, if the system tells.

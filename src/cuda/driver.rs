@@ -54,7 +54,7 @@ pub fn init() -> CudaResult<()> {
 }
 
 /// Whether there is a CUDA driver. The bindings, which open it at their first call, panic where there is none.
-fn is_available() -> bool {
+pub(super) fn is_available() -> bool {
     static IS_OPEN: Lazy<bool> = Lazy::new(|| {
         // SAFETY: only tries to open the driver library.
         let is_there = unsafe { sys::is_culib_present() };

@@ -10,9 +10,12 @@ use super::driver::{CudaError, CudaResult, check, log_drop};
 /// A stream of the application, or one of ours, borrowed.
 pub(crate) type StreamHandle = sys::CUstream;
 
-/// A stream of ours, for attach. It does not synchronize with the legacy default stream.
+/// A stream of ours. It does not synchronize with the legacy default stream.
 #[derive(Debug)]
 pub struct Stream(StreamHandle);
+
+// SAFETY: a stream handle may be used from any thread; the driver locks.
+unsafe impl Send for Stream {}
 
 impl Stream {
     /// A new stream in the current context.
@@ -66,7 +69,7 @@ impl Event {
     /// replay, not the capture, records.
     ///
     /// # Safety
-    /// `stream` is live and of the event's context.
+    /// `stream` is live and of the event's context, or of a green context within it.
     pub(crate) unsafe fn record(&self, stream: StreamHandle, external: bool) -> CudaResult<()> {
         let external_flag = sys::CUevent_record_flags::CU_EVENT_RECORD_EXTERNAL as c_uint;
         // SAFETY: the caller vouches for the stream; the event lives.

@@ -3,6 +3,9 @@
 //! What waits must be resident at once, beside the kernels of the other ranks that share the device,
 //! those of other communicators and those of the real NCCL, which wait, too. So the grid never
 //! follows the size of the message: it comes from here.
+//!
+//! What a rank has of the device is what MIG and MPS leave it ([`crate::cuda::Context::multiprocessors`]). A stream that has
+//! less, that of a green context, never gets such a kernel (`src/comm/aside.rs`).
 
 use std::collections::HashMap;
 
@@ -17,7 +20,7 @@ const NCCL_MULTIPROCESSORS_SHARING: usize = 8;
 
 /// Blocks that a rank's kernel may have. Each may fill a multiprocessor.
 ///
-/// `multiprocessors` of the device, which `sharing` ranks of the communicator use; `is_first`: whether every rank's
+/// `multiprocessors` that the rank with the fewest has of its device, which `sharing` ranks of the communicator use; `is_first`: whether every rank's
 /// [`Seat`] is; `max_ctas`: the setting, 0 for none. By default the first communicator of a device, a later one and a
 /// kernel of the real NCCL fit on it together. Most engines have large sums on one communicator only, so it gets more.
 pub(crate) fn block_limit(multiprocessors: usize, sharing: usize, is_first: bool, max_ctas: u32) -> usize {

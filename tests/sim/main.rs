@@ -13,6 +13,7 @@ mod groups; // groups, captures, streams
 mod leftovers; // nothing, after the last communicator
 mod lifecycle; // communicators to their end
 mod meeting; // at creation; late ranks, first sums in any order
+mod partitions; // fewer multiprocessors than the whole GPU: green contexts, MPS
 mod programs; // random programs run as plain NCCL runs them
 mod record; // inputs saved as they were passed
 mod soak; // random operations against a model

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicI32, AtomicI64, Ordering};
 use once_cell::sync::Lazy;
 
 use crate::cu_result::{CuResult, Result};
+use crate::green::Green;
 
 /// Multiprocessors of a device.
 pub const MULTIPROCESSORS: i32 = 16;
@@ -28,6 +29,16 @@ static DEVICES: Lazy<Vec<Device>> = Lazy::new(|| {
 
 fn setting(variable: &str, default: i64) -> i64 {
     std::env::var(variable).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(default)
+}
+
+/// Multiprocessors of a device that this process may use: all, or what `FLASHCOMM_SIM_THREAD_PERCENTAGE` leaves it, as
+/// `CUDA_MPS_ACTIVE_THREAD_PERCENTAGE` does.
+pub fn affinity() -> i32 {
+    static AFFINITY: Lazy<i32> = Lazy::new(|| {
+        let percentage = setting("FLASHCOMM_SIM_THREAD_PERCENTAGE", 100).clamp(1, 100) as i32;
+        (MULTIPROCESSORS * percentage / 100).max(1)
+    });
+    *AFFINITY
 }
 
 /// Bytes of memory of each device.
@@ -79,37 +90,81 @@ pub fn of(ordinal: i32) -> Result<&'static Device> {
     DEVICES.get(usize::try_from(ordinal).unwrap_or(usize::MAX)).ok_or(CuResult::INVALID_DEVICE)
 }
 
+/// A context that may be current.
+#[derive(Clone, Copy)]
+pub enum Current {
+    /// A device's primary one.
+    Primary(&'static Device),
+    /// That of a green context.
+    Green(&'static Green),
+}
+
+impl Current {
+    /// Its device.
+    pub fn device(self) -> &'static Device {
+        match self {
+            Current::Primary(device) => device,
+            Current::Green(green) => green.device,
+        }
+    }
+
+    /// Its handle: no address of anything.
+    pub fn handle(self) -> usize {
+        match self {
+            Current::Primary(device) => 0x5200_0000_0000_0000 + (device.ordinal as usize + 1) * 16,
+            Current::Green(green) => 0x5300_0000_0000_0000 | green.handle,
+        }
+    }
+
+    /// That of a handle; `None` of the null one.
+    pub fn of_handle(handle: usize) -> Result<Option<Self>> {
+        if handle == 0 {
+            return Ok(None);
+        }
+        let mut primary = DEVICES.iter().map(Current::Primary);
+        if let Some(found) = primary.find(|primary| primary.handle() == handle) {
+            return Ok(Some(found));
+        }
+        Green::of_context(handle).map(|green| Some(Current::Green(green)))
+    }
+}
+
 thread_local! {
-    static STACK: RefCell<Vec<Option<&'static Device>>> = const { RefCell::new(Vec::new()) };
+    static STACK: RefCell<Vec<Option<Current>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The device of this thread's current context, if there is one and nothing has gone wrong in it.
 pub fn current() -> Result<&'static Device> {
-    let device = peek().ok_or(CuResult::INVALID_CONTEXT)?;
-    device.check()?;
-    Ok(device)
+    current_context().map(Current::device)
 }
 
-/// The device of this thread's current context.
-pub fn peek() -> Option<&'static Device> {
+/// This thread's current context, if there is one and nothing has gone wrong in it.
+pub fn current_context() -> Result<Current> {
+    let current = peek().ok_or(CuResult::INVALID_CONTEXT)?;
+    current.device().check()?;
+    Ok(current)
+}
+
+/// This thread's current context.
+pub fn peek() -> Option<Current> {
     STACK.with_borrow(|stack| stack.last().copied().flatten())
 }
 
 /// Makes a context current.
-pub fn push(device: Option<&'static Device>) {
-    STACK.with_borrow_mut(|stack| stack.push(device));
+pub fn push(context: Option<Current>) {
+    STACK.with_borrow_mut(|stack| stack.push(context));
 }
 
 /// Takes the current context off this thread's stack.
-pub fn pop() -> Result<Option<&'static Device>> {
+pub fn pop() -> Result<Option<Current>> {
     STACK.with_borrow_mut(Vec::pop).ok_or(CuResult::INVALID_CONTEXT)
 }
 
 /// Replaces the current context.
-pub fn set(device: Option<&'static Device>) {
+pub fn set(context: Option<Current>) {
     STACK.with_borrow_mut(|stack| {
         stack.pop();
-        stack.extend(device.map(Some));
+        stack.extend(context.map(Some));
     });
 }
 

@@ -1,7 +1,9 @@
 //! The fused all-reduce: the protocol of `kernels/all_reduce.cu` over the scalar codec.
 //!
-//! The channels of a launch take turns: each goes on until it would have to wait for another rank. So they all are
-//! "resident", and waiting ones really wait.
+//! The channels of a launch that are resident take turns: each goes on until it would have to wait for another rank. Resident
+//! are those of as many blocks as the multiprocessors of the stream hold; another block begins when one of them has ended. In
+//! which order is not promised, so devices of odd number begin with the last: ranks that both lack room wait for each other
+//! for ever.
 
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
@@ -78,9 +80,26 @@ pub fn run<E: Element>(kernel: &Kernel, bytes: &[u8], shape: Shape) -> Result<()
         let n_rounds = (n_tiles - number).div_ceil(n_channels);
         Ok(Channel { number, n_rounds, n_signals, iteration: 0, part: Part::Push, waits_since: None })
     };
-    let mut channels = (0..n_channels.min(n_tiles)).map(new).collect::<Result<Vec<Channel>>>()?;
+    let mut blocks: Vec<usize> = (0..shape.grid[0] as usize).collect();
+    if !shape.from_back {
+        blocks.reverse(); // they are taken from the end
+    }
+    let rows = shape.block[1] as usize;
+    // Those of a block are neighbours.
+    let n_resident = |channels: &[Channel]| channels.chunk_by(|a, b| a.number / rows == b.number / rows).count();
+    let mut channels: Vec<Channel> = Vec::new();
     let mut idle_turns = 0;
-    while !channels.is_empty() {
+    loop {
+        while n_resident(&channels) < shape.resident as usize
+            && let Some(block) = blocks.pop()
+        {
+            for number in (block * rows..(block + 1) * rows).filter(|number| *number < n_tiles) {
+                channels.push(new(number)?);
+            }
+        }
+        if channels.is_empty() {
+            break;
+        }
         let mut left = Vec::with_capacity(channels.len());
         let mut has_advanced = false;
         for mut channel in channels {

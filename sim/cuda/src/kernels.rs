@@ -23,6 +23,10 @@ pub struct Shape {
     pub grid: [u32; 3],
     /// Threads of a block.
     pub block: [u32; 3],
+    /// Blocks that the multiprocessors of the stream hold at once; each of the others waits for one to end.
+    pub resident: u32,
+    /// Whether the last block begins. CUDA promises no order.
+    pub from_back: bool,
 }
 
 /// How a kernel runs.

@@ -6,12 +6,14 @@
 //!   allocations.
 //! * [`stream`]: a stream is a queue with a thread of its own; events, the legacy stream, capture and graphs.
 //! * [`kernels`]: a kernel is a Rust function, found by its name; [`fused`]: the one that waits for other ranks.
+//! * [`green`]: green contexts, which have some of a device's multiprocessors.
 //! * [`api`]: the C functions, by NVIDIA's names, and a few `flashcomm_sim_*` for the simulated NCCL.
 //!
 //! It is as strict as the driver where a program could go wrong: what synchronizes there does so here (freeing waits
 //! for the device), what a capture forbids is refused and invalidates the capture, a wrong access is sticky for the
 //! context. It says nothing about speed. Devices: `FLASHCOMM_SIM_DEVICES` (8), of `FLASHCOMM_SIM_MEMORY_MIB` (16384); with
-//! `FLASHCOMM_SIM_PEER_ACCESS=0` they cannot use each other's memory.
+//! `FLASHCOMM_SIM_PEER_ACCESS=0` they cannot use each other's memory. `FLASHCOMM_SIM_THREAD_PERCENTAGE` (100) is what MPS lets
+//! the process have of their multiprocessors.
 //! Delays and faults: `flashcomm-sim-schedule`; the kinds are alloc, hostalloc, register, ipc, module, stream, event,
 //! launch, copy.
 
@@ -20,6 +22,7 @@ pub mod api;
 pub mod cu_result;
 pub mod device;
 pub mod fused;
+pub mod green;
 pub mod kernels;
 pub mod memory;
 pub mod stream;

@@ -114,6 +114,15 @@ libraries! {
         cuMemsetD8Async(Ptr, u8, usize, Ptr);
         cuIpcGetMemHandle(*mut [u8; 64], Ptr);
         cuPointerGetAttribute(*mut c_void, c_int, Ptr);
+        cuCtxPushCurrent_v2(Ptr);
+        cuCtxPopCurrent_v2(*mut Ptr);
+        cuDeviceGetDevResource(c_int, *mut [u64; 24], c_int);
+        cuDevSmResourceSplitByCount(*mut [u64; 24], *mut u32, *const [u64; 24], *mut [u64; 24], u32, u32);
+        cuDevResourceGenerateDesc(*mut Ptr, *const [u64; 24], u32);
+        cuGreenCtxCreate(*mut Ptr, Ptr, c_int, u32);
+        cuGreenCtxDestroy(Ptr);
+        cuGreenCtxStreamCreate(*mut Ptr, Ptr, u32, c_int);
+        cuCtxFromGreenCtx(*mut Ptr, Ptr);
     }
     nccl {
         ncclGetUniqueId(*mut UniqueId);

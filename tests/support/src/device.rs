@@ -166,3 +166,46 @@ fn take_from_a_real_device(n_bytes: usize) -> Ptr {
     assert!(*taken <= ALL, "the tests need more memory");
     at
 }
+
+/// A green context of the current device, with so many multiprocessors.
+pub struct Green {
+    green: Ptr,
+    context: Ptr,
+}
+
+impl Green {
+    pub fn new(rank: usize, multiprocessors: u32) -> Self {
+        let (mut count, mut green, mut context, mut descriptor) = (0, 0, 0, 0);
+        ok!(cuDeviceGetCount(&mut count));
+        let (device, mut all, mut part, mut n_parts) = (rank as c_int % count, [0u64; 24], [0u64; 24], 1);
+        ok!(cuDeviceGetDevResource(device, &mut all, 1));
+        ok!(cuDevSmResourceSplitByCount(&mut part, &mut n_parts, &all, std::ptr::null_mut(), 0, multiprocessors));
+        ok!(cuDevResourceGenerateDesc(&mut descriptor, &part, 1));
+        ok!(cuGreenCtxCreate(&mut green, descriptor, device, 1));
+        ok!(cuCtxFromGreenCtx(&mut context, green));
+        Green { green, context }
+    }
+
+    /// A stream of it.
+    pub fn stream(&self) -> Stream {
+        let mut stream = 0;
+        ok!(cuGreenCtxStreamCreate(&mut stream, self.green, 1, 0));
+        Stream(stream)
+    }
+
+    /// Does something while it is this thread's current context.
+    pub fn current<T>(&self, body: impl FnOnce() -> T) -> T {
+        let mut popped = 0;
+        ok!(cuCtxPushCurrent_v2(self.context));
+        let result = body();
+        ok!(cuCtxPopCurrent_v2(&mut popped));
+        assert_eq!(popped, self.context, "whoever was called has left another context");
+        result
+    }
+}
+
+impl Drop for Green {
+    fn drop(&mut self) {
+        ok!(cuGreenCtxDestroy(self.green));
+    }
+}

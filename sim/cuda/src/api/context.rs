@@ -5,26 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{driver, put};
 use crate::cu_result::{CuResult, Result};
-use crate::device::{self, Device};
+use crate::device::{self, Current};
 use crate::stream::{Stream, check_capture_allows};
 
 static INITIALIZED: AtomicBool = AtomicBool::new(false);
 
 fn initialized() -> Result<()> {
     if INITIALIZED.load(Ordering::Acquire) { Ok(()) } else { Err(CuResult::NOT_INITIALIZED) }
-}
-
-/// Handle of a device's primary context: no address of anything.
-fn handle_of(device: &Device) -> usize {
-    0x5200_0000_0000_0000 + (device.ordinal as usize + 1) * 16
-}
-
-fn of_handle(handle: usize) -> Result<Option<&'static Device>> {
-    if handle == 0 {
-        return Ok(None);
-    }
-    let found = (0..device::count()).filter_map(|i| device::of(i).ok()).find(|device| handle_of(device) == handle);
-    found.map(Some).ok_or(CuResult::INVALID_CONTEXT)
 }
 
 driver! {
@@ -124,7 +111,7 @@ driver! {
     }
     fn cuCtxEnablePeerAccess(context: usize, flags: u32) {
         let current = device::current()?;
-        match of_handle(context)? {
+        match Current::of_handle(context)?.map(Current::device) {
             Some(_) if !device::reach_each_other() => Err(CuResult::PEER_ACCESS_UNSUPPORTED),
             Some(peer) if peer.ordinal != current.ordinal && flags == 0 => Ok(()),
             _ => Err(CuResult::INVALID_VALUE),
@@ -134,21 +121,21 @@ driver! {
         initialized()?;
         let device = device::of(device)?;
         device.retain();
-        put(context, handle_of(device))
+        put(context, Current::Primary(device).handle())
     }
     fn cuDevicePrimaryCtxRelease_v2(device: c_int) { device::of(device)?.release() }
-    fn cuCtxGetCurrent(context: *mut usize) { put(context, device::peek().map_or(0, handle_of)) }
+    fn cuCtxGetCurrent(context: *mut usize) { put(context, device::peek().map_or(0, Current::handle)) }
     fn cuCtxSetCurrent(context: usize) {
-        device::set(of_handle(context)?);
+        device::set(Current::of_handle(context)?);
         Ok(())
     }
     fn cuCtxPushCurrent_v2(context: usize) {
-        device::push(of_handle(context)?);
+        device::push(Current::of_handle(context)?);
         Ok(())
     }
     fn cuCtxPopCurrent_v2(context: *mut usize) {
         let popped = device::pop()?;
-        if context.is_null() { Ok(()) } else { put(context, popped.map_or(0, handle_of)) }
+        if context.is_null() { Ok(()) } else { put(context, popped.map_or(0, Current::handle)) }
     }
     fn cuCtxGetDevice(device: *mut c_int) { put(device, device::current()?.ordinal) }
     fn cuCtxSynchronize() {

@@ -56,7 +56,10 @@ fn launch(handle: usize, grid: [u32; 3], block: [u32; 3], on: usize, params: *mu
     let mut args = vec![0u8; kernel.arg_bytes];
     // SAFETY: the argument that the kernel takes.
     unsafe { std::ptr::copy_nonoverlapping(source, args.as_mut_ptr(), args.len()) };
-    stream(on)?.issue(Arc::new(move || kernel.run(&args, Shape { grid, block })))
+    let stream = stream(on)?;
+    let resident = (stream.multiprocessors() * occupancy(&kernel, (threads * rows) as c_int)) as u32;
+    let shape = Shape { grid, block, resident, from_back: stream.device.ordinal % 2 != 0 };
+    stream.issue(Arc::new(move || kernel.run(&args, shape)))
 }
 
 /// Blocks of so many threads that a multiprocessor holds at once.

@@ -4,6 +4,7 @@
 #![allow(clippy::missing_safety_doc, reason = "every function is as NVIDIA documents it")]
 
 pub mod context;
+pub mod green;
 pub mod launch;
 pub mod memory;
 pub mod sim;
@@ -13,7 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::cu_result::{CuResult, Result};
-use crate::device;
+use crate::device::{self, Current};
 use crate::stream::Stream;
 
 /// Runs the body of an export; a panic is a bug of the simulator, and is told as an unspecified failure.
@@ -50,8 +51,11 @@ fn put<T>(place: *mut T, value: T) -> Result<()> {
 /// The stream of a handle, special ones included.
 fn stream(handle: usize) -> Result<Arc<Stream>> {
     match handle {
-        0 | 1 => Ok(Stream::legacy(device::current()?)),
-        2 => Ok(Stream::per_thread(device::current()?)),
+        0..=2 => Ok(match (device::current_context()?, handle) {
+            (Current::Green(green), _) => green.default_stream(),
+            (Current::Primary(device), 2) => Stream::per_thread(device),
+            (Current::Primary(device), _) => Stream::legacy(device),
+        }),
         _ => Stream::find(handle).ok_or(CuResult::INVALID_HANDLE),
     }
 }

@@ -11,7 +11,7 @@ use parking_lot::RwLock;
 
 use super::{driver, put, stream};
 use crate::cu_result::{CuResult, Result};
-use crate::device;
+use crate::device::{self, Current};
 use crate::stream::{
     CaptureStatus, Event, Executable, Kind, Node, Stream, check_capture_allows, exchange_mode, fresh_handle,
 };
@@ -38,8 +38,12 @@ fn create(place: *mut usize, flags: u32) -> Result<()> {
     if schedule::fails("stream") {
         return Err(CuResult::OUT_OF_MEMORY);
     }
-    let kind = if flags & NON_BLOCKING != 0 { Kind::NonBlocking } else { Kind::Blocking };
-    put(place, Stream::new(device::current()?, kind).handle)
+    let stream = match device::current_context()? {
+        Current::Green(green) => Stream::new(green.device, Some(green), Kind::NonBlocking),
+        Current::Primary(device) if flags & NON_BLOCKING != 0 => Stream::new(device, None, Kind::NonBlocking),
+        Current::Primary(device) => Stream::new(device, None, Kind::Blocking),
+    };
+    put(place, stream.handle)
 }
 
 fn capture_info(handle: usize, status: *mut c_int, id: *mut u64) -> Result<()> {

@@ -72,6 +72,10 @@ impl Event {
 
     /// Records the work of a stream so far; `external`: at each replay of the graph being captured.
     pub fn record(self: &Arc<Self>, stream: &Arc<Stream>, external: bool) -> Result<()> {
+        // Both are of one primary context, to which the green ones belong.
+        if self.device.ordinal != stream.device.ordinal {
+            return Err(CuResult::INVALID_HANDLE);
+        }
         let mut state = stream.state.lock();
         match (state.capture_mut()?, external) {
             (Some(capturing), false) => {

@@ -26,7 +26,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use crate::cu_result::{CuResult, Result};
-use crate::device::Device;
+use crate::device::{self, Device};
+use crate::green::Green;
 
 /// A piece of stream work.
 pub type Task = Arc<dyn Fn() -> Result<()> + Send + Sync>;
@@ -48,6 +49,8 @@ pub struct Stream {
     pub handle: usize,
     /// Its device.
     pub device: &'static Device,
+    /// The green context that it is of, if it is of one.
+    pub green: Option<&'static Green>,
     /// How it relates to the legacy stream.
     pub kind: Kind,
     state: Mutex<State>,
@@ -88,22 +91,22 @@ impl Drop for PerThread {
 
 impl Stream {
     /// A new stream of `device`.
-    pub fn new(device: &'static Device, kind: Kind) -> Arc<Self> {
+    pub fn new(device: &'static Device, green: Option<&'static Green>, kind: Kind) -> Arc<Self> {
         let handle = fresh_handle();
-        let stream = Arc::new(Stream { handle, device, kind, state: Mutex::default(), changed: Condvar::new() });
+        let stream = Arc::new(Stream { handle, device, green, kind, state: Mutex::default(), changed: Condvar::new() });
         STREAMS.write().insert(handle, stream.clone());
         stream
     }
 
     /// The legacy stream of a device.
     pub fn legacy(device: &'static Device) -> Arc<Self> {
-        LEGACY.lock().entry(device.ordinal).or_insert_with(|| Stream::new(device, Kind::Legacy)).clone()
+        LEGACY.lock().entry(device.ordinal).or_insert_with(|| Stream::new(device, None, Kind::Legacy)).clone()
     }
 
     /// This thread's default stream on a device.
     pub fn per_thread(device: &'static Device) -> Arc<Self> {
         PER_THREAD.with_borrow_mut(|streams| {
-            let new = || PerThread(Stream::new(device, Kind::Blocking));
+            let new = || PerThread(Stream::new(device, None, Kind::Blocking));
             streams.entry(device.ordinal).or_insert_with(new).0.clone()
         })
     }
@@ -116,6 +119,11 @@ impl Stream {
     /// Every stream of a device, also those that only finish their work.
     fn all(device: &'static Device) -> Vec<Arc<Stream>> {
         STREAMS.read().values().filter(|stream| stream.device.ordinal == device.ordinal).cloned().collect()
+    }
+
+    /// Multiprocessors that its kernels may run on.
+    pub fn multiprocessors(&self) -> i32 {
+        self.green.map_or_else(device::affinity, |green| green.multiprocessors.min(device::affinity()))
     }
 
     /// Destroys the stream as soon as its work is done.
