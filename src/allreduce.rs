@@ -27,7 +27,7 @@ use crate::cuda::{self, Capture, Entered, StreamHandle};
 use crate::element::ElementType;
 use crate::error::{self, Error, Result};
 use crate::exchange::Exchange;
-use crate::exchange::fused::Fused;
+use crate::exchange::fused::{Call, Fused};
 use crate::exchange::nccl::Staging;
 use crate::exchange::nccl::{self as over_nccl, Transfer};
 use crate::kernels::Piece;
@@ -154,14 +154,20 @@ impl Operation {
 
     /// Issues it to `stream`, which has the whole GPU.
     fn launch_on(&self, stream: StreamHandle, attached: &Attached, fused: &Fused, plan: &Plan) -> Result<()> {
-        let buffers = (self.input, self.output);
+        let call = Call {
+            element: self.element,
+            scale: self.scale(attached),
+            input: self.input,
+            output: self.output,
+            is_large: attached.share.as_ref().is_some_and(|share| share.has_next()),
+        };
         let _entered = enter(attached)?;
         // SAFETY: a stream of the communicator's context.
         let capture = unsafe { cuda::capture_of(stream) }.map_err(Error::cuda("asking for a capture"))?;
         // SAFETY: as above.
         unsafe { attached.order.begin(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
         // SAFETY: the application vouches for its buffers.
-        unsafe { fused.all_reduce(&attached.kernels, plan, self.element, self.scale(attached), buffers, stream) }?;
+        unsafe { fused.all_reduce(&attached.kernels, plan, &call, stream) }?;
         // SAFETY: as above.
         unsafe { attached.order.end(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))
     }

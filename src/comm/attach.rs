@@ -22,6 +22,7 @@ use flashcomm_wire::{Legs, Width};
 use super::communicator::{Attached, Comm};
 use super::leftovers;
 use super::order::Order;
+use super::share::Share;
 use super::wait::Wait;
 use crate::config::Config;
 use crate::cuda::{self, Context, RelaxedCapture, Stream};
@@ -209,7 +210,9 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
     let _entered = context.enter().map_err(Error::cuda("entering the context"))?;
     let _relaxed = RelaxedCapture::enter().map_err(Error::cuda("leaving the capture mode"))?;
     let first = comm.setups().next();
-    let seat = comm.setups().find_map(|setup| setup.seat.clone()).unwrap_or_else(|| Arc::new(Seat::take(device)));
+    let share = comm.setups().find_map(|setup| setup.share.clone());
+    let seat = share.is_none().then(|| Seat::take(device));
+    let family = || share.as_ref().map_or_else(|| seat.as_ref().map_or(0, Seat::family), |share| share.family());
     let stream = Rc::new(Stream::new().map_err(Error::cuda("creating a stream"))?);
     let over_nccl = || OverNccl::new(comm.handle(), &comm.life, device, (rank, world), stream.clone());
     let begin = |blob| {
@@ -224,7 +227,7 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
     if first.is_some() {
         // What is loaded or allocated may wait for work on the GPU; so first all ranks come, and have issued what they
         // were to issue before, then that work ends.
-        let rounds = rounds.insert(begin(Blob::new(rank, agreement, &context, 0, &seat)?)?);
+        let rounds = rounds.insert(begin(Blob::new(rank, agreement, &context, 0, family())?)?);
         if let Err(disagreement) = rounds.compare(true)? {
             return Ok(refused(comm, rank, disagreement));
         }
@@ -250,7 +253,7 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
             rounds.blob.location.block_channels = block_channels;
             rounds
         }
-        None => begin(Blob::new(rank, agreement, &context, block_channels, &seat)?)?,
+        None => begin(Blob::new(rank, agreement, &context, block_channels, family())?)?,
     };
     let facts = match rounds.compare(loaded.is_ok())? {
         Ok(facts) => facts,
@@ -273,9 +276,11 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
     let min_bytes = choice::min_bytes(&facts, exchange.kind());
     log_on(rank, world, legs, &exchange, min_bytes);
     let order = first.map_or_else(|| Arc::new(order), |first| first.order.clone());
-    let seat = matches!(exchange, Exchange::Fused(_)).then_some(seat);
+    let page = comm.page(rank, world)?.cloned();
+    let new_share = || seat.map(|seat| Arc::new(Share::new(seat, page, rank, &facts)));
+    let share = if matches!(exchange, Exchange::Fused(_)) { share.or_else(new_share) } else { None };
     let exchange = ManuallyDrop::new(exchange);
-    let attached = Attached { rank, world, legs, min_bytes, context, kernels, exchange, order, seat };
+    let attached = Attached { rank, world, legs, min_bytes, context, kernels, exchange, order, share };
     Ok(Outcome::New(Box::new(attached)))
 }
 
@@ -300,7 +305,10 @@ fn log_on(rank: usize, world: usize, legs: Legs, exchange: &Exchange, min_bytes:
         min_bytes => format!("from {min_bytes} bytes up"),
     };
     let blocks = match exchange {
-        Exchange::Fused(fused) => format!(" {} blocks,", fused.max_blocks()),
+        Exchange::Fused(fused) => match fused.max_blocks() {
+            (usual, large) if usual == large => format!(" {usual} blocks,"),
+            (usual, large) => format!(" {usual} blocks, or {large} where it is the first that is used,"),
+        },
         Exchange::Nccl(_) => String::new(),
     };
     let (code, name) = (legs.code().name(), exchange.kind().name());

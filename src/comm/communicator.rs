@@ -17,10 +17,10 @@ use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
 
 use super::order::Order;
+use super::share::Share;
 use crate::cuda::{Context, RelaxedCapture};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
-use crate::exchange::residency::Seat;
 use crate::kernels::Kernels;
 use crate::nccl::{CommPtr, NcclResult};
 use crate::negotiation::disagreement::MAX_SETUPS;
@@ -48,7 +48,7 @@ pub(crate) struct Comm {
     /// How often communicators were made of it.
     births: Mutex<HashMap<Birth, u32>>,
     /// Where its ranks meet; `None`: over the real NCCL.
-    page: OnceCell<Option<Page>>,
+    page: OnceCell<Option<Arc<Page>>>,
     /// Why its ranks could not meet.
     failed: OnceCell<(NcclResult, String)>,
     setups: [OnceCell<Box<Attached>>; MAX_SETUPS],
@@ -89,8 +89,8 @@ pub(crate) struct Attached {
     pub exchange: ManuallyDrop<Exchange>,
     /// Shared by the communicator's setups.
     pub order: Arc<Order>,
-    /// With a fused exchange: shared by the communicator's setups, which never run at once.
-    pub seat: Option<Arc<Seat>>,
+    /// With a fused exchange: of the communicator's setups, which never run at once.
+    pub share: Option<Arc<Share>>,
 }
 
 /// The application's `ncclComm_t`.
@@ -230,10 +230,10 @@ impl Comm {
     ///
     /// # Errors
     /// [`Error::Aborted`].
-    pub(crate) fn page(&self, rank: usize, world: usize) -> Result<Option<&Page>> {
+    pub(crate) fn page(&self, rank: usize, world: usize) -> Result<Option<&Arc<Page>>> {
         let check = || if self.is_aborted() { Err(Error::Aborted) } else { Ok(()) };
         let come = || match self.key.get() {
-            Some(key) => Page::come(*key, rank, world, check),
+            Some(key) => Ok(Page::come(*key, rank, world, check)?.map(Arc::new)),
             None => Ok(None),
         };
         self.page.get_or_try_init(come).map(Option::as_ref)
@@ -313,6 +313,11 @@ impl Drop for Attached {
     fn drop(&mut self) {
         let _relaxed = RelaxedCapture::enter();
         let _entered = self.context.enter();
+        if let (Exchange::Fused(fused), Some(share)) = (&*self.exchange, &self.share)
+            && fused.is_lost()
+        {
+            share.lose();
+        }
         // SAFETY: not used any more; dropped here only.
         unsafe { ManuallyDrop::drop(&mut self.exchange) };
     }

@@ -9,6 +9,7 @@ pub(crate) mod attach;
 mod communicator;
 pub(crate) mod leftovers;
 mod order;
+mod share;
 mod table;
 mod wait;
 

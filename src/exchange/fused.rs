@@ -30,6 +30,7 @@ pub struct Fused {
     rings: Rings,
     rank: usize,
     max_blocks: usize,
+    usual_blocks: usize,
     block_channels: usize,
     areas: [*mut c_void; rings::MAX_WORLD],
     mine: Area,
@@ -44,6 +45,20 @@ pub struct Fused {
 unsafe impl Send for Fused {}
 // SAFETY: as above.
 unsafe impl Sync for Fused {}
+
+/// An all-reduce.
+pub struct Call {
+    /// The storage type.
+    pub element: ElementType,
+    /// What the sum is multiplied with.
+    pub scale: f32,
+    /// The operation's elements.
+    pub input: *const c_void,
+    /// The same; may be the input.
+    pub output: *mut c_void,
+    /// Whether it has the device's large share; the same on all ranks.
+    pub is_large: bool,
+}
 
 /// Bytes of the control memory: the abort word, then at [`GAVE_UP_AT`] a [`GaveUp`].
 const CONTROL_BYTES: usize = 4096;
@@ -70,7 +85,7 @@ impl Prepared {
 
     /// Maps the others' areas.
     ///
-    /// `peers`: every rank, this one included; `block_channels`: channels that a block of the kernel may have.
+    /// `peers`: every rank, this one included; then blocks of the usual share, and channels that a block may have.
     ///
     /// # Errors
     /// When one cannot be mapped.
@@ -79,7 +94,7 @@ impl Prepared {
         rank: usize,
         peers: &[Peer],
         context: &Context,
-        block_channels: usize,
+        (usual_blocks, block_channels): (usize, usize),
         timeout: Option<Duration>,
     ) -> Result<Fused> {
         let mut areas = [std::ptr::null_mut(); rings::MAX_WORLD];
@@ -94,10 +109,12 @@ impl Prepared {
                 address
             };
         }
+        let max_blocks = (self.rings.channels / block_channels).max(1);
         Ok(Fused {
             rings: self.rings,
             rank,
-            max_blocks: (self.rings.channels / block_channels).max(1),
+            max_blocks,
+            usual_blocks: usual_blocks.min(max_blocks),
             block_channels: block_channels.min(self.rings.channels),
             areas,
             mine: self.area,
@@ -126,74 +143,52 @@ impl Fused {
         self.mine.memory()
     }
 
-    /// Blocks of a kernel at most.
-    pub fn max_blocks(&self) -> usize {
-        self.max_blocks
+    /// Blocks of a kernel at most: in the usual share, and in the large one, where the communicator may get that.
+    pub fn max_blocks(&self) -> (usize, usize) {
+        (self.usual_blocks, self.max_blocks)
     }
 
-    /// Issues the all-reduce of `plan` to `stream`, of the current context.
+    /// Issues an all-reduce cut by `plan` to `stream`, of the current context.
     ///
     /// # Errors
     /// The driver's; [`Error::GaveUp`] when an earlier one did not come to its end.
     ///
     /// # Safety
-    /// `input` and `output` hold the operation's elements until it has run.
-    pub unsafe fn all_reduce(
-        &self,
-        kernels: &Kernels,
-        plan: &Plan,
-        element: ElementType,
-        scale: f32,
-        (input, output): (*const c_void, *mut c_void),
-        stream: StreamHandle,
-    ) -> Result<()> {
+    /// The buffers hold the operation's elements until it has run.
+    pub unsafe fn all_reduce(&self, kernels: &Kernels, plan: &Plan, call: &Call, stream: StreamHandle) -> Result<()> {
         if let Some(error) = self.failure() {
             return Err(error);
         }
         // SAFETY: as the caller vouches.
-        unsafe { self.launch(kernels, plan, element, scale, (input, output), self.timeout, stream) }
+        unsafe { self.launch(kernels, plan, call, self.timeout, stream) }
     }
 
-    /// As [`Fused::all_reduce`], the sum, with a deadline of its own.
+    /// The same whatever became of earlier ones, with a timeout of its own.
     ///
     /// # Errors
     /// The driver's.
     ///
     /// # Safety
     /// As for [`Fused::all_reduce`].
-    pub(super) unsafe fn try_all_reduce(
+    pub(super) unsafe fn launch(
         &self,
         kernels: &Kernels,
         plan: &Plan,
-        element: ElementType,
-        buffers: (*const c_void, *mut c_void),
-        deadline: Duration,
-        stream: StreamHandle,
-    ) -> Result<()> {
-        // SAFETY: as the caller vouches.
-        unsafe { self.launch(kernels, plan, element, 1.0, buffers, Some(deadline), stream) }
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "an operation, and how long it may wait")]
-    unsafe fn launch(
-        &self,
-        kernels: &Kernels,
-        plan: &Plan,
-        element: ElementType,
-        scale: f32,
-        (input, output): (*const c_void, *mut c_void),
+        call: &Call,
         timeout: Option<Duration>,
         stream: StreamHandle,
     ) -> Result<()> {
+        let Call { element, scale, input, output, is_large } = *call;
         let chunk_tiles = plan.chunk_tiles();
+        let max_blocks = if is_large { self.max_blocks } else { self.usual_blocks };
         // Few tiles rather spread over multiprocessors than share one; many take as few blocks as do with as many rounds.
-        let block_channels = chunk_tiles.div_ceil(self.max_blocks).min(self.block_channels);
-        let n_rounds = chunk_tiles.div_ceil(self.max_blocks * block_channels);
+        let block_channels = chunk_tiles.div_ceil(max_blocks).min(self.block_channels);
+        let n_rounds = chunk_tiles.div_ceil(max_blocks * block_channels);
         let n_blocks = chunk_tiles.div_ceil(n_rounds * block_channels);
         let (count, chunk_tiles) = (plan.count() as u64, chunk_tiles as u64);
         let timeout_ns = timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX));
         let args = AllReduceArgs { input, output, count, chunk_tiles, scale, timeout_ns, ..self.args() };
-        // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `block_limit`.
+        // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `residency`.
         unsafe { kernels.all_reduce(element, self.memory(), (n_blocks, block_channels), &args, stream) }
             .map_err(Error::cuda("launching the all-reduce"))
     }
@@ -244,6 +239,11 @@ impl Fused {
         self.word(0).load(Ordering::Relaxed) != 0
     }
 
+    /// Whether a kernel may not have run to its end, here or on a peer.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.is_aborted() || self.gave_up().is_some()
+    }
+
     /// What a kernel that gave up was waiting for.
     pub fn gave_up(&self) -> Option<GaveUp> {
         if self.word(GAVE_UP_AT + offset_of!(GaveUp, why)).load(Ordering::Acquire) == 0 {
@@ -276,7 +276,7 @@ impl Fused {
 impl Drop for Fused {
     fn drop(&mut self) {
         // When all its kernels have run to their end, every peer has done its part, and nobody writes here any more.
-        if self.is_aborted() || self.gave_up().is_some() {
+        if self.is_lost() {
             self.mine.lose();
         }
     }

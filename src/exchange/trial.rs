@@ -9,7 +9,7 @@ use std::time::Duration;
 use flashcomm_wire::{Plan, TILE_ELEMS};
 use half::f16;
 
-use super::fused::Fused;
+use super::fused::{Call, Fused};
 use crate::cuda::{CudaResult, Event, Lent, PinnedMemory, Stream};
 use crate::element::ElementType;
 use crate::error::{Error, Result};
@@ -70,9 +70,10 @@ impl Trial {
         }
         let plan = Plan::new(count, self.world, fused.legs(), usize::MAX)
             .map_err(|_| Error::BufferTooSmall { world: self.world })?;
-        let (buffers, handle) = ((input.cast_const().cast(), output.cast()), stream.handle());
+        let (input, output, handle) = (input.cast_const().cast(), output.cast(), stream.handle());
+        let call = Call { element: ElementType::Fp16, scale: 1.0, input, output, is_large: false };
         // SAFETY: the buffers stay until `result`, or for good.
-        unsafe { fused.try_all_reduce(kernels, &plan, ElementType::Fp16, buffers, DEADLINE, handle) }?;
+        unsafe { fused.launch(kernels, &plan, &call, Some(DEADLINE), handle) }?;
         // SAFETY: the stream is ours.
         unsafe { self.done.record(handle, false) }.map_err(Error::cuda("recording an event"))
     }

@@ -1,17 +1,16 @@
-//! Pure: which exchange a communicator gets, and how large its kernels and thresholds are.
+//! Pure: which exchange a communicator gets, and from how many bytes on it compresses.
 //!
 //! Everything follows from the facts of all ranks, which all have, so every rank comes to the same
 //! end. What was tried and failed on some rank is such a fact, too: all know of it.
 
 use std::fmt;
 
-use flashcomm_wire::rings::MAX_WORLD;
-use flashcomm_wire::{Rings, TILE_ELEMS};
+use flashcomm_wire::TILE_ELEMS;
 
 use super::disagreement::Disagreement;
 use super::facts::Blob;
+use super::sizes::rings;
 use crate::config::ExchangeKind;
-use crate::exchange::residency;
 
 /// What the ranks take, and why not something better.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -142,36 +141,6 @@ fn sends_more_than_nccl(facts: &[Blob]) -> bool {
     most.is_some_and(|sent| sent > 2 * (world - 1) * TILE_ELEMS * 2)
 }
 
-/// Whether all ranks run on one host. Who names an exchange that needs one means the machine, whatever `NCCL_HOSTID` tells
-/// NCCL of it.
-fn is_one_host(facts: &[Blob]) -> bool {
-    let host = |rank: &Blob| match rank.agreement.exchange {
-        Some(ExchangeKind::Peer | ExchangeKind::Host) => rank.location.boot,
-        _ => rank.location.host,
-    };
-    facts.iter().all(|rank| host(rank) == host(&facts[0]))
-}
-
-/// Channels that a block of the fused kernel has on every rank.
-pub(crate) fn block_channels(facts: &[Blob]) -> usize {
-    facts.iter().map(|rank| rank.location.block_channels).min().unwrap_or(0)
-}
-
-/// The receive areas that all ranks can have alike; `None` where no fused exchange is possible.
-pub fn rings(facts: &[Blob]) -> Option<Rings> {
-    let agreement = facts[0].agreement;
-    if !is_one_host(facts) || facts.len() > MAX_WORLD {
-        return None;
-    }
-    let sharing =
-        |rank: &Blob| facts.iter().filter(|other| other.location.device_uuid == rank.location.device_uuid).count();
-    let sharing = facts.iter().map(sharing).max()?;
-    let multiprocessors = facts.iter().map(|rank| rank.location.multiprocessors).min()?;
-    let is_first = facts.iter().all(|rank| rank.location.is_first);
-    let n_blocks = residency::block_limit(multiprocessors, sharing, is_first, agreement.max_ctas);
-    Rings::within(facts.len(), agreement.legs, n_blocks * block_channels(facts), agreement.buffer_bytes)
-}
-
 /// From how many bytes on an all-reduce is compressed: what the ranks have set, or what was measured (docs/tuning.md).
 pub(crate) fn min_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
     let agreement = &facts[0].agreement;
@@ -221,7 +190,7 @@ mod tests {
             device_uuid: [0; 16],
             multiprocessors: 132,
             block_channels: 7,
-            is_first: true,
+            family: crate::exchange::residency::ANY_FAMILY,
         };
         let rank = |rank: usize| Blob {
             rank: rank as u32,

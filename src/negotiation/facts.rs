@@ -93,8 +93,10 @@ pub struct Location {
     pub multiprocessors: usize,
     /// Channels that a block of the fused kernel may have there.
     pub block_channels: usize,
-    /// Whether the communicator is the first there, of its process's with a fused exchange.
-    pub is_first: bool,
+    /// The family of communicators for which the device keeps its large share ([`Seat::family`]).
+    ///
+    /// [`Seat::family`]: crate::exchange::residency::Seat::family
+    pub family: u64,
 }
 
 impl Blob {
@@ -113,7 +115,7 @@ impl Blob {
             u64::from(legs.gather.width.bits()),
             legs.reduce.group.n_elems() as u64,
             min_bytes.unwrap_or(u64::MAX),
-            flags([dtypes.0, dtypes.1, switched_off, location.is_first, legs.batch_invariant]),
+            flags([dtypes.0, dtypes.1, switched_off, legs.batch_invariant]),
             exchange.map_or(0, |kind| 1 + kind as u64),
             buffer_bytes as u64,
             u64::from(max_ctas),
@@ -130,6 +132,7 @@ impl Blob {
             location.nccl_host,
             location.shared_memory,
             location.boot,
+            location.family,
         ];
         let mut bytes = [0; BLOB_BYTES];
         for (place, field) in bytes[..OFFER_AT].chunks_exact_mut(8).zip(fields) {
@@ -159,7 +162,7 @@ impl Blob {
         let codec = |width| Codec { width, group, code };
         // What no settings and no device give is not ours; and settings that look alike when told are alike.
         let within = |i, min: u64, max: u64| Some(field(i)).filter(|value| (min..=max).contains(value));
-        let flags = within(9, 0, 31).filter(|flags| flags & 3 != 0)?;
+        let flags = within(9, 0, 15).filter(|flags| flags & 3 != 0)?;
         Some(Self {
             rank: u32::try_from(field(2)).ok()?,
             ready: within(3, 0, 1)? == 1,
@@ -177,10 +180,10 @@ impl Blob {
                 device_uuid: [field(15).to_le_bytes(), field(16).to_le_bytes()].concat().try_into().ok()?,
                 multiprocessors: within(17, 0, 1 << 16)? as usize,
                 block_channels: within(18, 0, 1 << 16)? as usize,
-                is_first: flags & 8 != 0,
+                family: field(26),
             },
             agreement: Agreement {
-                legs: Legs::new(codec(width(5)?), codec(width(6)?))?.with_batch_invariant(flags & 16 != 0),
+                legs: Legs::new(codec(width(5)?), codec(width(6)?))?.with_batch_invariant(flags & 8 != 0),
                 min_bytes: Some(field(8)).filter(|n_bytes| *n_bytes != u64::MAX),
                 dtypes: (flags & 1 != 0, flags & 2 != 0),
                 switched_off: flags & 4 != 0,
@@ -196,7 +199,7 @@ impl Blob {
 }
 
 /// Bits, the first one lowest.
-fn flags(bits: [bool; 5]) -> u64 {
+fn flags(bits: [bool; 4]) -> u64 {
     bits.into_iter().enumerate().map(|(i, bit)| u64::from(bit) << i).sum()
 }
 
@@ -263,7 +266,7 @@ mod tests {
             device_uuid,
             multiprocessors: 132,
             block_channels: 7,
-            is_first: true,
+            family: 19,
         };
         let offer = std::array::from_fn(|i| i as u8);
         Blob {

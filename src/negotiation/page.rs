@@ -8,7 +8,7 @@
 //!
 //! The page stays for the life of the communicator: later changes meet over it, too.
 
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::facts::BLOB_BYTES;
@@ -31,14 +31,19 @@ const OPEN: u32 = 0;
 const COMPLETE: u32 = 1;
 const GIVEN_UP: u32 = 2;
 
-/// Where what lies in a page: the state, the number of ranks that have come, then a slot for each rank.
+/// Where what lies in a page: the state, the number of ranks that have come, the count of [`Page::count`], then a slot for each
+/// rank.
 const STATE_AT: usize = 0;
 const CAME_AT: usize = 4;
+const COUNT_AT: usize = 8;
 const SLOTS_AT: usize = 64;
 /// A slot: the number of rounds that the rank has said its word in, then its words of the last two. A rank that has heard
 /// a round may be in the next one while others still read; it is never two ahead.
 const WORDS_AT: usize = 64;
 const SLOT_BYTES: usize = WORDS_AT + 2 * BLOB_BYTES;
+
+/// The count is closed: what is below this bit is where.
+const CLOSED: u64 = 1 << 63;
 
 /// The page of a communicator, at which all of its ranks have come together.
 pub(crate) struct Page {
@@ -111,6 +116,24 @@ impl Page {
         self.missing().find(|rank| *rank == gone)
     }
 
+    /// Counts the `i`-th of something that all ranks do, each at its own pace. Answers from which one on the count was closed,
+    /// if it was before.
+    pub(crate) fn count(&self, i: u64) -> Option<u64> {
+        let before = self.counted().fetch_max(i + 1, Ordering::AcqRel);
+        (before & CLOSED != 0).then_some(before & !CLOSED)
+    }
+
+    /// Closes the count: behind what any rank has counted, or where none ever comes. Once, by one rank.
+    pub(crate) fn close_count(&self, is_reached: bool) {
+        let close = |count: u64| Some(CLOSED | if is_reached { count } else { !CLOSED });
+        let _ = self.counted().fetch_update(Ordering::AcqRel, Ordering::Acquire, close); // never refused
+    }
+
+    fn counted(&self) -> &AtomicU64 {
+        // SAFETY: 8-byte aligned, and within the page, which lives as long as `self`.
+        unsafe { AtomicU64::from_ptr(self.shared.address().wrapping_byte_add(COUNT_AT).cast()) }
+    }
+
     /// Others need not wait for this rank any more.
     pub(crate) fn leave(&self) {
         self.member.leave(self.rank);
@@ -174,6 +197,7 @@ impl Meeting for OverPage<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::thread;
 
     use super::*;
@@ -202,6 +226,38 @@ mod tests {
                 assert_eq!(heard, (0..world).flat_map(word).collect::<Vec<u8>>());
             }
         });
+    }
+
+    #[test]
+    fn a_count_is_closed_where_no_rank_has_been() {
+        for round in 0..200 {
+            let (world, key) = (3, Key::of_process());
+            let first = std::sync::Mutex::new(Vec::new());
+            all(world, |rank| {
+                let page = come(key, rank, world).expect("all come");
+                let mut from = u64::MAX;
+                for i in 0..500 {
+                    if rank == 0 && i == round {
+                        page.close_count(true);
+                    }
+                    let closed = page.count(i);
+                    if closed.is_some_and(|at| i >= at) {
+                        from = from.min(i);
+                    } else {
+                        assert_eq!(from, u64::MAX, "there is no way back");
+                    }
+                }
+                first.lock().unwrap().push(from);
+            });
+            let first = first.into_inner().unwrap();
+            // A rank may be through before it is closed. Whoever sees it begins with the same one.
+            let seen: BTreeSet<u64> = first.iter().copied().filter(|from| *from != u64::MAX).collect();
+            assert!(seen.len() <= 1 && seen.iter().all(|from| *from >= round), "{first:?}");
+        }
+        let page = come(Key::of_process(), 0, 1).unwrap();
+        assert_eq!(page.count(0), None);
+        page.close_count(false);
+        assert!(page.count(1).is_some_and(|at| at > 1 << 62));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::disagreement::Disagreement;
 use super::facts::{Agreement, Blob, Location};
 use super::identity;
 use super::meeting::{Meeting, Round, Rounds, poll};
+use super::sizes;
 use crate::config::ExchangeKind;
 use crate::cuda::{self, Context, CudaResult, Distance, Stream};
 use crate::error::{Error, Result};
@@ -21,7 +22,6 @@ use crate::exchange::Exchange;
 use crate::exchange::area::{OFFER_BYTES, Peer};
 use crate::exchange::fused::{Fused, Prepared};
 use crate::exchange::nccl::Staging;
-use crate::exchange::residency::Seat;
 use crate::exchange::trial::Trial;
 use crate::kernels::{Areas, Kernels};
 use crate::variables::Variables;
@@ -55,7 +55,7 @@ pub struct Local<'a> {
 impl Blob {
     /// What a rank says before it knows anything of the others: its settings, and where it runs.
     ///
-    /// `block_channels`: as [`Kernels::prepare_fused`] says; 0 where there are no kernels.
+    /// `block_channels`: as [`Kernels::prepare_fused`] says; 0 where there are no kernels. `family`: of its seat.
     ///
     /// # Errors
     /// The driver's.
@@ -64,7 +64,7 @@ impl Blob {
         agreement: Agreement,
         context: &Context,
         block_channels: usize,
-        seat: &Seat,
+        family: u64,
     ) -> Result<Self> {
         let location = Location {
             boot: identity::boot(),
@@ -76,7 +76,7 @@ impl Blob {
             device_uuid: context.device_uuid().map_err(Error::cuda("asking for the device's UUID"))?,
             multiprocessors: context.multiprocessors().map_err(Error::cuda("asking for an attribute"))?,
             block_channels,
-            is_first: seat.is_first,
+            family,
         };
         let attach = identity::number_of_attach();
         Ok(Self { rank: rank as u32, agreement, location, reaches: 0, forbids: 0, attach, ready: true, offer: NOTHING })
@@ -108,7 +108,7 @@ impl<M: Meeting> Rounds<M> {
     /// As for [`Rounds::next`].
     pub fn set_up_fused(&mut self, areas: Areas, facts: &[Blob], local: &Local<'_>) -> Result<SetUp<Fused>> {
         let Local { context, kernels, stream, timeout } = local;
-        let Some(rings) = choice::rings(facts) else {
+        let Some(rings) = sizes::rings(facts) else {
             return Ok(Err(NotSetUp { why: Disagreement::NoSharedMemory, mine: None }));
         };
         let rank = self.blob.rank as usize;
@@ -127,7 +127,8 @@ impl<M: Meeting> Rounds<M> {
             offer: *offer,
         };
         let peers: Vec<Peer> = offers.iter().map(peer).collect();
-        let fused = prepared.connect(rank, &peers, context, choice::block_channels(facts), *timeout);
+        let shape = (sizes::blocks(facts).usual, sizes::block_channels(facts));
+        let fused = prepared.connect(rank, &peers, context, shape, *timeout);
         let fused = fused.and_then(|fused| fused.warm_up(kernels, stream).map(|()| fused));
         let round = self.next(fused.is_ok(), offer)?;
         let fused = match (fused, round) {

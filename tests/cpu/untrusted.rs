@@ -185,7 +185,7 @@ fn blob(rank: u32, config: &Config) -> Blob {
         device_uuid: [9; 16],
         multiprocessors: 132,
         block_channels: 7,
-        is_first: true,
+        family: 19,
     };
     let offer = std::array::from_fn(|i| i as u8);
     Blob { rank, agreement: Agreement::from(config), location, reaches: 3, forbids: 4, attach: 9, ready: true, offer }

@@ -16,5 +16,6 @@ mod meeting; // at creation; late ranks, first sums in any order
 mod partitions; // fewer multiprocessors than the whole GPU: green contexts, MPS
 mod programs; // random programs run as plain NCCL runs them
 mod record; // inputs saved as they were passed
+mod shares; // the first communicator that is used has the larger grid
 mod soak; // random operations against a model
 mod stats; // what the shim counts, and what a profiler hears

@@ -71,7 +71,7 @@ fn attempt(party: &Party) -> Result<Tried> {
 
     let block_channels = loaded.as_ref().map_or(0, |(block_channels, _)| *block_channels);
     let seat = Seat::take(ordinal as i32);
-    let mine = Blob::new(party.told.first, Agreement::from(config), &context, block_channels, &seat)?;
+    let mine = Blob::new(party.told.first, Agreement::from(config), &context, block_channels, seat.family())?;
     let mut rounds = Rounds::new(OverPipes { party, said: None }, mine);
     let facts = rounds.compare(true)?.map_err(|disagreement| anyhow!("{disagreement}"))?;
     let facts = rounds.find_reach(&context, &facts)?.map_err(|disagreement| anyhow!("{disagreement}"))?;

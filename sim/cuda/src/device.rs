@@ -17,13 +17,16 @@ pub struct Device {
     pub ordinal: i32,
     /// Bytes allocated on it.
     pub used_bytes: AtomicI64,
+    /// Blocks of the kernel that was launched last.
+    pub last_blocks: AtomicI32,
     retained: AtomicI32,
     /// An error of the context, which every later call answers.
     error: AtomicI32,
 }
 
 static DEVICES: Lazy<Vec<Device>> = Lazy::new(|| {
-    let new = |ordinal| Device { ordinal, used_bytes: 0.into(), retained: 0.into(), error: 0.into() };
+    let new =
+        |ordinal| Device { ordinal, used_bytes: 0.into(), last_blocks: 0.into(), retained: 0.into(), error: 0.into() };
     (0..setting("FLASHCOMM_SIM_DEVICES", 8) as i32).map(new).collect()
 });
 

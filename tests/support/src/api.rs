@@ -85,6 +85,7 @@ macro_rules! libraries {
 libraries! {
     cuda {
         cuInit(u32);
+        flashcomm_sim_last_blocks(c_int);
         cuDeviceGetCount(*mut c_int);
         cuDevicePrimaryCtxRetain(*mut Ptr, c_int);
         cuCtxSetCurrent(Ptr);

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use flashcomm_sim_schedule as schedule;
 use once_cell::sync::Lazy;
@@ -58,6 +59,7 @@ fn launch(handle: usize, grid: [u32; 3], block: [u32; 3], on: usize, params: *mu
     unsafe { std::ptr::copy_nonoverlapping(source, args.as_mut_ptr(), args.len()) };
     let stream = stream(on)?;
     let resident = (stream.multiprocessors() * occupancy(&kernel, (threads * rows) as c_int)) as u32;
+    stream.device.last_blocks.store((grid[0] * grid[1] * grid[2]) as i32, Ordering::Relaxed);
     let shape = Shape { grid, block, resident, from_back: stream.device.ordinal % 2 != 0 };
     stream.issue(Arc::new(move || kernel.run(&args, shape)))
 }

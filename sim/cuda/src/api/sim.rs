@@ -1,11 +1,12 @@
-//! What the simulated NCCL needs beyond the driver's functions, found by `dlsym`. No program may call these.
+//! What the simulated NCCL and the tests need beyond the driver's functions, found by `dlsym`. No program may call these.
 
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::{answer, stream};
 use crate::cu_result::CuResult;
-use crate::memory;
+use crate::{device, memory};
 
 /// Data of a task that belongs to whoever issued it.
 struct Owned {
@@ -54,4 +55,10 @@ pub unsafe extern "C" fn flashcomm_sim_issue(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn flashcomm_sim_resolve(address: usize, n_bytes: usize) -> *mut u8 {
     memory::resolve(address, n_bytes).unwrap_or(std::ptr::null_mut())
+}
+
+/// Blocks of the kernel that was launched last on a device; -1 where there is no such device.
+#[unsafe(no_mangle)]
+pub extern "C" fn flashcomm_sim_last_blocks(device: c_int) -> c_int {
+    device::of(device).map_or(-1, |device| device.last_blocks.load(Ordering::Relaxed))
 }

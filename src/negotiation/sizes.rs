@@ -1,0 +1,63 @@
+//! Pure: how large the areas and the grids of a fused exchange are, and whether a communicator may have the large share.
+
+use flashcomm_wire::Rings;
+use flashcomm_wire::rings::MAX_WORLD;
+
+use super::facts::Blob;
+use super::identity;
+use crate::config::ExchangeKind;
+use crate::exchange::residency::{self, Blocks};
+
+/// Channels that a block of the fused kernel has on every rank.
+pub(crate) fn block_channels(facts: &[Blob]) -> usize {
+    facts.iter().map(|rank| rank.location.block_channels).min().unwrap_or(0)
+}
+
+/// The receive areas that all ranks can have alike, with room for the largest grid that a kernel may get; `None` where no
+/// fused exchange is possible.
+pub fn rings(facts: &[Blob]) -> Option<Rings> {
+    let agreement = facts[0].agreement;
+    if !is_one_host(facts) || facts.len() > MAX_WORLD {
+        return None;
+    }
+    let n_blocks = blocks(facts);
+    let n_blocks = if family(facts).is_some() { n_blocks.large } else { n_blocks.usual };
+    Rings::within(facts.len(), agreement.legs, n_blocks * block_channels(facts), agreement.buffer_bytes)
+}
+
+/// Blocks that a kernel may have on every rank.
+pub(crate) fn blocks(facts: &[Blob]) -> Blocks {
+    let sharing =
+        |rank: &Blob| facts.iter().filter(|other| other.location.device_uuid == rank.location.device_uuid).count();
+    let sharing = facts.iter().map(sharing).max().unwrap_or(1);
+    let multiprocessors = facts.iter().map(|rank| rank.location.multiprocessors).min().unwrap_or(0);
+    residency::blocks(multiprocessors, sharing, facts[0].agreement.max_ctas)
+}
+
+/// A number of the communicators that have these very ranks, if all their devices may keep the large share for them.
+pub(crate) fn family(facts: &[Blob]) -> Option<u64> {
+    let member = |Blob { location, .. }: &Blob| {
+        [&location.process.to_le_bytes()[..], &location.device.to_le_bytes(), &location.device_uuid].concat()
+    };
+    let mut members: Vec<Vec<u8>> = facts.iter().map(member).collect();
+    members.sort_unstable();
+    let family = identity::hash(&members.concat()) | 1 << 63; // no number that means something else
+    let may_keep = |rank: &Blob| [residency::ANY_FAMILY, family].contains(&rank.location.family);
+    facts.iter().all(may_keep).then_some(family)
+}
+
+/// The rank that leases the large share for all: the same process and device for all communicators of a family.
+pub(crate) fn leader(facts: &[Blob]) -> usize {
+    let place = |rank: &usize| (facts[*rank].location.process, facts[*rank].location.device);
+    (0..facts.len()).min_by_key(place).unwrap_or(0)
+}
+
+/// Whether all ranks run on one host. Who names an exchange that needs one means the machine, whatever `NCCL_HOSTID` tells
+/// NCCL of it.
+fn is_one_host(facts: &[Blob]) -> bool {
+    let host = |rank: &Blob| match rank.agreement.exchange {
+        Some(ExchangeKind::Peer | ExchangeKind::Host) => rank.location.boot,
+        _ => rank.location.host,
+    };
+    facts.iter().all(|rank| host(rank) == host(&facts[0]))
+}
