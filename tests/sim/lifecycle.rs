@@ -153,39 +153,6 @@ fn children_of_an_attached_communicator_compress_by_themselves() {
     });
 }
 
-/// Blocks of its kernels that a rank's log tells of each communicator.
-fn blocks_told(log: &str) -> Vec<usize> {
-    let told = log.lines().filter_map(|line| line.split_once(" blocks, from ")?.0.rsplit(' ').next()?.parse().ok());
-    told.collect()
-}
-
-#[test]
-fn the_first_communicator_of_a_device_has_more_of_it_while_it_lasts() {
-    let settings = |_| vec![("FLASHCOMM_BITS", "4".into()), ("FLASHCOMM_LOG", "info".into())];
-    let ends = processes(2, settings, |process| {
-        use_device(process.rank);
-        let case = Case::<f16>::new(5000, 1, 2, legs(4, 4));
-        let stream = Stream::new();
-        let next = |n| {
-            let comm = init(2, process.unique_id(n), process.rank);
-            reduce(comm, &stream, process.rank, &case, "the sum");
-            comm
-        };
-        let (first, second) = (next(0), next(1));
-        ok!(ncclCommDestroy(first));
-        let third = next(2); // the second is still there
-        ok!(ncclCommDestroy(second));
-        ok!(ncclCommDestroy(third));
-        ok!(ncclCommDestroy(next(3)));
-    });
-    let Some(ends) = ends else { return };
-    for (_, log) in &ends {
-        let [first, second, third, fourth] = blocks_told(log)[..] else { panic!("{log}") };
-        assert!(first > second && second == third && fourth == first, "{log}");
-    }
-    all_succeed(Some(ends));
-}
-
 #[test]
 fn auto_takes_host_memory_only_where_gpus_do_not_reach_each_other() {
     let cases: [(&[(&'static str, &str)], &str, &str); 3] = [

@@ -4,6 +4,7 @@
 //! A simulated device has 16 multiprocessors, of which NCCL gets half: a kernel has 5 blocks in the large share and 2 in the usual one.
 
 use std::sync::{Arc, Barrier};
+use std::time::Duration;
 
 use flashcomm_test_support::*;
 use flashcomm_wire::TILE_ELEMS;
@@ -161,4 +162,30 @@ fn ranks_that_are_ahead_change_to_it_with_the_same_sum() {
         let changes = (0..world).map(|turn| grids[0][turn].iter().filter(|blocks| **blocks == USUAL).count());
         assert!(changes.max().unwrap() >= AHEAD, "no rank was ahead of the one that leads");
     });
+}
+
+#[test]
+fn processes_change_to_it_with_the_same_sum() {
+    if is_real() {
+        return; // as above
+    }
+    let settings = |_| vec![("FLASHCOMM_BITS", "4".to_string()), ("FLASHCOMM_BUFFER_MIB", "64".into())];
+    let ends = processes(3, settings, |process| {
+        use_device(process.rank);
+        let case = case(3);
+        for turn in 0..3 {
+            let rank = Rank::new(init(3, process.unique_id(turn), process.rank), process.rank, &case);
+            if process.rank == turn {
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            let grids: Vec<u8> = (0..8).map(|_| rank.issue() as u8).collect();
+            same_bits(&rank.memory.read(case.count, &rank.stream), &case.expected, "the last one");
+            process.tell(&format!("grids{turn}.{}", process.rank), &grids);
+            (0..3).for_each(|other| assert_eq!(process.hear(&format!("grids{turn}.{other}")), grids, "rank {other}"));
+            rank.sum("once more");
+            assert_eq!(rank.sum("and more"), LARGE);
+            rank.end();
+        }
+    });
+    all_succeed(ends);
 }
