@@ -28,7 +28,7 @@
 //! stats                          what was compressed, forwarded, and why
 //! record, route, nvtx, logging   inputs saved; pure: forward or compress; ranges for profilers
 //! error, config, variables       what can go wrong; the settings, ours and those of NCCL's
-//! kernels                        launches
+//! kernels, background            launches; threads of our own
 //! cuda, nccl, verdict, element   the driver; the real library, found; what ranks agreed on; types
 //! ```
 //!
@@ -49,6 +49,7 @@
 #[allow(unreachable_pub, reason = "what C calls is public; cbindgen makes the header of no other")]
 mod abi;
 mod allreduce;
+mod background;
 mod comm;
 mod config;
 mod cuda;

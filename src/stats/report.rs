@@ -1,7 +1,6 @@
 //! What was counted, as JSON, while the process runs and at exit. The total of the process is exact for calls that have
 //! returned.
 
-use std::thread::Builder;
 use std::time::Duration;
 
 use parking_lot::Once;
@@ -9,8 +8,8 @@ use serde_json::{Map, Value, json};
 
 use super::counters::Counts;
 use super::registry::{About, Process};
+use crate::background;
 use crate::config::Config;
-use crate::nccl::load;
 
 /// Version of the file's form.
 const FORMAT: u32 = 1;
@@ -108,7 +107,6 @@ const PERIOD: Duration = Duration::from_secs(1);
 
 /// Writes the file as the process goes, since many end without an exit: by a signal, or by `_exit` as Python's forks do.
 fn keep_writing(process: &'static Process) {
-    load::stay_loaded();
     let write = move || {
         loop {
             let mut file = process.file.lock();
@@ -117,33 +115,13 @@ fn keep_writing(process: &'static Process) {
             }
             file.update(format!("{:#}", to_json(process)), rank(process));
             drop(file);
-            if is_last_thread() {
+            if background::is_last_thread() {
                 return;
             }
             std::thread::sleep(PERIOD);
         }
     };
-    if let Err(error) = without_signals(|| Builder::new().name("flashcomm-stats".into()).spawn(write)) {
+    if let Err(error) = background::spawn("flashcomm-stats", write) {
         log::warn!("FLASHCOMM_STATS_FILE is written at exit only: no thread for it: {error}");
     }
-}
-
-/// Runs `start` such that threads which it starts get no signals: those are for the application's.
-fn without_signals<T>(start: impl FnOnce() -> T) -> T {
-    // SAFETY: sets of signals, valid places, both filled in before they are read.
-    unsafe {
-        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let result = start();
-        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
-        result
-    }
-}
-
-/// Whether the process waits for this thread alone: its first thread has ended by `pthread_exit`, and so have the others.
-fn is_last_thread() -> bool {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    (fields.first(), fields.get(17)) == (Some(&"Z"), Some(&"2"))
 }
