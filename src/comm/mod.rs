@@ -4,6 +4,7 @@
 //! An entry appears when the communicator is created and is dropped before a destroy or an abort is forwarded, since
 //! NCCL uses addresses again.
 
+mod aside;
 pub(crate) mod attach;
 mod communicator;
 mod order;

@@ -9,12 +9,15 @@
 
 use parking_lot::Mutex;
 
+use super::aside::Aside;
 use crate::cuda::{self, Capture, CudaResult, Dependencies, Event, GraphNode, StreamHandle};
 
 /// Chains the operations of a communicator.
 pub(crate) struct Order {
     mixes_graphs: bool,
     events: Mutex<Events>,
+    /// Where its operations run in a group with other calls.
+    pub aside: Aside,
 }
 
 struct Events {
@@ -60,7 +63,8 @@ impl Order {
     /// # Errors
     /// The driver's.
     pub(crate) fn new(mixes_graphs: bool) -> CudaResult<Self> {
-        Ok(Self { mixes_graphs, events: Mutex::new(Events { last: Event::new()?, captured: None }) })
+        let events = Mutex::new(Events { last: Event::new()?, captured: None });
+        Ok(Self { mixes_graphs, events, aside: Aside::new()? })
     }
 
     /// Starts an operation on `stream`: it will run after the communicator's previous one.

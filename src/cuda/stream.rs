@@ -10,9 +10,14 @@ use super::driver::{CudaError, CudaResult, check, log_drop};
 /// A stream of the application, or one of ours, borrowed.
 pub(crate) type StreamHandle = sys::CUstream;
 
-/// A stream of ours, for attach. It does not synchronize with the legacy default stream.
+/// A stream of ours. It does not synchronize with the legacy default stream.
 #[derive(Debug)]
 pub struct Stream(StreamHandle);
+
+// SAFETY: a stream handle may be used from any thread; the driver locks.
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
 
 impl Stream {
     /// A new stream in the current context.
