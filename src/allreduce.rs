@@ -14,141 +14,45 @@
 //! Operations come in batches: one alone, or all of a group. Fused ones are launched in order. The others run in *waves*;
 //! a wave takes the next slice of one operation of each communicator through all five steps together, so that one
 //! thread that drives several ranks has all their transfers in one NCCL group (alone, the first would wait for the
-//! second for ever). Everything is issued to the caller's streams; nothing waits on the host.
+//! second for ever). Everything is issued to the caller's streams, or in some groups to streams beside them ([`aside`]);
+//! nothing waits on the host.
 
-use std::ffi::c_void;
-use std::sync::Arc;
+mod aside;
+mod operation;
 
-use flashcomm_wire::{Op, Plan};
+use flashcomm_wire::Plan;
 
-use crate::comm::{Attached, Comm};
-use crate::config::Config;
-use crate::cuda::{self, Capture, Entered, StreamHandle};
-use crate::element::ElementType;
+use aside::join;
+pub(crate) use aside::take_aside;
+pub(crate) use operation::Operation;
+use operation::{Planned, enter};
+
+use crate::comm::Attached;
+use crate::cuda::{self, Capture, StreamHandle};
 use crate::error::{self, Error, Result};
 use crate::exchange::Exchange;
 use crate::exchange::fused::{Call, Fused};
 use crate::exchange::nccl::Staging;
 use crate::exchange::nccl::{self as over_nccl, Transfer};
 use crate::kernels::Piece;
-use crate::nccl::{NcclResult, RedOp, StreamPtr};
+use crate::nccl::NcclResult;
 use crate::nvtx::Ranges;
-use crate::record::Input;
-use crate::route::{self, Request, Route};
-use crate::{real, thread};
-
-/// An all-reduce as the application asked for it.
-pub(crate) struct Operation {
-    /// Its communicator.
-    pub comm: Arc<Comm>,
-    /// Input, `count` elements.
-    pub input: *const c_void,
-    /// Output; may be the input.
-    pub output: *mut c_void,
-    /// What is asked.
-    pub request: Request,
-    /// The storage type, of a request that is a candidate.
-    pub element: ElementType,
-    /// The application's stream.
-    pub stream: StreamPtr,
-    /// Its number on the communicator, where its input is to be saved.
-    recorded: Option<u64>,
-    /// Set when its batch runs.
-    planned: Option<Planned>,
-}
+use crate::route::Route;
+use crate::thread;
 
 impl Operation {
-    /// A call of the application's: `comm`'s all-reduce of `input` into `output`, both on its device.
-    pub(crate) fn new(
-        comm: Arc<Comm>,
-        input: *const c_void,
-        output: *mut c_void,
-        request: Request,
-        element: ElementType,
-        stream: StreamPtr,
-    ) -> Self {
-        let recorded = comm.recording.count();
-        Self { comm, input, output, request, element, stream, recorded, planned: None }
-    }
-
-    /// Where it goes by what is known of its communicator now.
-    pub(crate) fn route(&self) -> Route {
-        route::route(self.element, &self.request, self.comm.verdict(), Config::global())
-    }
-
-    /// Saves its input, as it is when what was issued to the stream so far has run, if it is one of those to be saved.
-    pub(crate) fn record(&self) {
-        // Where a kernel has given up, the call will be refused, and the application may free its buffer.
-        let has_failed = || self.comm.is_aborted() || self.comm.attached().is_some_and(|on| on.failure().is_some());
-        if let Some(call) = self.recorded
-            && !has_failed()
-        {
-            let count = self.request.count;
-            let input = Input { call, at: self.input, count, element: self.element, stream: self.stream() };
-            // SAFETY: the application vouches for its buffer and its stream.
-            unsafe { self.comm.recording.take(&input) };
-        }
-    }
-
-    fn stream(&self) -> StreamHandle {
-        self.stream.cast()
-    }
-
-    fn attached(&self) -> Result<&Attached> {
-        self.comm.attached().ok_or(Error::Aborted)
-    }
-
-    /// Its cut where staging memory of so many bytes bounds the slices.
-    fn plan(&self, attached: &Attached, buffer_bytes: usize) -> Result<Plan> {
-        let count = self.request.count;
-        let plan = Plan::new(count, attached.world, attached.legs, buffer_bytes)
-            .map_err(|_| Error::BufferTooSmall { world: attached.world })?;
-        thread::current()
-            .counters(self.comm.handle())
-            .count_compressed(self.request.n_bytes(), plan.wire_bytes() as u64);
-        Ok(plan)
-    }
-
-    /// What the sum is multiplied with.
-    fn scale(&self, attached: &Attached) -> f32 {
-        let op = if self.request.op == RedOp::AVG { Op::Average } else { Op::Sum };
-        op.scale(attached.world)
-    }
-
-    /// Opens a profiler's range about it.
-    fn mark(&self, attached: &Attached, ranges: &mut Ranges) {
-        let Attached { legs, exchange, .. } = attached;
-        ranges.push(self.request.n_bytes(), || {
-            format!("all-reduce {}, {legs} bits, {}", self.element.name(), exchange.kind().name())
-        });
-    }
-
     /// Issues all of it, as one kernel.
     fn launch(&self, attached: &Attached, fused: &Fused) -> Result<()> {
         let mut ranges = Ranges::default();
         self.mark(attached, &mut ranges);
         let plan = self.plan(attached, usize::MAX)?;
-        let stream = self.stream();
-        // Asked before the communicator's context is entered: a default stream is that of the context that is current.
-        // SAFETY: the application's stream.
-        if unsafe { cuda::is_of_green_context(stream) } {
-            return self.launch_aside(attached, fused, &plan);
+        if self.aside.is_some() || !self.is_of_green_context() {
+            return self.launch_on(self.stream(), attached, fused, &plan);
         }
-        self.launch_on(stream, attached, fused, &plan)
-    }
-
-    /// As [`Operation::launch`], beside the application's stream, which has not got the whole GPU.
-    fn launch_aside(&self, attached: &Attached, fused: &Fused, plan: &Plan) -> Result<()> {
-        let stream = self.stream();
-        // SAFETY: the application's stream, and in its context.
-        let capture = unsafe { cuda::capture_of(stream) }.map_err(Error::cuda("asking for a capture"))?;
-        // SAFETY: as above.
-        let forked = unsafe { attached.order.aside.fork(stream, capture, &attached.context) };
-        let forked = forked.map_err(Error::cuda("leaving a green context"))?;
-        let launched = self.launch_on(*forked, attached, fused, plan);
+        let ours = self.fork()?;
+        let launched = self.launch_on(ours, attached, fused, &plan);
         // Also where nothing was launched: a capture wants all that it has forked joined.
-        // SAFETY: as above.
-        let joined = unsafe { forked.join(stream) }.map_err(Error::cuda("returning to a green context"));
+        let joined = self.join(ours);
         launched.and(joined)
     }
 
@@ -180,13 +84,6 @@ impl Operation {
         let capture = unsafe { cuda::capture_of(self.stream()) }.map_err(Error::cuda("asking for a capture"))?;
         Ok(Planned { plan, capture, first_wave })
     }
-
-    /// Hands it to the real NCCL unchanged.
-    fn forward(&self) -> NcclResult {
-        let Request { count, datatype, op } = self.request;
-        // SAFETY: the application's own arguments.
-        unsafe { real::all_reduce(self.input, self.output, count, datatype, op, self.comm.handle(), self.stream) }
-    }
 }
 
 /// Runs a batch in order: forwards what is not compressed after all, and compresses the rest. Empties `batch` and keeps
@@ -194,12 +91,22 @@ impl Operation {
 pub(crate) fn run(batch: &mut Vec<Operation>) -> NcclResult {
     batch.iter().for_each(Operation::record);
     let result = forward_some(batch).and_then(|forwarded| compress(batch).map(|()| forwarded));
+    let joined = join(batch);
+    let result = result.and_then(|forwarded| joined.map(|()| forwarded));
     let result = result.inspect_err(|error| {
         log::error!("all-reduce: {error}");
         error::remember(error);
     });
     batch.clear();
     result.unwrap_or_else(|error| NcclResult::from(&error))
+}
+
+/// Empties a batch that is not to run, and keeps its memory.
+pub(crate) fn discard(batch: &mut Vec<Operation>) {
+    if let Err(error) = join(batch) {
+        log::error!("all-reduce: {error}");
+    }
+    batch.clear();
 }
 
 /// Forwards, in one real group, the operations of communicators that a change in the same group has switched off, and takes
@@ -234,20 +141,6 @@ fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
     }
 }
 
-/// How an operation runs.
-struct Planned {
-    plan: Plan,
-    capture: Capture,
-    /// The wave of its first slice; the others follow one by one.
-    first_wave: usize,
-}
-
-impl Planned {
-    fn end_wave(&self) -> usize {
-        self.first_wave + self.plan.n_slices()
-    }
-}
-
 fn compress(batch: &mut [Operation]) -> Result<()> {
     let mut n_waves = 0;
     let mut ranges = Ranges::default(); // of those that run in waves: all of them are under way until the last wave
@@ -258,7 +151,7 @@ fn compress(batch: &mut [Operation]) -> Result<()> {
             Exchange::Fused(fused) => operation.launch(attached, fused)?,
             Exchange::Nccl(staging) => {
                 // One operation of a communicator ends before its next one begins.
-                let previous = before.iter().rev().find(|other| Arc::ptr_eq(&other.comm, &operation.comm));
+                let previous = before.iter().rev().find(|other| other.is_of_same_comm(operation));
                 let first_wave = previous.and_then(|other| other.planned.as_ref()).map_or(0, Planned::end_wave);
                 operation.mark(attached, &mut ranges);
                 let planned = operation.schedule(attached, staging, first_wave)?;
@@ -268,10 +161,6 @@ fn compress(batch: &mut [Operation]) -> Result<()> {
         }
     }
     (0..n_waves).try_for_each(|wave| run_wave(batch, wave))
-}
-
-fn enter(attached: &Attached) -> Result<Entered> {
-    attached.context.enter().map_err(Error::cuda("entering the context"))
 }
 
 /// Takes the slices of a wave through the all-reduce together.

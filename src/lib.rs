@@ -9,7 +9,8 @@
 //! 2. [`route`] decides, from facts that are the same on every rank, whether it is compressed. If not, the real NCCL
 //!    gets the original arguments. (Calls of NCCL itself, a null communicator and a configuration never come so far.)
 //! 3. [`allreduce`] runs it: quantize, hop 1, reduce, hop 2, dequantize, all on the caller's stream, over an
-//!    [`exchange`]. Inside a group it waits for the group's end: [`abi::group`].
+//!    [`exchange`]. Inside a group it waits for the group's end: [`abi::group`]. Beside other calls of a group it runs on a
+//!    stream of ours.
 //!
 //! The invariants that the files cite as I1 to I8 are in `docs/design/invariants.md`, the words in `docs/design/glossary.md`.
 //!

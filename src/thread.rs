@@ -12,6 +12,8 @@ use crate::stats::{Counters, Known};
 pub struct Thread {
     /// How many of our exports it is in the real library through.
     pub real_depth: Cell<u32>,
+    /// Whether it has forwarded a call since its last group began.
+    pub has_forwarded: Cell<bool>,
     /// Counters that it has used.
     known: Known,
 }
@@ -35,5 +37,5 @@ pub fn current() -> &'static Thread {
 }
 
 thread_local! {
-    static THREAD: Thread = const { Thread { real_depth: Cell::new(0), known: Known::new() } };
+    static THREAD: Thread = const { Thread { real_depth: Cell::new(0), has_forwarded: Cell::new(false), known: Known::new() } };
 }

@@ -53,7 +53,9 @@ fn all_reduce(
 }
 
 fn forward(reason: Reason, request: Request, comm: CommPtr) -> Decision {
-    thread::current().counters(comm).count_forwarded(reason, request.n_bytes());
+    let thread = thread::current();
+    thread.has_forwarded.set(true);
+    thread.counters(comm).count_forwarded(reason, request.n_bytes());
     Decision::Forward
 }
 
@@ -77,7 +79,11 @@ fn counted(call: Call, comm: CommPtr, real: impl FnOnce() -> NcclResult) -> Nccl
     {
         return result;
     }
-    in_real_nccl_after(|thread: &Thread| thread.counters(comm).count(call), real)
+    let count = |thread: &Thread| {
+        thread.has_forwarded.set(true);
+        thread.counters(comm).count(call);
+    };
+    in_real_nccl_after(count, real)
 }
 
 nccl_exports! {

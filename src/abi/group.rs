@@ -1,6 +1,7 @@
 //! Groups. A compressed all-reduce inside `ncclGroupStart/End` waits in a queue of its thread for the outermost end,
-//! which forwards first and then runs the queue in the order of issue. A simulated or failed end discards it. So do
-//! the ranks of communicators that the group creates ([`super::creation`]), which meet, and changes of width
+//! which forwards first and then runs the queue in the order of issue, beside the application's streams where it must
+//! not wait for what else is in the group ([`allreduce::take_aside`]). A simulated or failed end discards it. So do the
+//! ranks of communicators that the group creates ([`super::creation`]), which meet, and changes of width
 //! ([`super::control`]); both come before the all-reduces.
 //!
 //! The depth is counted here because NCCL does not tell it. Calls that NCCL makes to its own group functions are
@@ -14,7 +15,7 @@ use crate::comm::Origin;
 use crate::comm::attach::{self, Change};
 use crate::config::Config;
 use crate::nccl::{CommPtr, NcclResult, SimInfo};
-use crate::{comm, error};
+use crate::{comm, error, thread};
 
 thread_local! {
     static DEPTH: Cell<u32> = const { Cell::new(0) };
@@ -111,6 +112,9 @@ pub(super) fn issue(operation: Operation) -> NcclResult {
 fn start(real: impl FnOnce() -> NcclResult) -> NcclResult {
     let result = in_real_nccl(real);
     if result == NcclResult::SUCCESS && !is_reentered() {
+        if DEPTH.get() == 0 {
+            thread::current().has_forwarded.set(false);
+        }
         DEPTH.set(DEPTH.get() + 1);
     }
     result
@@ -118,6 +122,11 @@ fn start(real: impl FnOnce() -> NcclResult) -> NcclResult {
 
 /// Ends a group by `end`, then runs the queue if that was the outermost level and `run_queue`.
 fn end(run_queue: bool, end: impl FnOnce() -> NcclResult) -> NcclResult {
+    // Not where a change comes first: it may forward what is in the queue.
+    if run_queue && !is_reentered() && DEPTH.get() == 1 && CHANGES.with_borrow(Vec::is_empty) {
+        let has_forwarded = thread::current().has_forwarded.get();
+        QUEUE.with_borrow_mut(|queue| allreduce::take_aside(queue, has_forwarded));
+    }
     let result = in_real_nccl(end);
     if is_reentered() || DEPTH.get() == 0 {
         return result; // NCCL's own, or an end without a start, which NCCL has answered
@@ -145,7 +154,7 @@ fn end(run_queue: bool, end: impl FnOnce() -> NcclResult) -> NcclResult {
             }
         });
         if queue.is_empty() || !is_good || changed != NcclResult::SUCCESS {
-            queue.clear();
+            allreduce::discard(queue);
             return if changed == NcclResult::SUCCESS { result } else { changed };
         }
         match in_real_nccl(|| allreduce::run(queue)) {

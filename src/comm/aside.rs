@@ -1,14 +1,16 @@
-//! Aside: where a kernel that waits runs when the caller's stream has not got the whole GPU.
+//! Aside: streams of ours beside the application's, for operations that must not stand on those. An event forks one off the
+//! application's stream, another joins it back; in a capture they become edges of the graph.
 //!
-//! A stream of a green context has some of the multiprocessors. That is known only at the call, when ranks cannot agree on
-//! another grid any more, and all must launch the same: a kernel that is larger than what it may run on is not resident at
-//! once (invariant I6). So it goes to a stream of ours in the primary context, which has all of them. An event forks that off
-//! the caller's stream, another joins it back; in a capture they become edges of the graph, and the kernel's node stays one of
-//! the primary context wherever the graph is launched.
+//! * *A stream of a green context* has some of the multiprocessors. That is known only at the call, when ranks cannot agree on
+//!   another grid any more, and all must launch the same: a kernel that is larger than what it may run on is not resident at
+//!   once (invariant I6). Ours are of the primary context, which has all of them, and so is the node of the kernel wherever a
+//!   graph of it is launched.
+//! * *A group with other calls.* NCCL launches what a group has of one communicator as one, one communicator after the other.
+//!   Our operations come when the real NCCL has launched all of its own. On the application's stream they would wait for
+//!   those, also for calls that another rank has behind ours, which wait for ours there. Aside they wait only for what the
+//!   application's stream had before the group. What comes after the group waits for both.
 
-use std::ops::Deref;
-
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use crate::cuda::{self, Capture, Context, CudaResult, Event, RelaxedCapture, Stream, StreamHandle};
 
@@ -16,10 +18,8 @@ use crate::cuda::{self, Capture, Context, CudaResult, Event, RelaxedCapture, Str
 pub(crate) struct Aside(Mutex<Streams>);
 
 struct Streams {
-    /// The caller's work so far.
-    fork: Event,
-    /// That and the kernel.
-    join: Event,
+    /// Carries the order from stream to stream. Whoever waits for it does so at once, so one is enough.
+    event: Event,
     /// One, as a rule: see [`Streams::free`].
     streams: Vec<Stream>,
 }
@@ -31,13 +31,12 @@ impl Aside {
     /// # Errors
     /// The driver's.
     pub(crate) fn new() -> CudaResult<Self> {
-        let streams = if cuda::has_green_contexts() { vec![Stream::new()?] } else { Vec::new() };
-        Ok(Self(Mutex::new(Streams { fork: Event::new()?, join: Event::new()?, streams })))
+        Ok(Self(Mutex::new(Streams { event: Event::new()?, streams: vec![Stream::new()?] })))
     }
 
-    /// Forks a stream off `stream`, which is of a green context and does `capture`.
+    /// Forks a stream off the application's `stream`, which does `capture`: it waits for what is there now.
     ///
-    /// `context`: the communicator's. The application's is current, since `stream` may be one of its default streams.
+    /// `context`: the communicator's. Current is the one of which `stream` is, if it is one of the driver's special handles.
     ///
     /// # Errors
     /// The driver's.
@@ -49,14 +48,29 @@ impl Aside {
         stream: StreamHandle,
         capture: Capture,
         context: &Context,
-    ) -> CudaResult<Forked<'_>> {
+    ) -> CudaResult<StreamHandle> {
         let mut streams = self.0.lock();
-        let free = streams.free(capture, context)?;
+        let ours = streams.free(capture, context)?;
         // SAFETY: the caller vouches for its stream.
-        unsafe { streams.fork.record(stream, false) }?;
+        unsafe { streams.event.record(stream, false) }?;
         // SAFETY: a stream of ours.
-        unsafe { streams.fork.make_wait(free, false) }?;
-        Ok(Forked { streams, handle: free })
+        unsafe { streams.event.make_wait(ours, false) }?;
+        Ok(ours)
+    }
+
+    /// Joins `ours` back: `stream` goes on when it is done. The context is the one of [`Aside::fork`].
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// As for [`Aside::fork`], which has answered `ours` to this stream.
+    pub(crate) unsafe fn join(&self, ours: StreamHandle, stream: StreamHandle) -> CudaResult<()> {
+        let streams = self.0.lock();
+        // SAFETY: a stream of ours.
+        unsafe { streams.event.record(ours, false) }?;
+        // SAFETY: the caller vouches for its stream.
+        unsafe { streams.event.make_wait(stream, false) }
     }
 }
 
@@ -76,34 +90,5 @@ impl Streams {
         let handle = new.handle();
         self.streams.push(new);
         Ok(handle)
-    }
-}
-
-/// A stream of ours that has been forked off and not joined.
-pub(crate) struct Forked<'a> {
-    streams: MutexGuard<'a, Streams>,
-    handle: StreamHandle,
-}
-
-impl Deref for Forked<'_> {
-    type Target = StreamHandle;
-    fn deref(&self) -> &StreamHandle {
-        &self.handle
-    }
-}
-
-impl Forked<'_> {
-    /// Joins it back: `stream` goes on when it is done. The context is the one of [`Aside::fork`].
-    ///
-    /// # Errors
-    /// The driver's.
-    ///
-    /// # Safety
-    /// As for [`Aside::fork`].
-    pub(crate) unsafe fn join(self, stream: StreamHandle) -> CudaResult<()> {
-        // SAFETY: a stream of ours.
-        unsafe { self.streams.join.record(self.handle, false) }?;
-        // SAFETY: the caller vouches for its stream.
-        unsafe { self.streams.join.make_wait(stream, false) }
     }
 }

@@ -16,7 +16,7 @@ use crate::cuda::{self, Capture, CudaResult, Dependencies, Event, GraphNode, Str
 pub(crate) struct Order {
     mixes_graphs: bool,
     events: Mutex<Events>,
-    /// For operations whose stream has not got the whole GPU.
+    /// For operations that must not stand on the application's streams.
     pub aside: Aside,
 }
 

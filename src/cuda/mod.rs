@@ -23,7 +23,7 @@ pub(crate) use context::{Context, Entered, ordinal_of};
 pub(crate) use driver::{CudaError, CudaResult, init};
 pub(crate) use memory::{DeviceMemory, IpcHandle, PinnedMemory, Registered, close_ipc, open_ipc};
 pub(crate) use module::{Function, Module, Shape};
-pub(crate) use partition::{has_green_contexts, is_of_green_context};
+pub(crate) use partition::is_of_green_context;
 pub(crate) use pool::Lent;
 pub(crate) use stream::{Event, Stream, StreamHandle};
 pub(crate) use topology::Distance;

@@ -46,11 +46,6 @@ static FUNCTIONS: Lazy<Functions> = Lazy::new(|| {
     }
 });
 
-/// Whether there are green contexts.
-pub(crate) fn has_green_contexts() -> bool {
-    FUNCTIONS.stream_get_green_context.is_some()
-}
-
 /// Whether `stream` is of a green context. Not of one where the driver does not tell: whoever uses the stream next will hear
 /// what is wrong with it.
 ///

@@ -4,6 +4,7 @@
 //! of it under ThreadSanitizer (scripts/tsan.sh). Each test runs its jobs in processes of its own.
 
 mod allreduce; // the reference's bits on every rank, for every world, size, code and way of calling
+mod aside; // groups of compressed and of other calls
 mod batch; // what rows of a batch have to do with each other
 mod control; // widths, on and off, changed while a job runs
 mod endings; // what is left of processes that are killed, left by _exit, forked

@@ -253,8 +253,15 @@ impl Generator {
         // One that does not block takes one call at a time; NCCL wants no group of both kinds.
         let way = if non_blocking && matches!(way, Way::Graph(_)) { Way::Alone } else { way };
         let alike = |comm: &usize| self.program.comms[*comm].non_blocking == non_blocking;
-        let alike: Vec<_> = self.live.iter().copied().filter(alike).collect();
-        let large_half = if non_blocking && !GAPS { Some(self.one_in(2)) } else { None };
+        let mut alike: Vec<_> = self.live.iter().copied().filter(alike).collect();
+        let mut large_half = None;
+        // Both kinds of calls on one communicator, or one kind on several.
+        if non_blocking && !GAPS {
+            match self.one_in(2) {
+                true => alike = vec![first],
+                false => large_half = Some(self.one_in(2)),
+            }
+        }
         let mut ops = Vec::new();
         for i in 0..n_ops {
             let comm = if i == 0 { first } else { alike[self.random.below(alike.len())] };
@@ -263,6 +270,13 @@ impl Generator {
                 self.in_graph.push(comm);
             }
         }
+        // Some ranks have a group for each communicator.
+        let apart = matches!(way, Way::Group | Way::Nested) && self.one_in(2);
+        if apart && !GAPS {
+            let comm_of = |op: &usize| self.program.ops[*op].comm;
+            let comms: Vec<_> = ops.iter().map(comm_of).collect();
+            ops.sort_by_key(|op| comms.iter().position(|comm| *comm == comm_of(op)));
+        }
         let same = self.random.below(STREAMS);
         for rank in 0..self.program.world {
             let everywhere = matches!(way, Way::Graph(_)) || self.one_in(2);
@@ -270,7 +284,7 @@ impl Generator {
             let mine: Vec<usize> = ops.iter().filter(is_mine).copied().collect();
             let ops: Vec<_> =
                 mine.into_iter().map(|op| (op, if everywhere { same } else { self.random.below(STREAMS) })).collect();
-            if GAPS && matches!(way, Way::Group | Way::Nested) && self.one_in(2) {
+            if apart && self.one_in(2) {
                 self.push_by_comm(rank, ops, way);
             } else if !ops.is_empty() {
                 self.push(rank, Step::Issue { ops, way });

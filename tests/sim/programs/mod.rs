@@ -37,11 +37,14 @@ use run::{Board, Rank};
 /// * A group creates several communicators that block. Their ranks meet when the group has ended. A
 ///   rank that creates only the first must not wait, before the others are created, for what comes
 ///   after that creation.
-/// * A group on communicators that do not block has calls that are forwarded and such that are
-///   compressed, on the same stream. What is forwarded is issued whenever the real NCCL comes to it,
-///   so it may be before the compressed ones on one rank and behind them on another.
-/// * One rank has calls on several communicators in one group, and another rank has a group for each
-///   of them, all on the same stream. What is compressed comes last in a group.
+/// * A group on several communicators that do not block has calls that are forwarded and such that
+///   are compressed, on the same stream. What is forwarded is issued whenever the real NCCL comes to
+///   it, so it may be behind the compressed ones of another communicator.
+/// * One rank has calls on several communicators in one group, in turns, and another rank has a
+///   group for each of them, all on the same stream. The simulated NCCL, as the real one up to some
+///   version, takes the communicators of a group in the order of their first calls, and does not see
+///   the compressed ones. (Later versions take them in an order of their own, so that such a program
+///   may hang by itself.)
 const GAPS: bool = false;
 /// Programs of a process. What it sets is the same for all of them.
 const BLOCK: u64 = 50;
