@@ -180,7 +180,7 @@ impl Meeting for OverPage<'_> {
                 return Ok(true);
             }
             n_looks += 1;
-            match (n_looks % 64 == 0).then(|| page.gone()).flatten() {
+            match n_looks.is_multiple_of(64).then(|| page.gone()).flatten() {
                 Some(rank) => Err(Error::RankGone { rank }),
                 None => Ok(false),
             }
