@@ -242,8 +242,10 @@ fn sweep() {
         let open = || File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(entry.path());
         if let Some(file) = is_ours.then(open).and_then(io::Result::ok)
             && lock(&file, libc::LOCK_EX)
+            && file.metadata().is_ok_and(|file| file.nlink() == 1)
         {
-            // Still locked: its maker, if there is one after all, has yet to get its lock and will not.
+            // Still locked: its maker, if there is one after all, has yet to get its lock and will not. (Had another one swept
+            // it away before, the name would be that of a newer one by now.)
             let _ = std::fs::remove_file(entry.path());
         }
     }
@@ -315,6 +317,36 @@ mod tests {
         drop((first, both));
         assert!(!second.has(0), "it has ended");
         assert!(SharedMemory::open(name, 4096).is_err(), "the name is gone");
+    }
+
+    #[test]
+    fn those_who_join_at_once_share_one_memory_while_all_of_them_sweep() {
+        const N: usize = 4;
+        let gate = std::sync::Barrier::new(N);
+        let join_and_look = |i: usize| {
+            for round in 0..1000u32 {
+                let mut name = [0xc3; 16];
+                name[..4].copy_from_slice(&round.to_le_bytes());
+                gate.wait();
+                let mine = SharedMemory::join(name, 4096).unwrap();
+                // SAFETY: the mapping has 4096 bytes.
+                let byte =
+                    |at: usize| unsafe { std::sync::atomic::AtomicU8::from_ptr(mine.address().cast::<u8>().add(at)) };
+                byte(i).store(1, std::sync::atomic::Ordering::SeqCst);
+                gate.wait();
+                let n = (0..N).filter(|at| byte(*at).load(std::sync::atomic::Ordering::SeqCst) == 1).count();
+                assert_eq!(n, N, "round {round}");
+                gate.wait();
+            }
+        };
+        std::thread::scope(|scope| {
+            (0..N).for_each(|i| {
+                drop(scope.spawn({
+                    let job = &join_and_look;
+                    move || job(i)
+                }))
+            })
+        });
     }
 
     #[test]
