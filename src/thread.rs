@@ -10,15 +10,43 @@ use crate::stats::{Counters, Known};
 
 /// A thread's own.
 pub struct Thread {
-    /// How many of our exports it is in the real library through.
-    pub real_depth: Cell<u32>,
-    /// Whether it has forwarded a call since its last group began.
-    pub has_forwarded: Cell<bool>,
+    /// How many of our exports it is in the real library through, and above that how many calls it has forwarded
+    /// ([`Thread::n_forwarded`]). In one word, since a counted call writes it anyway.
+    real: Cell<u64>,
     /// Counters that it has used.
     known: Known,
 }
 
+/// The bits of the depth.
+const DEPTH: u64 = 0xff;
+/// One call, above the depth.
+const ONE_CALL: u64 = DEPTH + 1;
+
 impl Thread {
+    /// Whether it is inside the real library, called by one of our exports.
+    pub fn is_in_real_nccl(&self) -> bool {
+        self.real.get() & DEPTH != 0
+    }
+
+    /// Calls that it has forwarded so far, of those that the shim sees; where NCCL makes them itself it may miss some.
+    pub fn n_forwarded(&self) -> u64 {
+        self.real.get() / ONE_CALL
+    }
+
+    /// Calls the real library such that calls it makes back to us are recognized; after `first`, where this is none of those.
+    /// `is_forwarded`: counts it.
+    #[inline]
+    pub fn in_real_nccl<T>(&self, is_forwarded: bool, first: impl FnOnce(&Self), call: impl FnOnce() -> T) -> T {
+        let before = self.real.get();
+        if before & DEPTH == 0 {
+            first(self);
+        }
+        self.real.set(before + 1);
+        let result = call();
+        self.real.set(before + if is_forwarded { ONE_CALL } else { 0 });
+        result
+    }
+
     /// The counters of a communicator that this thread uses.
     #[inline]
     pub fn counters(&self, comm: CommPtr) -> &'static Counters {
@@ -37,5 +65,5 @@ pub fn current() -> &'static Thread {
 }
 
 thread_local! {
-    static THREAD: Thread = const { Thread { real_depth: Cell::new(0), has_forwarded: Cell::new(false), known: Known::new() } };
+    static THREAD: Thread = const { Thread { real: Cell::new(0), known: Known::new() } };
 }

@@ -80,24 +80,16 @@ pub(super) fn guarded_or<T>(function: &'static str, after_panic: T, body: impl F
 
 /// Whether this thread is inside the real library, called by one of our exports.
 pub(super) fn is_reentered() -> bool {
-    thread::current().real_depth.get() > 0
+    thread::current().is_in_real_nccl()
 }
 
 /// Calls the real library such that calls it makes back to us are recognized.
 pub(super) fn in_real_nccl(call: impl FnOnce() -> NcclResult) -> NcclResult {
-    in_real_nccl_after(|_| {}, call)
+    thread::current().in_real_nccl(false, |_| {}, call)
 }
 
-/// As [`in_real_nccl`], after `first` where this is no re-entered call.
+/// As [`in_real_nccl`], to forward a call of the application's; after `first` where this is no re-entered one.
 #[inline]
-pub(super) fn in_real_nccl_after(first: impl FnOnce(&Thread), call: impl FnOnce() -> NcclResult) -> NcclResult {
-    let thread = thread::current();
-    let depth = thread.real_depth.get();
-    if depth == 0 {
-        first(thread);
-    }
-    thread.real_depth.set(depth + 1);
-    let result = call();
-    thread.real_depth.set(depth);
-    result
+pub(super) fn forward_after(first: impl FnOnce(&Thread), call: impl FnOnce() -> NcclResult) -> NcclResult {
+    thread::current().in_real_nccl(true, first, call)
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::{c_int, c_void};
 
-use super::boundary::{in_real_nccl, in_real_nccl_after, is_reentered, nccl_exports};
+use super::boundary::{forward_after, is_reentered, nccl_exports};
 use super::group;
 use crate::allreduce::Operation;
 use crate::comm;
@@ -11,7 +11,7 @@ use crate::error;
 use crate::nccl::{CollConfig, CommPtr, DataType, NcclResult, RedOp, StreamPtr};
 use crate::route::{self, Reason, Request, Route};
 use crate::stats::Call;
-use crate::thread::{self, Thread};
+use crate::thread;
 
 /// What an all-reduce call is to become.
 enum Decision {
@@ -53,19 +53,19 @@ fn all_reduce(
 }
 
 fn forward(reason: Reason, request: Request, comm: CommPtr) -> Decision {
-    let thread = thread::current();
-    thread.has_forwarded.set(true);
-    thread.counters(comm).count_forwarded(reason, request.n_bytes());
+    thread::current().counters(comm).count_forwarded(reason, request.n_bytes());
     Decision::Forward
 }
 
 /// The answer of a communicator whose ranks failed to meet. Something of that may still be under way on it, into which
 /// any call would run.
-#[inline]
+#[inline(always)]
 fn refusal(comm: CommPtr) -> Option<NcclResult> {
-    if !comm::has_any_failed() {
-        return None;
-    }
+    if comm::has_any_failed() { failed(comm) } else { None }
+}
+
+#[cold]
+fn failed(comm: CommPtr) -> Option<NcclResult> {
     let error = comm::failed_attach(comm)?;
     error::remember(&error);
     Some(NcclResult::from(&error))
@@ -79,11 +79,7 @@ fn counted(call: Call, comm: CommPtr, real: impl FnOnce() -> NcclResult) -> Nccl
     {
         return result;
     }
-    let count = |thread: &Thread| {
-        thread.has_forwarded.set(true);
-        thread.counters(comm).count(call);
-    };
-    in_real_nccl_after(count, real)
+    forward_after(|thread| thread.counters(comm).count(call), real)
 }
 
 nccl_exports! {
@@ -100,7 +96,7 @@ nccl_exports! {
     ) {
         match all_reduce(sendbuff, recvbuff, Request { count, datatype, op }, comm, stream) {
             Decision::Taken(result) => result,
-            Decision::Forward => in_real_nccl(real),
+            Decision::Forward => forward_after(|_| {}, real),
         }
     }
 
@@ -126,7 +122,7 @@ nccl_exports! {
         };
         match decision {
             Decision::Taken(result) => result,
-            Decision::Forward => in_real_nccl(real),
+            Decision::Forward => forward_after(|_| {}, real),
         }
     }
 

@@ -19,6 +19,8 @@ use crate::{comm, error, thread};
 
 thread_local! {
     static DEPTH: Cell<u32> = const { Cell::new(0) };
+    /// Calls that the thread had forwarded before the group.
+    static N_FORWARDED: Cell<u64> = const { Cell::new(0) };
     /// Keeps its memory from group to group.
     static QUEUE: RefCell<Vec<Operation>> = const { RefCell::new(Vec::new()) };
     static CHANGES: RefCell<Vec<Change>> = const { RefCell::new(Vec::new()) };
@@ -113,7 +115,7 @@ fn start(real: impl FnOnce() -> NcclResult) -> NcclResult {
     let result = in_real_nccl(real);
     if result == NcclResult::SUCCESS && !is_reentered() {
         if DEPTH.get() == 0 {
-            thread::current().has_forwarded.set(false);
+            N_FORWARDED.set(thread::current().n_forwarded());
         }
         DEPTH.set(DEPTH.get() + 1);
     }
@@ -124,7 +126,7 @@ fn start(real: impl FnOnce() -> NcclResult) -> NcclResult {
 fn end(run_queue: bool, end: impl FnOnce() -> NcclResult) -> NcclResult {
     // Not where a change comes first: it may forward what is in the queue.
     if run_queue && !is_reentered() && DEPTH.get() == 1 && CHANGES.with_borrow(Vec::is_empty) {
-        let has_forwarded = thread::current().has_forwarded.get();
+        let has_forwarded = thread::current().n_forwarded() != N_FORWARDED.get();
         QUEUE.with_borrow_mut(|queue| allreduce::take_aside(queue, has_forwarded));
     }
     let result = in_real_nccl(end);
