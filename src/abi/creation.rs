@@ -120,7 +120,7 @@ nccl_exports! {
         if !comm.is_null() && shrink_flags & SHRINK_ABORT != 0 {
             comm::turn_off(comm);
         }
-                let key = |parent: &Comm| {
+        let key = |parent: &Comm| {
             let n_ranks = usize::try_from(exclude_ranks_count).ok().filter(|_| !exclude_ranks.is_null())?;
             // SAFETY: as many ranks, says the caller, and the real NCCL was content with them.
             let mut without = unsafe { slice::from_raw_parts(exclude_ranks, n_ranks) }.to_vec();
