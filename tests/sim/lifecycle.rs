@@ -94,7 +94,8 @@ fn an_address_used_again_has_no_stale_state() {
         let cases = [2, 3].map(|world| Case::<f16>::new(5000, 9, world, legs(4, 4)));
         let mut seen = [HashSet::new(), HashSet::new()];
         let mut n_repeated = 0;
-        for round in 0..40 {
+        // How soon one comes again is the allocator's; that of ThreadSanitizer takes its time.
+        for round in 0..400 {
             // Rank and world change, so what is known of the old one would be wrong.
             let case = &cases[round % 2];
             let (world, id) = (case.inputs.len().max(world), unique_id());
@@ -109,6 +110,9 @@ fn an_address_used_again_has_no_stale_state() {
             let others = &mut seen[(round + 1) % 2];
             n_repeated += handles.iter().filter(|handle| others.contains(*handle)).count();
             seen[round % 2].extend(handles);
+            if round >= 39 && (is_real() || n_repeated > 0) {
+                break;
+            }
         }
         assert!(is_real() || n_repeated > 0, "no address came again");
     });
