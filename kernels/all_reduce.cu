@@ -4,6 +4,7 @@
 //   grid   (blocks), all resident at once, beside those of every rank that shares the GPU (invariant I6)
 //   block  (128 threads, channels): each row is a channel    dynamic shared memory: a ChannelMemory for each
 //   reads  input   count elements of T, 2-byte aligned       writes  output  the same; may be the input
+//   both   areas   one of each rank, 128-byte aligned: signals, then rings of slots
 //
 // Channel c serves tiles c, c + channels, ... of every chunk, one a round, and talks only to channel c of the other
 // ranks. The channels of a block know nothing of each other; they share one so that a multiprocessor is filled by one
@@ -335,18 +336,18 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
   self.run();
 }
 
-// Channels of a block at most: as many as share the registers of an SM without spilling. (Tried out on sm_90; 5 leave
-// the plain code enough room on every architecture, 4 blocks.)
-constexpr unsigned block_channels([[maybe_unused]] Code code) {
+// Channels of a block at most: as many as share the registers of an SM without spilling. (Tried out on sm_90; on every
+// other architecture 5 leave the plain code enough room, and 4 blocks and elements that travel as they are.)
+constexpr unsigned block_channels([[maybe_unused]] Code code, [[maybe_unused]] int bits) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   return code == Code::blocks ? 7 : 6;
 #else
-  return code == Code::plain ? 5 : 4;
+  return code == Code::plain && bits < 16 ? 5 : 4;
 #endif
 }
 
 #define FLASHCOMM_ENTRY(name, T, code, in, out, bundles)                                        \
-  extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(Code::code), 1)     \
+  extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(Code::code, in), 1) \
       name(const __grid_constant__ AllReduceArgs args) {                                        \
     all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>, bundles>(args);          \
   }

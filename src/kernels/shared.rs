@@ -187,7 +187,8 @@ shared_structs! {
         count: u64,
         /// Tiles of the longest chunk.
         chunk_tiles: u64,
-        /// Every rank's receive area ([`flashcomm_wire::Rings`]), as this rank's kernels reach it.
+        /// Every rank's receive area ([`flashcomm_wire::Rings`]), as this rank's kernels reach it: each at a multiple of
+        /// 128 bytes.
         areas: [*mut u8; MAX_WORLD],
         /// Device memory: how often each channel has ever signalled.
         signals: *mut u32,
