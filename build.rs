@@ -141,15 +141,17 @@ fn shared_header() -> String {
     }
     let instances = Instance::all();
     for verb in Verb::ALL {
-        // X(name, type, code, widths...)
+        // X(name, type, code, widths...), or X(name, type) where nothing is coded
         let _ = write!(header, "\n#define FLASHCOMM_EACH_{}(X)", verb.name().to_uppercase());
         for instance in instances.iter().filter(|instance| instance.verb() == verb) {
             let type_ = match instance.element() {
                 ElementType::Fp16 => "__half",
                 ElementType::Bf16 => "__nv_bfloat16",
+                ElementType::Fp32 => "float",
             };
-            let widths: String = instance.widths().iter().map(|width| format!(", {}", width.bits())).collect();
-            let _ = write!(header, " \\\n  X({}, {type_}, {}{widths})", instance.name(), instance.code().name());
+            let code = instance.codings().first().map_or(String::new(), |(code, _)| format!(", {}", code.name()));
+            let widths: String = instance.codings().iter().map(|(_, width)| format!(", {}", width.bits())).collect();
+            let _ = write!(header, " \\\n  X({}, {type_}{code}{widths})", instance.name());
         }
         header.push('\n');
     }

@@ -63,9 +63,16 @@ typedef struct flashcommStats_t {
   uint64_t forwardedBecause[FLASHCOMM_REASONS];
   // The all-reduces by size.
   struct flashcommSizeStats_t sizes[FLASHCOMM_SIZE_CLASSES];
+  // All-reduces that the shim summed exactly.
+  uint64_t allReducesExact;
+  // Bytes of those.
+  uint64_t bytesExact;
+  // The same all-reduces by size class.
+  uint64_t exactBySize[FLASHCOMM_SIZE_CLASSES];
 } flashcommStats_t;
 
-// What a communicator does. Set `size` to sizeof(flashcommCommInfo_t) before the call.
+// What a communicator does. Set `size` to sizeof(flashcommCommInfo_t) before the call; as with flashcommStats_t, later
+// versions add members at the end.
 typedef struct flashcommCommInfo_t {
   // sizeof(flashcommCommInfo_t), set by the caller.
   size_t size;
@@ -87,6 +94,8 @@ typedef struct flashcommCommInfo_t {
   const char *exchange;
   // What the bits say: "plain" or "blocks"; before the ranks have met, that of FLASHCOMM_CODE.
   const char *code;
+  // Other all-reduces of this many bytes and less are summed exactly by the shim, those of float, too; 0: none is.
+  uint64_t exactMaxBytes;
 } flashcommCommInfo_t;
 
 // The call did what it says.

@@ -43,6 +43,29 @@ __device__ __forceinline__ bool channel_barrier(bool value) {
   return barrier_and(1 + threadIdx.y, kTileThreads, value);
 }
 
+// Whether a thread that waits for a peer shall stop: the communicator was aborted, the deadline passed, or another thread gave
+// up before. (Whoever has given up once does not wait again: work queued behind it ends at once.)
+// start: 0 at first; when the wait was first looked at.
+template <class Args>
+__device__ __forceinline__ bool gives_up(const Args& args, unsigned peer, unsigned channel, unsigned iteration,
+                                         uint64_t& start) {
+  unsigned why = ld_relaxed_sys(args.abort) != 0 ? kAborted : ld_relaxed_sys(&args.gave_up->why);
+  if (args.timeout_ns != 0) {
+    const uint64_t now = globaltimer();
+    if (start == 0) start = now;
+    if (now - start > args.timeout_ns) why = kDeadlinePassed;
+  }
+  if (why == 0) return false;
+  if (atomicExch_system(&args.gave_up->claimed, 1u) == 0) {
+    args.gave_up->peer = peer;
+    args.gave_up->channel = channel;
+    args.gave_up->iteration = iteration;
+    fence_acq_rel_sys();
+    st_relaxed_sys(&args.gave_up->why, why);
+  }
+  return true;
+}
+
 // One channel's signals. A struct of what its owner has anyway, so it takes no register.
 struct Signals {
   const AllReduceArgs& args;
@@ -67,7 +90,7 @@ struct Signals {
       const uint32_t* from = word(args.rank, peer);
       uint64_t start = 0;
       for (unsigned spins = 1; is_heard && int32_t(ld_acquire_sys(from) - n_signals) < 0; ++spins) {
-        if (spins % 1024 == 0) is_heard = !gives_up(start, iteration);
+        if (spins % 1024 == 0) is_heard = !gives_up(args, peer, channel, iteration, start);
       }
     }
     return channel_barrier(is_heard);
@@ -77,28 +100,6 @@ struct Signals {
   // An area begins with a row of signals for each channel, one from each sender.
   __device__ uint32_t* word(unsigned at_rank, unsigned from) const {
     return reinterpret_cast<uint32_t*>(args.areas[at_rank]) + channel * kSignalWords + from;
-  }
-
-  // Whether the lane that waits for peer threadIdx.x % 32 shall stop: the communicator was aborted,
-  // the deadline passed, or another channel gave up before. (Whoever has given up once does not
-  // wait again: work queued behind it ends at once.)
-  // start: 0 at first; when the wait was first looked at.
-  __device__ bool gives_up(uint64_t& start, unsigned iteration) const {
-    unsigned why = ld_relaxed_sys(args.abort) != 0 ? kAborted : ld_relaxed_sys(&args.gave_up->why);
-    if (args.timeout_ns != 0) {
-      const uint64_t now = globaltimer();
-      if (start == 0) start = now;
-      if (now - start > args.timeout_ns) why = kDeadlinePassed;
-    }
-    if (why == 0) return false;
-    if (atomicExch_system(&args.gave_up->claimed, 1u) == 0) {
-      args.gave_up->peer = threadIdx.x % 32;
-      args.gave_up->channel = channel;
-      args.gave_up->iteration = iteration;
-      fence_acq_rel_sys();
-      st_relaxed_sys(&args.gave_up->why, why);
-    }
-    return true;
   }
 };
 

@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Its one test preloads the shim, also into the program that names the functions of a report.
 leave_out="test(what_nccl_calls_of_itself_is_not_taken_twice)"
-tests='test(/^(groups|lifecycle|meeting|control|stats)::/) or test(/^allreduce::.*every_code/)'
+tests='test(/^(groups|lifecycle|meeting|control|stats)::/) or test(/^allreduce::.*every_code/) or test(/^exact::.*(turns|wait)/)'
 packages=(-p flashcomm -p flashcomm-sim-cuda -p flashcomm-sim-nccl)
 case ${1:-} in
     "") ;;

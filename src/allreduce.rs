@@ -1,7 +1,8 @@
-//! The compressed all-reduce, top to bottom.
+//! An all-reduce of ours, top to bottom.
 //!
-//! Where the ranks share memory, one kernel does all of it (`kernels/all_reduce.cu`), launched on the caller's stream.
-//! Over the real NCCL it takes five steps:
+//! Where the ranks share memory, one kernel does all of it, launched on the caller's stream: `kernels/exact.cu` a small one,
+//! uncompressed and in one hop, `kernels/all_reduce.cu` a large one.
+//! Over the real NCCL a large one takes five steps:
 //!
 //! ```text
 //! quantize      each other rank's chunk of my input                      -> outgoing, a slot per owner
@@ -45,19 +46,19 @@ impl Operation {
     fn launch(&self, attached: &Attached, fused: &Fused) -> Result<()> {
         let mut ranges = Ranges::default();
         self.mark(attached, &mut ranges);
-        let plan = self.plan(attached, usize::MAX)?;
         if self.aside.is_some() || !self.is_of_green_context() {
-            return self.launch_on(self.stream(), attached, fused, &plan);
+            return self.launch_on(self.stream(), attached, fused);
         }
         let ours = self.fork()?;
-        let launched = self.launch_on(ours, attached, fused, &plan);
+        let launched = self.launch_on(ours, attached, fused);
         // Also where nothing was launched: a capture wants all that it has forked joined.
         let joined = self.join(ours);
         launched.and(joined)
     }
 
     /// Issues it to `stream`, which has the whole GPU.
-    fn launch_on(&self, stream: StreamHandle, attached: &Attached, fused: &Fused, plan: &Plan) -> Result<()> {
+    fn launch_on(&self, stream: StreamHandle, attached: &Attached, fused: &Fused) -> Result<()> {
+        let plan = if self.is_exact() { None } else { Some(self.plan(attached, usize::MAX)?) };
         let call = Call {
             element: self.element,
             scale: self.scale(attached),
@@ -70,8 +71,16 @@ impl Operation {
         let capture = unsafe { cuda::capture_of(stream) }.map_err(Error::cuda("asking for a capture"))?;
         // SAFETY: as above.
         unsafe { attached.order.begin(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
-        // SAFETY: the application vouches for its buffers.
-        unsafe { fused.all_reduce(&attached.kernels, plan, &call, stream) }?;
+        match &plan {
+            // SAFETY: the application vouches for its buffers.
+            Some(plan) => unsafe { fused.all_reduce(&attached.kernels, plan, &call, stream) }?,
+            None => {
+                let count = self.request.count;
+                // SAFETY: as above.
+                unsafe { fused.exact(&attached.kernels, count, &call, stream) }?;
+                thread::current().counters(self.comm.handle()).count_exact(self.request.n_bytes());
+            }
+        }
         // SAFETY: as above.
         unsafe { attached.order.end(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))
     }
@@ -86,11 +95,11 @@ impl Operation {
     }
 }
 
-/// Runs a batch in order: forwards what is not compressed after all, and compresses the rest. Empties `batch` and keeps
+/// Runs a batch in order: forwards what is not ours after all, and takes the rest. Empties `batch` and keeps
 /// its memory.
 pub(crate) fn run(batch: &mut Vec<Operation>) -> NcclResult {
     batch.iter().for_each(Operation::record);
-    let result = forward_some(batch).and_then(|forwarded| compress(batch).map(|()| forwarded));
+    let result = forward_some(batch).and_then(|forwarded| issue(batch).map(|()| forwarded));
     let joined = join(batch);
     let result = result.and_then(|forwarded| joined.map(|()| forwarded));
     let result = result.inspect_err(|error| {
@@ -114,7 +123,7 @@ pub(crate) fn discard(batch: &mut Vec<Operation>) {
 /// Answers `ncclInProgress` where a communicator that does not block says so: the application must wait for it.
 fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
     let reason = |operation: &Operation| match operation.route() {
-        Route::Compress(_) => None,
+        Route::Exact | Route::Compress => None,
         Route::Forward(reason) => Some(reason),
     };
     if batch.iter().all(|operation| reason(operation).is_none()) {
@@ -141,7 +150,7 @@ fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
     }
 }
 
-fn compress(batch: &mut [Operation]) -> Result<()> {
+fn issue(batch: &mut [Operation]) -> Result<()> {
     let mut n_waves = 0;
     let mut ranges = Ranges::default(); // of those that run in waves: all of them are under way until the last wave
     for i in 0..batch.len() {

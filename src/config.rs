@@ -68,6 +68,8 @@ pub struct Config {
     pub code: Option<Code>,
     /// `FLASHCOMM_MIN_BYTES`; `None`: the exchange's measured default, or 0 where the legs are batch invariant.
     pub min_bytes: Option<u64>,
+    /// `FLASHCOMM_EXACT_MAX_BYTES`; `None`: the exchange's measured default.
+    pub exact_max: Option<u64>,
     /// `FLASHCOMM_DTYPES`: whether fp16 is compressed.
     pub fp16: bool,
     /// `FLASHCOMM_DTYPES`: whether bf16 is compressed.
@@ -131,7 +133,8 @@ impl Config {
             enable: reader.read("FLASHCOMM_ENABLE", parse_switch),
             legs,
             code,
-            min_bytes: reader.read("FLASHCOMM_MIN_BYTES", parse_min_bytes),
+            min_bytes: reader.read("FLASHCOMM_MIN_BYTES", parse_bytes),
+            exact_max: reader.read("FLASHCOMM_EXACT_MAX_BYTES", parse_bytes),
             fp16,
             bf16,
             exchange: reader.read("FLASHCOMM_EXCHANGE", |text| match text {
@@ -162,6 +165,7 @@ impl Config {
         match element {
             ElementType::Fp16 => self.fp16,
             ElementType::Bf16 => self.bf16,
+            ElementType::Fp32 => false,
         }
     }
 }
@@ -227,7 +231,7 @@ fn parse_dtypes(text: &str) -> Option<(bool, bool)> {
 }
 
 /// `auto` is `Some(None)`: allowed, and no number.
-fn parse_min_bytes(text: &str) -> Option<Option<u64>> {
+fn parse_bytes(text: &str) -> Option<Option<u64>> {
     if text == "auto" {
         return Some(None);
     }
@@ -261,7 +265,7 @@ mod tests {
         assert!(config.enable && config.fp16 && config.bf16);
         assert_eq!(config.legs.to_string(), "8");
         assert_eq!((config.legs.reduce.group.n_elems(), config.code, config.legs.code()), (64, None, Code::Blocks));
-        assert_eq!((config.min_bytes, config.exchange), (None, None));
+        assert_eq!((config.min_bytes, config.exact_max, config.exchange), (None, None, None));
         assert_eq!(config.buffer_bytes, 64 << 20);
         assert_eq!((config.max_ctas, config.timeout), (0, None));
         assert_eq!(config.attach_timeout, Duration::from_secs(300));
@@ -287,6 +291,7 @@ mod tests {
         assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "0").0.min_bytes, Some(0));
         assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "3M").0.min_bytes, Some(3 << 20));
         assert_eq!(parse_one("FLASHCOMM_MIN_BYTES", "auto").0.min_bytes, None);
+        assert_eq!(parse_one("FLASHCOMM_EXACT_MAX_BYTES", "512K").0.exact_max, Some(512 << 10));
         let bf16_only = parse_one("FLASHCOMM_DTYPES", "bf16").0;
         assert!(!bf16_only.compresses(ElementType::Fp16) && bf16_only.compresses(ElementType::Bf16));
         assert_eq!(parse_one("FLASHCOMM_EXCHANGE", "auto").0.exchange, None);
@@ -320,6 +325,7 @@ mod tests {
             ("FLASHCOMM_MIN_BYTES", "1T"),
             ("FLASHCOMM_MIN_BYTES", "1KM"),
             ("FLASHCOMM_MIN_BYTES", "99999999999999G"),
+            ("FLASHCOMM_EXACT_MAX_BYTES", "small"),
             ("FLASHCOMM_DTYPES", "fp32"),
             ("FLASHCOMM_EXCHANGE", "pigeon"),
             ("FLASHCOMM_BUFFER_MIB", "0"),

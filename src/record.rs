@@ -174,7 +174,7 @@ impl Recording {
         if IS_OFF.load(Relaxed) {
             return;
         }
-        let n_bytes = input.count.saturating_mul(2).min(SAMPLE_BYTES);
+        let n_bytes = input.count.saturating_mul(input.element.n_bytes()).min(SAMPLE_BYTES);
         // SAFETY: as the caller vouches.
         match unsafe { room.copy(input, n_bytes) } {
             Ok(Some(place)) => {
@@ -313,6 +313,7 @@ impl Sample {
         let dtype = match self.element {
             ElementType::Fp16 => Dtype::F16,
             ElementType::Bf16 => Dtype::BF16,
+            ElementType::Fp32 => Dtype::F32,
         };
         let about = [
             (header::FLASHCOMM, env!("CARGO_PKG_VERSION").into()),
@@ -323,7 +324,7 @@ impl Sample {
             (header::COUNT, self.count.to_string()),
         ];
         let about: HashMap<String, String> = about.into_iter().map(|(name, value)| (name.into(), value)).collect();
-        let tensor = TensorView::new(dtype, vec![self.n_bytes / 2], bytes);
+        let tensor = TensorView::new(dtype, vec![self.n_bytes / self.element.n_bytes()], bytes);
         let written = tensor.and_then(|tensor| serialize_to_file([("input", tensor)], Some(about), path));
         written.map_err(|error| error.to_string())
     }

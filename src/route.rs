@@ -1,4 +1,4 @@
-//! Pure: does this all-reduce go to the real NCCL as it is, or is it compressed?
+//! Pure: does this all-reduce go to the real NCCL as it is, or is it ours, exact or compressed?
 //!
 //! Decided from rank-invariant facts alone: element type, operation, count, the communicator's verdict. Never from whether it is in place, from alignment, allocator, group nesting or anything else that may differ
 //! between ranks: a rank that decides otherwise hangs the job. In doubt, forward.
@@ -8,7 +8,7 @@ use std::ffi::CStr;
 use crate::config::Config;
 use crate::element::ElementType;
 use crate::nccl::{DataType, RedOp};
-use crate::verdict::Verdict;
+use crate::verdict::{Ranges, Verdict};
 
 /// What one call asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,8 +33,10 @@ impl Request {
 pub(crate) enum Route {
     /// To the real NCCL, unchanged.
     Forward(Reason),
+    /// Uncompressed, in one hop.
+    Exact,
     /// Through the two hops.
-    Compress(ElementType),
+    Compress,
 }
 
 /// Why a call is forwarded.
@@ -48,7 +50,7 @@ pub enum Reason {
     Operation,
     /// No elements; the real NCCL answers.
     Empty,
-    /// Below the threshold.
+    /// Below the threshold, and above that of exact sums.
     Small,
     /// The communicator is off.
     CommunicatorOff,
@@ -107,8 +109,7 @@ impl Reason {
     }
 }
 
-/// The element type, when a request is one that some setting compresses; otherwise why none does.
-///
+/// The element type, when a request is one that may be ours; otherwise why it cannot be.
 pub(crate) fn candidate(request: &Request, config: &Config) -> Result<ElementType, Reason> {
     if !config.enable {
         return Err(Reason::Disabled);
@@ -116,6 +117,7 @@ pub(crate) fn candidate(request: &Request, config: &Config) -> Result<ElementTyp
     let element = match request.datatype {
         DataType::FLOAT16 => ElementType::Fp16,
         DataType::BFLOAT16 => ElementType::Bf16,
+        DataType::FLOAT32 => ElementType::Fp32,
         _ => return Err(Reason::DataType),
     };
     if request.op != RedOp::SUM && request.op != RedOp::AVG {
@@ -129,19 +131,19 @@ pub(crate) fn candidate(request: &Request, config: &Config) -> Result<ElementTyp
 
 /// Where a candidate goes.
 pub(crate) fn route(element: ElementType, request: &Request, verdict: Verdict, config: &Config) -> Route {
-    match verdict {
-        Verdict::Off => Route::Forward(Reason::CommunicatorOff),
-        Verdict::SwitchedOff => Route::Forward(Reason::SwitchedOff),
-        Verdict::Open => Route::Forward(Reason::Unattached),
-        Verdict::On { .. } if !config.compresses(element) => Route::Forward(Reason::DataType),
-        Verdict::On { min_bytes: u64::MAX } => Route::Forward(Reason::NotFaster),
-        Verdict::On { min_bytes } => {
-            if request.n_bytes() < min_bytes {
-                Route::Forward(Reason::Small)
-            } else {
-                Route::Compress(element)
-            }
-        }
+    let Ranges { exact_max, compress_min } = match verdict {
+        Verdict::Off => return Route::Forward(Reason::CommunicatorOff),
+        Verdict::SwitchedOff => return Route::Forward(Reason::SwitchedOff),
+        Verdict::Open => return Route::Forward(Reason::Unattached),
+        Verdict::On(ranges) => ranges,
+    };
+    let n_bytes = request.n_bytes();
+    match config.compresses(element) {
+        true if compress_min != u64::MAX && n_bytes >= compress_min => Route::Compress,
+        _ if n_bytes <= exact_max => Route::Exact,
+        false => Route::Forward(Reason::DataType),
+        true if compress_min == u64::MAX => Route::Forward(Reason::NotFaster),
+        true => Route::Forward(Reason::Small),
     }
 }
 
@@ -149,10 +151,12 @@ pub(crate) fn route(element: ElementType, request: &Request, verdict: Verdict, c
 mod tests {
     use super::*;
 
-    const ON: Verdict = Verdict::On { min_bytes: 1000 };
-    /// `ncclInt8` and `ncclFloat32`.
+    const fn on(exact_max: u64, compress_min: u64) -> Verdict {
+        Verdict::On(Ranges { exact_max, compress_min })
+    }
+    const ON: Verdict = on(600, 1000);
+    /// `ncclInt8`.
     const INT8: DataType = DataType(0);
-    const FLOAT32: DataType = DataType(7);
 
     fn decide(count: usize, datatype: DataType, op: RedOp, verdict: Verdict, config: &Config) -> Route {
         let request = Request { count, datatype, op };
@@ -164,31 +168,42 @@ mod tests {
 
     #[test]
     fn the_table() {
-        use ElementType::{Bf16, Fp16};
-        use Route::{Compress, Forward};
-        let (fp16, bf16, sum) = (DataType::FLOAT16, DataType::BFLOAT16, RedOp::SUM);
-        let on = Config::default();
+        use Route::{Compress, Exact, Forward};
+        let (fp16, bf16, fp32, sum) = (DataType::FLOAT16, DataType::BFLOAT16, DataType::FLOAT32, RedOp::SUM);
+        let config = Config::default();
         let off = Config { enable: false, ..Config::default() };
         let bf16_only = Config { fp16: false, ..Config::default() };
+        let never = on(0, u64::MAX);
         for (count, datatype, op, verdict, config, expected) in [
-            (500, fp16, sum, ON, &on, Compress(Fp16)),
-            (500, bf16, sum, ON, &on, Compress(Bf16)),
-            (499, fp16, sum, ON, &on, Forward(Reason::Small)),
-            (usize::MAX, fp16, sum, Verdict::On { min_bytes: u64::MAX }, &on, Forward(Reason::NotFaster)),
-            (usize::MAX, fp16, sum, ON, &on, Compress(Fp16)),
-            (500, fp16, sum, Verdict::Open, &on, Forward(Reason::Unattached)),
-            (1, bf16, sum, Verdict::Open, &on, Forward(Reason::Unattached)),
-            (500, fp16, sum, Verdict::Off, &on, Forward(Reason::CommunicatorOff)),
-            (500, fp16, sum, Verdict::SwitchedOff, &on, Forward(Reason::SwitchedOff)),
-            (0, fp16, sum, ON, &on, Forward(Reason::Empty)),
-            (500, FLOAT32, sum, ON, &on, Forward(Reason::DataType)),
-            (500, INT8, sum, ON, &on, Forward(Reason::DataType)),
-            (500, fp16, RedOp(1), ON, &on, Forward(Reason::Operation)),
-            (500, fp16, RedOp::AVG, ON, &on, Compress(Fp16)),
-            (500, fp16, RedOp(3), ON, &on, Forward(Reason::Operation)),
-            (500, fp16, RedOp(5), ON, &on, Forward(Reason::Operation)), // a user-defined one
+            (500, fp16, sum, ON, &config, Compress),
+            (500, bf16, sum, ON, &config, Compress),
+            (499, fp16, sum, ON, &config, Forward(Reason::Small)),
+            (301, fp16, sum, ON, &config, Forward(Reason::Small)),
+            (300, fp16, sum, ON, &config, Exact),
+            (1, bf16, RedOp::AVG, ON, &config, Exact),
+            (150, fp32, sum, ON, &config, Exact),
+            (151, fp32, sum, ON, &config, Forward(Reason::DataType)),
+            (5000, fp32, sum, ON, &config, Forward(Reason::DataType)),
+            (usize::MAX, fp32, sum, on(u64::MAX - 1, 0), &config, Forward(Reason::DataType)),
+            (1, fp16, sum, on(600, 0), &config, Compress),
+            (300, fp16, sum, on(600, u64::MAX), &config, Exact),
+            (301, fp16, sum, on(600, u64::MAX), &config, Forward(Reason::NotFaster)),
+            (1, fp16, sum, never, &config, Forward(Reason::NotFaster)),
+            (usize::MAX, fp16, sum, never, &config, Forward(Reason::NotFaster)),
+            (usize::MAX, fp16, sum, ON, &config, Compress),
+            (500, fp16, sum, Verdict::Open, &config, Forward(Reason::Unattached)),
+            (1, bf16, sum, Verdict::Open, &config, Forward(Reason::Unattached)),
+            (500, fp16, sum, Verdict::Off, &config, Forward(Reason::CommunicatorOff)),
+            (1, fp16, sum, Verdict::SwitchedOff, &config, Forward(Reason::SwitchedOff)),
+            (0, fp16, sum, ON, &config, Forward(Reason::Empty)),
+            (1, INT8, sum, ON, &config, Forward(Reason::DataType)),
+            (500, fp16, RedOp(1), ON, &config, Forward(Reason::Operation)),
+            (500, fp16, RedOp::AVG, ON, &config, Compress),
+            (1, fp16, RedOp(3), ON, &config, Forward(Reason::Operation)),
+            (500, fp16, RedOp(5), ON, &config, Forward(Reason::Operation)), // a user-defined one
             (500, fp16, sum, ON, &off, Forward(Reason::Disabled)),
             (500, fp16, sum, ON, &bf16_only, Forward(Reason::DataType)),
+            (300, fp16, sum, ON, &bf16_only, Exact),
         ] {
             let got = decide(count, datatype, op, verdict, config);
             assert_eq!(got, expected, "{count} {datatype:?} {op:?} {verdict:?}");

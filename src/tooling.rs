@@ -51,12 +51,13 @@ pub mod negotiation {
     pub use crate::error::{Error, Result};
     pub use crate::exchange::residency::Seat;
     pub use crate::kernels::Areas;
-    pub use crate::negotiation::choice::{Against, Choice, choose, default_min_bytes};
+    pub use crate::negotiation::choice::{Against, Choice, choose};
     pub use crate::negotiation::disagreement::Disagreement;
     pub use crate::negotiation::facts::{Agreement, BLOB_BYTES, Blob, Location, agree};
     pub use crate::negotiation::meeting::{Meeting, Rounds};
+    pub use crate::negotiation::ranges::{default_exact_max_bytes, default_min_bytes};
     pub use crate::negotiation::setup::{Local, NotSetUp};
-    pub use crate::negotiation::sizes::rings;
+    pub use crate::negotiation::sizes::layout;
 }
 
 /// The structure of `flashcommGetStats`, which the command reads from the library that it opens and

@@ -7,6 +7,7 @@
 #![allow(non_camel_case_types, non_snake_case, reason = "C's names")]
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::mem::offset_of;
 
 use flashcomm_wire::{Code, Width};
 
@@ -44,7 +45,8 @@ pub const FLASHCOMM_ON: c_int = 1;
 /// State of a communicator: its ranks forward everything, for good: one rank, settings that differ, a rank that could not.
 pub const FLASHCOMM_OFF: c_int = 2;
 
-/// What a communicator does. Set `size` to sizeof(flashcommCommInfo_t) before the call.
+/// What a communicator does. Set `size` to sizeof(flashcommCommInfo_t) before the call; as with flashcommStats_t, later
+/// versions add members at the end.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct flashcommCommInfo_t {
@@ -68,7 +70,12 @@ pub struct flashcommCommInfo_t {
     pub exchange: *const c_char,
     /// What the bits say: "plain" or "blocks"; before the ranks have met, that of FLASHCOMM_CODE.
     pub code: *const c_char,
+    /// Other all-reduces of this many bytes and less are summed exactly by the shim, those of float, too; 0: none is.
+    pub exactMaxBytes: u64,
 }
+
+/// What the first version of the structure had.
+const EARLIER_COMM_INFO_BYTES: usize = offset_of!(flashcommCommInfo_t, exactMaxBytes);
 
 /// Size classes of flashcommStats_t: class 0 has the all-reduces below 1 KiB, class i those from 512 << i bytes on, and
 /// the last everything from 4 GiB on.
@@ -117,10 +124,17 @@ pub struct flashcommStats_t {
     pub forwardedBecause: [u64; FLASHCOMM_REASONS],
     /// The all-reduces by size.
     pub sizes: [flashcommSizeStats_t; FLASHCOMM_SIZE_CLASSES],
+    /// All-reduces that the shim summed exactly.
+    pub allReducesExact: u64,
+    /// Bytes of those.
+    pub bytesExact: u64,
+    /// The same all-reduces by size class.
+    pub exactBySize: [u64; FLASHCOMM_SIZE_CLASSES],
 }
 
-/// What the first version of the structure had.
-const STATS_1_BYTES: usize = 6 * 8;
+/// What earlier versions of the structure had.
+const EARLIER_STATS_BYTES: [usize; 2] =
+    [offset_of!(flashcommStats_t, bytesForwarded), offset_of!(flashcommStats_t, allReducesExact)];
 
 /// Writes the version of flashcomm, major * 10000 + minor * 100 + patch, to `*version`.
 ///
@@ -179,7 +193,7 @@ unsafe fn fill(stats: *mut flashcommStats_t, counts: impl FnOnce() -> Box<Counts
     }
     // SAFETY: the member is there whatever the version.
     let size = unsafe { (&raw const (*stats).size).read() };
-    if size != STATS_1_BYTES && size != size_of::<flashcommStats_t>() {
+    if !EARLIER_STATS_BYTES.contains(&size) && size != size_of::<flashcommStats_t>() {
         return FLASHCOMM_INVALID_ARGUMENT;
     }
     let filled = in_c(&counts(), size);
@@ -212,6 +226,9 @@ fn in_c(counts: &Counts, size: usize) -> flashcommStats_t {
         bytesForwarded: counts.bytes_forwarded(),
         forwardedBecause: forwarded_because,
         sizes: std::array::from_fn(class),
+        allReducesExact: counts.n_exact(),
+        bytesExact: counts.bytes_exact(),
+        exactBySize: counts.exact.map(|[calls, _]| calls),
     }
 }
 
@@ -227,14 +244,17 @@ pub unsafe extern "C" fn flashcommGetCommInfo(
     info: *mut flashcommCommInfo_t,
 ) -> flashcommResult_t {
     answer("flashcommGetCommInfo", || {
-        // SAFETY: null or valid, says the caller.
-        let Some(info) = (unsafe { info.as_mut() }) else {
-            return FLASHCOMM_INVALID_ARGUMENT;
-        };
-        if comm.is_null() || info.size != size_of::<flashcommCommInfo_t>() {
+        if comm.is_null() || info.is_null() {
             return FLASHCOMM_INVALID_ARGUMENT;
         }
-        *info = info_of(comm.cast_mut().cast());
+        // SAFETY: the member is there whatever the version.
+        let size = unsafe { (&raw const (*info).size).read() };
+        if size != EARLIER_COMM_INFO_BYTES && size != size_of::<flashcommCommInfo_t>() {
+            return FLASHCOMM_INVALID_ARGUMENT;
+        }
+        let known = flashcommCommInfo_t { size, ..info_of(comm.cast_mut().cast()) };
+        // SAFETY: there are `size` bytes, says the caller, and here no fewer.
+        unsafe { std::ptr::copy_nonoverlapping((&raw const known).cast::<u8>(), info.cast::<u8>(), size) };
         FLASHCOMM_SUCCESS
     })
 }
@@ -317,7 +337,7 @@ fn info_of(handle: CommPtr) -> flashcommCommInfo_t {
         state: match verdict {
             _ if !Config::global().enable => FLASHCOMM_OFF,
             Verdict::Open => FLASHCOMM_UNATTACHED,
-            Verdict::On { .. } | Verdict::SwitchedOff => FLASHCOMM_ON,
+            Verdict::On(_) | Verdict::SwitchedOff => FLASHCOMM_ON,
             Verdict::Off => FLASHCOMM_OFF,
         },
         enabled: c_int::from(verdict != Verdict::SwitchedOff),
@@ -325,9 +345,10 @@ fn info_of(handle: CommPtr) -> flashcommCommInfo_t {
         gatherBits: legs.gather.width.bits().into(),
         rank: attached.map_or(-1, |attached| attached.rank as c_int),
         nRanks: attached.map_or(0, |attached| attached.world as c_int),
-        minBytes: attached.map_or(u64::MAX, |attached| attached.min_bytes),
+        minBytes: attached.map_or(u64::MAX, |attached| attached.ranges.compress_min),
         exchange: attached.map_or(c"", |attached| attached.exchange.kind().c_name()).as_ptr(),
         code: code_name(legs.code()).as_ptr(),
+        exactMaxBytes: attached.map_or(0, |attached| attached.ranges.exact_max),
     }
 }
 

@@ -48,7 +48,7 @@ impl Operation {
         element: ElementType,
         stream: StreamPtr,
     ) -> Self {
-        let recorded = comm.recording.count();
+        let recorded = if element.is_coded() { comm.recording.count() } else { None };
         Self { comm, input, output, request, element, stream, aside: None, recorded, planned: None }
     }
 
@@ -99,6 +99,11 @@ impl Operation {
         Ok(plan)
     }
 
+    /// Whether it goes in one hop as it is.
+    pub(super) fn is_exact(&self) -> bool {
+        self.route() == Route::Exact
+    }
+
     /// What the sum is multiplied with.
     pub(super) fn scale(&self, attached: &Attached) -> f32 {
         let op = if self.request.op == RedOp::AVG { Op::Average } else { Op::Sum };
@@ -109,7 +114,12 @@ impl Operation {
     pub(super) fn mark(&self, attached: &Attached, ranges: &mut Ranges) {
         let Attached { legs, exchange, .. } = attached;
         ranges.push(self.request.n_bytes(), || {
-            format!("all-reduce {}, {legs} bits, {}", self.element.name(), exchange.kind().name())
+            let (element, exchange) = (self.element.name(), exchange.kind().name());
+            if self.is_exact() {
+                format!("all-reduce {element}, exact, {exchange}")
+            } else {
+                format!("all-reduce {element}, {legs} bits, {exchange}")
+            }
         });
     }
 

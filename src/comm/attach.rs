@@ -31,16 +31,16 @@ use crate::exchange::Exchange;
 use crate::exchange::residency::Seat;
 use crate::kernels::Kernels;
 use crate::nccl::{CommPtr, NcclResult};
-use crate::negotiation::choice;
 use crate::negotiation::disagreement::{Disagreement, MAX_SETUPS};
 use crate::negotiation::facts::{Agreement, Blob};
 use crate::negotiation::meeting::{Meeting, Rounds, poll};
 use crate::negotiation::over_nccl::OverNccl;
 use crate::negotiation::page::OverPage;
+use crate::negotiation::ranges::ranges;
 use crate::negotiation::setup::Local;
 use crate::real;
 use crate::stats;
-use crate::verdict::Verdict;
+use crate::verdict::{Ranges, Verdict};
 
 /// Attaches communicators that have just been created; waits until all have a verdict.
 ///
@@ -273,14 +273,14 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
         Err(disagreement) => return Ok(refused(comm, rank, disagreement)),
     };
 
-    let min_bytes = choice::min_bytes(&facts, exchange.kind());
-    log_on(rank, world, legs, &exchange, min_bytes);
+    let ranges = ranges(&facts, exchange.kind());
+    log_on(rank, world, legs, &exchange, ranges);
     let order = first.map_or_else(|| Arc::new(order), |first| first.order.clone());
     let page = comm.page(rank, world)?.cloned();
     let new_share = || seat.map(|seat| Arc::new(Share::new(seat, page, rank, &facts)));
     let share = if matches!(exchange, Exchange::Fused(_)) { share.or_else(new_share) } else { None };
     let exchange = ManuallyDrop::new(exchange);
-    let attached = Attached { rank, world, legs, min_bytes, context, kernels, exchange, order, share };
+    let attached = Attached { rank, world, legs, ranges, context, kernels, exchange, order, share };
     Ok(Outcome::New(Box::new(attached)))
 }
 
@@ -299,11 +299,15 @@ fn load(device: i32, context: &Context, legs: Legs, mixes_graphs: bool) -> Resul
     Ok(Loaded { kernels, block_channels, order })
 }
 
-fn log_on(rank: usize, world: usize, legs: Legs, exchange: &Exchange, min_bytes: u64) {
-    let from = match min_bytes {
+fn log_on(rank: usize, world: usize, legs: Legs, exchange: &Exchange, ranges: Ranges) {
+    let Ranges { exact_max, compress_min } = ranges;
+    let mut from = match compress_min {
         u64::MAX => "nothing unless FLASHCOMM_MIN_BYTES says so".into(),
-        min_bytes => format!("from {min_bytes} bytes up"),
+        compress_min => format!("from {compress_min} bytes up"),
     };
+    if exact_max > 0 {
+        from += &format!("; exact sums of other operations up to {exact_max} bytes");
+    }
     let blocks = match exchange {
         Exchange::Fused(fused) => match fused.max_blocks() {
             (usual, large) if usual == large => format!(" {usual} blocks,"),
@@ -313,7 +317,7 @@ fn log_on(rank: usize, world: usize, legs: Legs, exchange: &Exchange, min_bytes:
     };
     let (code, name) = (legs.code().name(), exchange.kind().name());
     log::info!("rank {rank} of {world}: on, {legs} bits ({code}), exchange {name},{blocks} {from}");
-    if min_bytes == u64::MAX && rank == 0 {
+    if compress_min == u64::MAX && rank == 0 {
         log::warn!(
             "a communicator of {world} ranks compresses nothing: over the exchange {name} the real NCCL is faster, or sends \
              less. FLASHCOMM_MIN_BYTES compresses anyway; FLASHCOMM_LOG=info says what is against the other exchanges"

@@ -28,7 +28,7 @@ use crate::negotiation::key::{Birth, Key};
 use crate::negotiation::over_nccl::Life;
 use crate::negotiation::page::Page;
 use crate::record::Recording;
-use crate::verdict::Verdict;
+use crate::verdict::{Ranges, Verdict};
 
 /// One communicator of this process, one rank of it.
 pub(crate) struct Comm {
@@ -79,8 +79,8 @@ pub(crate) struct Attached {
     pub world: usize,
     /// The agreed codecs.
     pub legs: Legs,
-    /// The agreed threshold.
-    pub min_bytes: u64,
+    /// The agreed thresholds.
+    pub ranges: Ranges,
     /// The context of the communicator's device.
     pub context: Context,
     /// Kernels of the agreed codecs, in that context.
@@ -132,7 +132,7 @@ impl Comm {
             OPEN => Verdict::Open,
             OFF => Verdict::Off,
             _ if self.switched_off.load(Ordering::Relaxed) => Verdict::SwitchedOff,
-            setup => self.setups[setup].get().map_or(Verdict::Off, |on| Verdict::On { min_bytes: on.min_bytes }),
+            setup => self.setups[setup].get().map_or(Verdict::Off, |on| Verdict::On(on.ranges)),
         }
     }
 

@@ -19,7 +19,7 @@ pub struct Setting {
 }
 
 /// Every setting.
-pub const SETTINGS: [Setting; 19] = [
+pub const SETTINGS: [Setting; 20] = [
     setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
     setting(
         "FLASHCOMM_BITS",
@@ -41,6 +41,13 @@ pub const SETTINGS: [Setting; 19] = [
         "auto",
         "auto, or a number of bytes, K, M or G allowed behind it",
         "smaller all-reduces go to the real NCCL",
+        true,
+    ),
+    setting(
+        "FLASHCOMM_EXACT_MAX_BYTES",
+        "auto",
+        "auto, or a number of bytes, K, M or G allowed behind it",
+        "all-reduces up to there that are not compressed are summed exactly in one hop; 0: none",
         true,
     ),
     setting(

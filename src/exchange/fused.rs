@@ -1,33 +1,36 @@
-//! The exchanges `peer` and `host`: one kernel does the whole all-reduce over receive areas that every rank can write.
+//! The exchanges `peer` and `host`: one kernel does the whole all-reduce, compressed or exact, over receive areas that every
+//! rank can write.
 //!
 //! The two differ only in where an [`Area`] lives. How attach brings one about: every rank *prepares* its side and offers
 //! its area; when all have, each *connects* to the others'; when all could, the exchange is on.
+
+mod launch;
 
 use std::ffi::c_void;
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use flashcomm_wire::{Legs, Plan, Rings, rings};
+use flashcomm_wire::{Legs, Mailboxes, Rings, rings};
 
+pub(crate) use self::launch::Call;
 use super::area::{Area, Mapped, Offer, Peer};
-use crate::cuda::{Context, DeviceMemory, PinnedMemory, Stream, StreamHandle};
-use crate::element::ElementType;
+use crate::cuda::{Context, DeviceMemory, PinnedMemory, Stream};
 use crate::error::{Error, Result};
-use crate::kernels::{self, ABORTED, AllReduceArgs, Areas, GaveUp, Kernels};
+use crate::kernels::{ABORTED, Areas, GaveUp};
 
 /// What this rank has made for an exchange, before the others' areas are known.
 pub(crate) struct Prepared {
-    rings: Rings,
+    layout: Layout,
     area: Area,
     offer: Offer,
-    signals: DeviceMemory,
+    counters: DeviceMemory,
     control: PinnedMemory,
 }
 
 /// A fused exchange of one rank.
 pub struct Fused {
-    rings: Rings,
+    layout: Layout,
     rank: usize,
     max_blocks: usize,
     usual_blocks: usize,
@@ -35,7 +38,8 @@ pub struct Fused {
     areas: [*mut c_void; rings::MAX_WORLD],
     mine: Area,
     _theirs: Vec<Mapped>,
-    signals: DeviceMemory,
+    /// How often each channel has signalled, then the epoch of each block that has mailboxes.
+    counters: DeviceMemory,
     control: PinnedMemory,
     timeout: Option<Duration>,
     is_reported: AtomicBool,
@@ -46,18 +50,25 @@ unsafe impl Send for Fused {}
 // SAFETY: as above.
 unsafe impl Sync for Fused {}
 
-/// An all-reduce.
-pub struct Call {
-    /// The storage type.
-    pub element: ElementType,
-    /// What the sum is multiplied with.
-    pub scale: f32,
-    /// The operation's elements.
-    pub input: *const c_void,
-    /// The same; may be the input.
-    pub output: *mut c_void,
-    /// Whether it has the device's large share; the same on all ranks.
-    pub is_large: bool,
+/// What an area has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Layout {
+    /// First, for compressed all-reduces.
+    pub rings: Rings,
+    /// Then, for exact ones, where there are any.
+    pub mailboxes: Option<Mailboxes>,
+}
+
+impl Layout {
+    /// Bytes of it.
+    pub fn n_bytes(&self) -> usize {
+        self.mailboxes_at() + self.mailboxes.map_or(0, |mailboxes| mailboxes.area_bytes())
+    }
+
+    /// A multiple of 128.
+    fn mailboxes_at(&self) -> usize {
+        self.rings.area_bytes()
+    }
 }
 
 /// Bytes of the control memory: the abort word, then at [`GAVE_UP_AT`] a [`GaveUp`].
@@ -69,13 +80,13 @@ impl Prepared {
     ///
     /// # Errors
     /// When memory or the driver does not allow it.
-    pub(crate) fn new(memory: Areas, rings: Rings, context: &Context, stream: &Stream) -> Result<Self> {
-        let (area, offer) = Area::new(memory, rings.area_bytes(), context, stream)?;
-        let signals =
-            DeviceMemory::new(rings.channels * 4).map_err(Error::cuda("allocating the channels' counters"))?;
-        signals.clear(stream).map_err(Error::cuda("clearing the channels' counters"))?;
+    pub(crate) fn new(memory: Areas, layout: Layout, context: &Context, stream: &Stream) -> Result<Self> {
+        let (area, offer) = Area::new(memory, layout.n_bytes(), context, stream)?;
+        let n_counters = layout.rings.channels + layout.mailboxes.map_or(0, |mailboxes| mailboxes.blocks);
+        let counters = DeviceMemory::new(n_counters * 4).map_err(Error::cuda("allocating the kernels' counters"))?;
+        counters.clear(stream).map_err(Error::cuda("clearing the kernels' counters"))?;
         let control = PinnedMemory::new(CONTROL_BYTES).map_err(Error::cuda("allocating the abort word"))?;
-        Ok(Self { rings, area, offer, signals, control })
+        Ok(Self { layout, area, offer, counters, control })
     }
 
     /// What the others need to map the area.
@@ -103,23 +114,24 @@ impl Prepared {
             areas[peer] = if peer == rank {
                 self.area.address()
             } else {
-                let mapped = self.area.map(about, &peers[rank], self.rings.area_bytes(), context)?;
+                let mapped = self.area.map(about, &peers[rank], self.layout.n_bytes(), context)?;
                 let address = mapped.address;
                 theirs.push(mapped);
                 address
             };
         }
-        let max_blocks = (self.rings.channels / block_channels).max(1);
+        let channels = self.layout.rings.channels;
+        let max_blocks = (channels / block_channels).max(1);
         Ok(Fused {
-            rings: self.rings,
+            layout: self.layout,
             rank,
             max_blocks,
             usual_blocks: usual_blocks.min(max_blocks),
-            block_channels: block_channels.min(self.rings.channels),
+            block_channels: block_channels.min(channels),
             areas,
             mine: self.area,
             _theirs: theirs,
-            signals: self.signals,
+            counters: self.counters,
             control: self.control,
             timeout,
             is_reported: AtomicBool::new(false),
@@ -135,7 +147,7 @@ impl Fused {
 
     /// The agreed codecs.
     pub(super) fn legs(&self) -> Legs {
-        self.rings.legs
+        self.layout.rings.legs
     }
 
     /// Where the areas live.
@@ -146,88 +158,6 @@ impl Fused {
     /// Blocks of a kernel at most: in the usual share, and in the large one, where the communicator may get that.
     pub fn max_blocks(&self) -> (usize, usize) {
         (self.usual_blocks, self.max_blocks)
-    }
-
-    /// Issues an all-reduce cut by `plan` to `stream`, of the current context.
-    ///
-    /// # Errors
-    /// The driver's; [`Error::GaveUp`] when an earlier one did not come to its end.
-    ///
-    /// # Safety
-    /// The buffers hold the operation's elements until it has run.
-    pub unsafe fn all_reduce(&self, kernels: &Kernels, plan: &Plan, call: &Call, stream: StreamHandle) -> Result<()> {
-        if let Some(error) = self.failure() {
-            return Err(error);
-        }
-        // SAFETY: as the caller vouches.
-        unsafe { self.launch(kernels, plan, call, self.timeout, stream) }
-    }
-
-    /// The same whatever became of earlier ones, with a timeout of its own.
-    ///
-    /// # Errors
-    /// The driver's.
-    ///
-    /// # Safety
-    /// As for [`Fused::all_reduce`].
-    pub(super) unsafe fn launch(
-        &self,
-        kernels: &Kernels,
-        plan: &Plan,
-        call: &Call,
-        timeout: Option<Duration>,
-        stream: StreamHandle,
-    ) -> Result<()> {
-        let Call { element, scale, input, output, is_large } = *call;
-        let chunk_tiles = plan.chunk_tiles();
-        let max_blocks = if is_large { self.max_blocks } else { self.usual_blocks };
-        // Few tiles rather spread over multiprocessors than share one; many take as few blocks as do with as many rounds.
-        let block_channels = chunk_tiles.div_ceil(max_blocks).min(self.block_channels);
-        let n_rounds = chunk_tiles.div_ceil(max_blocks * block_channels);
-        let n_blocks = chunk_tiles.div_ceil(n_rounds * block_channels);
-        let (count, chunk_tiles) = (plan.count() as u64, chunk_tiles as u64);
-        let timeout_ns = timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX));
-        let args = AllReduceArgs { input, output, count, chunk_tiles, scale, timeout_ns, ..self.args() };
-        // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `residency`.
-        unsafe { kernels.all_reduce(element, self.memory(), (n_blocks, block_channels), &args, stream) }
-            .map_err(Error::cuda("launching the all-reduce"))
-    }
-
-    /// Runs the kernels once over nothing, as large as they ever are. What the driver does at the first launch of a kernel
-    /// (loading it, making room for its local memory) may wait for all work of the device; were that another rank's
-    /// all-reduce, which waits for this one's, both would wait for ever.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn warm_up(&self, kernels: &Kernels, stream: &Stream) -> Result<()> {
-        for element in ElementType::ALL {
-            let shape = (self.max_blocks, self.block_channels);
-            // SAFETY: without tiles the kernel touches no memory.
-            unsafe { kernels.all_reduce(element, self.memory(), shape, &self.args(), stream.handle()) }
-                .map_err(Error::cuda("launching the all-reduce for the first time"))?;
-        }
-        stream.synchronize().map_err(Error::cuda("running the all-reduce for the first time"))
-    }
-
-    /// What all launches have in common; the operation is to be filled in.
-    fn args(&self) -> AllReduceArgs {
-        AllReduceArgs {
-            input: std::ptr::null(),
-            output: std::ptr::null_mut(),
-            count: 0,
-            chunk_tiles: 0,
-            areas: self.areas.map(<*mut c_void>::cast),
-            signals: self.signals.at(0).cast(),
-            abort: self.control.address().cast(),
-            gave_up: self.gave_up_ptr(),
-            timeout_ns: 0,
-            rank: self.rank as u32,
-            world: self.rings.world as u32,
-            max_channels: self.rings.channels as u32,
-            group_shift: kernels::group_shift(self.rings.legs.reduce),
-            scale: 1.0,
-            batch_invariant: self.rings.legs.batch_invariant.into(),
-        }
     }
 
     /// Frees every kernel of this rank that waits (invariant I5).

@@ -25,11 +25,18 @@ impl Exchange {
     /// Which it is.
     pub fn kind(&self) -> ExchangeKind {
         match self {
-            Exchange::Fused(fused) => match fused.memory() {
-                Areas::InGpuMemory => ExchangeKind::Peer,
-                Areas::InHostMemory => ExchangeKind::Host,
-            },
+            Exchange::Fused(fused) => fused.memory().exchange(),
             Exchange::Nccl(_) => ExchangeKind::Nccl,
+        }
+    }
+}
+
+impl Areas {
+    /// The exchange whose areas live there.
+    pub fn exchange(self) -> ExchangeKind {
+        match self {
+            Areas::InGpuMemory => ExchangeKind::Peer,
+            Areas::InHostMemory => ExchangeKind::Host,
         }
     }
 }

@@ -23,11 +23,14 @@ pub enum Verb {
     AllReduce,
     /// The same over areas in host memory.
     HostAllReduce,
+    /// The whole all-reduce in one hop and uncompressed.
+    Exact,
 }
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Verb; 5] = [Verb::Quantize, Verb::Reduce, Verb::Dequantize, Verb::AllReduce, Verb::HostAllReduce];
+    pub const ALL: [Verb; 6] =
+        [Verb::Quantize, Verb::Reduce, Verb::Dequantize, Verb::AllReduce, Verb::HostAllReduce, Verb::Exact];
 
     /// As in kernel names.
     pub const fn name(self) -> &'static str {
@@ -37,6 +40,7 @@ impl Verb {
             Verb::Dequantize => "dequantize",
             Verb::AllReduce => "allreduce",
             Verb::HostAllReduce => "hostallreduce",
+            Verb::Exact => "exact",
         }
     }
 }
@@ -44,36 +48,47 @@ impl Verb {
 /// A kernel of the fatbin.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Instance {
-    /// `flashcomm_<verb>_<dtype>_<code><bits>`, and `_<code><bits>` of hop 2 where it handles both
-    /// hops.
+    /// `flashcomm_<verb>_<dtype>`, and `_<code><bits>` for each hop that it handles.
     name: String,
     verb: Verb,
     element: ElementType,
-    code: Code,
-    /// Of the hops that it handles, in order.
-    widths: Vec<Width>,
+    /// Code and width of those hops, in order.
+    codings: Vec<(Code, Width)>,
 }
 
 impl Instance {
     /// The kernel for these legs, if there is one: there are kernels for what [`Legs::choose`]
     /// gives. In host memory they are of the likely pairs of widths only; the other pairs take the
-    /// one for GPU memory there, too.
+    /// one for GPU memory there, too. The exact one is the same for all legs.
     pub fn new(verb: Verb, element: ElementType, legs: Legs) -> Option<Self> {
+        if verb == Verb::Exact {
+            return Some(Self::exact(element));
+        }
         let (code, pair) = (legs.code(), (legs.reduce.width, legs.gather.width));
         Legs::choose(Some(code), pair, legs.reduce.group)
             .filter(|chosen| chosen.with_batch_invariant(legs.batch_invariant) == legs)?;
         let (reduce, gather) = pair;
         let widths = match verb {
+            _ if !element.is_coded() => return None,
             Verb::Quantize => vec![reduce],
             Verb::Dequantize => vec![gather],
             Verb::Reduce | Verb::AllReduce => vec![reduce, gather],
             Verb::HostAllReduce if reduce == gather && !reduce.is_uncompressed() => vec![reduce, gather],
             Verb::HostAllReduce if (reduce.bits(), gather.bits()) == (4, 8) => vec![reduce, gather],
-            Verb::HostAllReduce => return None,
+            Verb::HostAllReduce | Verb::Exact => return None,
         };
-        let codecs: Vec<String> = widths.iter().map(|width| format!("{}{}", code.name(), width.bits())).collect();
-        let name = format!("flashcomm_{}_{}_{}", verb.name(), element.name(), codecs.join("_"));
-        Some(Self { name, verb, element, code, widths })
+        Some(Self::named(verb, element, widths.into_iter().map(|width| (code, width)).collect()))
+    }
+
+    /// The exact one.
+    pub fn exact(element: ElementType) -> Self {
+        Self::named(Verb::Exact, element, Vec::new())
+    }
+
+    fn named(verb: Verb, element: ElementType, codings: Vec<(Code, Width)>) -> Self {
+        let coding = |(code, width): &(Code, Width)| format!("_{}{}", code.name(), width.bits());
+        let codings_text: String = codings.iter().map(coding).collect();
+        Self { name: format!("flashcomm_{}_{}{codings_text}", verb.name(), element.name()), verb, element, codings }
     }
 
     /// Every kernel there is, each once.
@@ -108,13 +123,8 @@ impl Instance {
         self.element
     }
 
-    /// In which code.
-    pub fn code(&self) -> Code {
-        self.code
-    }
-
-    /// Of the hops that it handles, in order.
-    pub fn widths(&self) -> &[Width] {
-        &self.widths
+    /// Code and width of the hops that it handles, in order.
+    pub fn codings(&self) -> &[(Code, Width)] {
+        &self.codings
     }
 }

@@ -7,12 +7,15 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 
+use flashcomm_wire::mailboxes::WARP_VECS;
 use flashcomm_wire::{Codec, Legs, Plan};
 use once_cell::sync::Lazy;
 use parking_lot::Mutex;
 
 use self::instances::{Instance, Verb};
-use self::shared::{CHANNEL_SHARED_BYTES, DequantizeArgs, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS};
+use self::shared::{
+    CHANNEL_SHARED_BYTES, DequantizeArgs, EXACT_THREADS, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS,
+};
 use crate::cuda::{Context, CudaError, CudaResult, Function, Module, Shape, StreamHandle};
 use crate::element::ElementType;
 
@@ -21,7 +24,7 @@ mod instances;
 #[allow(dead_code, unreachable_pub, reason = "build.rs uses the file, too")]
 mod shared;
 
-pub(crate) use shared::{ABORTED, AllReduceArgs, GaveUp};
+pub(crate) use shared::{ABORTED, AllReduceArgs, ExactArgs, GaveUp};
 
 /// Every kernel for every architecture, from build.rs.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbin"));
@@ -77,7 +80,9 @@ impl Piece<'_> {
 /// The kernels for one pair of codecs, ready in one context.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
-    entries: [Entries; ElementType::ALL.len()],
+    entries: [Entries; ElementType::CODED.len()],
+    /// By element type.
+    exact: [Function; ElementType::ALL.len()],
 }
 
 impl Kernels {
@@ -110,11 +115,11 @@ impl Kernels {
     }
 
     fn find(module: &Module, legs: Legs) -> CudaResult<Self> {
+        let named =
+            |instance: Instance| module.function(&CString::new(instance.name()).expect("kernel names hold no NUL"));
         let entries = |element: ElementType| -> CudaResult<Entries> {
-            let function = |verb: Verb| -> Option<CudaResult<Function>> {
-                let instance = Instance::new(verb, element, legs)?;
-                Some(module.function(&CString::new(instance.name()).expect("kernel names hold no NUL")))
-            };
+            let function =
+                |verb: Verb| -> Option<CudaResult<Function>> { Instance::new(verb, element, legs).map(named) };
             let not_found = CudaError(cudarc::driver::sys::CUresult::CUDA_ERROR_NOT_FOUND);
             let of_all_legs = |verb| function(verb).unwrap_or(Err(not_found));
             let all_reduce = of_all_legs(Verb::AllReduce)?;
@@ -125,7 +130,11 @@ impl Kernels {
                 all_reduce: [all_reduce, function(Verb::HostAllReduce).unwrap_or(Ok(all_reduce))?],
             })
         };
-        Ok(Self { entries: [entries(ElementType::ALL[0])?, entries(ElementType::ALL[1])?] })
+        let exact = |element| named(Instance::exact(element));
+        Ok(Self {
+            entries: [entries(ElementType::Fp16)?, entries(ElementType::Bf16)?],
+            exact: [exact(ElementType::Fp16)?, exact(ElementType::Bf16)?, exact(ElementType::Fp32)?],
+        })
     }
 
     /// Readies the fused kernels for blocks of as many channels as the device takes; how many that is.
@@ -165,6 +174,24 @@ impl Kernels {
         let function = self.entries(element).all_reduce[areas as usize];
         // SAFETY: as the caller vouches; the struct is the kernel's.
         unsafe { function.launch(fused_shape(n_blocks, block_channels), stream, args) }
+    }
+
+    /// The whole all-reduce over mailboxes, uncompressed, by `n_blocks` blocks.
+    ///
+    /// # Safety
+    /// As for [`Kernels::all_reduce`].
+    pub unsafe fn exact(
+        &self,
+        element: ElementType,
+        n_blocks: usize,
+        args: &ExactArgs,
+        stream: StreamHandle,
+    ) -> CudaResult<()> {
+        // As many threads as have a vector, whole warps of them.
+        let n_threads = (args.block_vecs as usize).next_multiple_of(WARP_VECS).clamp(WARP_VECS, EXACT_THREADS);
+        let shape = Shape { grid: (n_blocks as u32, 1), block: (n_threads as u32, 1), shared_bytes: 0 };
+        // SAFETY: as the caller vouches; the struct is the kernel's.
+        unsafe { self.exact[element as usize].launch(shape, stream, args) }
     }
 
     /// Quantizes the chunks of all ranks but `rank` into the slots of `outgoing`.
@@ -299,7 +326,7 @@ mod tests {
         for legs in any_legs() {
             let widths = (legs.reduce.width, legs.gather.width);
             let can_be_set = Legs::choose(Some(legs.code()), widths, legs.reduce.group) == Some(legs);
-            for element in ElementType::ALL {
+            for element in ElementType::CODED {
                 for verb in [Verb::Quantize, Verb::Reduce, Verb::Dequantize, Verb::AllReduce] {
                     let found = Instance::new(verb, element, legs);
                     assert_eq!(found.is_some(), can_be_set, "{verb:?} {legs:?}");
@@ -312,11 +339,12 @@ mod tests {
     #[test]
     fn kernels_are_as_many_as_documented_and_have_names_of_their_own() {
         let all = Instance::all();
-        let of = |verb: Verb| all.iter().filter(|instance| instance.verb() == verb).count() / ElementType::ALL.len();
-        // Widths 2 to 8 in two codes and 16 bits; 49 plain pairs, 8 of blocks and 16:16; 8 of each code in host memory.
-        assert_eq!(Verb::ALL.map(of), [15, 58, 15, 58, 16]);
+        let of = |verb: Verb| all.iter().filter(|instance| instance.verb() == verb).count();
+        // For two types each: widths 2 to 8 in two codes and 16 bits; 49 plain pairs, 8 of blocks and 16:16; 8 of each code in
+        // host memory. For three: the exact one.
+        assert_eq!(Verb::ALL.map(of), [2 * 15, 2 * 58, 2 * 15, 2 * 58, 2 * 16, 3]);
         let names: std::collections::HashSet<&str> = all.iter().map(Instance::name).collect();
-        assert_eq!((all.len(), names.len()), (324, 324));
+        assert_eq!((all.len(), names.len()), (327, 327));
         assert!(names.contains("flashcomm_allreduce_fp16_blocks4_blocks8"));
     }
 }

@@ -13,6 +13,7 @@ use std::ffi::c_void;
 
 use flashcomm_wire::Element;
 use flashcomm_wire::codec::{Code, Codec, GroupSize, LANE_ELEMS, MAX_LEVEL, ROW_ELEMS, TILE_ELEMS, WARP_ELEMS, Width};
+use flashcomm_wire::mailboxes::{RENEWAL, TURNS, VEC_PACKETS, WARP_VECS};
 use flashcomm_wire::rings::{LAGGING_WORLD, LINE_BYTES, MAX_WORLD, SIGNAL_BYTES, slots};
 use half::{bf16, f16};
 
@@ -31,6 +32,9 @@ const MAX_PARAMS_BYTES: usize = {
 /// Shared memory of a channel of the fused kernel: its `ChannelMemory`.
 pub const CHANNEL_SHARED_BYTES: usize = STAGES * TILE_ELEMS * 2 + MAX_PARAMS_BYTES;
 
+/// Threads of a block of the exact kernel at most.
+pub const EXACT_THREADS: usize = 512;
+
 /// [`GaveUp::why`]: the communicator was aborted.
 pub const ABORTED: u32 = 1;
 /// [`GaveUp::why`]: the deadline passed.
@@ -43,7 +47,7 @@ const fn params_bytes(code: Code) -> usize {
 }
 
 /// For `shared.cuh`: type, name and value of each constant.
-pub const CONSTANTS: [(&str, &str, usize); 17] = [
+pub const CONSTANTS: [(&str, &str, usize); 22] = [
     ("int", "kTileElems", TILE_ELEMS),
     ("int", "kTileThreads", TILE_THREADS),
     ("int", "kWarpElems", WARP_ELEMS),
@@ -59,6 +63,11 @@ pub const CONSTANTS: [(&str, &str, usize); 17] = [
     ("unsigned", "kStages", STAGES),
     ("unsigned", "kMaxParamsBytes", MAX_PARAMS_BYTES),
     ("unsigned", "kChannelSharedBytes", CHANNEL_SHARED_BYTES),
+    ("unsigned", "kExactThreads", EXACT_THREADS),
+    ("unsigned", "kTurns", TURNS),
+    ("uint32_t", "kRenewal", RENEWAL as usize),
+    ("unsigned", "kVecPackets", VEC_PACKETS),
+    ("unsigned", "kWarpVecs", WARP_VECS),
     ("uint32_t", "kAborted", ABORTED as usize),
     ("uint32_t", "kDeadlinePassed", DEADLINE_PASSED as usize),
 ];
@@ -171,9 +180,9 @@ shared_structs! {
         claimed: u32,
         /// The rank that had not signalled.
         peer: u32,
-        /// The channel that waited.
+        /// The channel, or block of the exact kernel, that waited.
         channel: u32,
-        /// Its iteration.
+        /// Its iteration, or vector.
         iteration: u32,
     }
 
@@ -210,5 +219,38 @@ shared_structs! {
         scale: f32,
         /// As in [`ReduceArgs`].
         batch_invariant: u32,
+    }
+
+    /// What the exact kernel gets.
+    struct ExactArgs {
+        /// `count` elements.
+        input: *const c_void,
+        /// The same; may be the input.
+        output: *mut c_void,
+        /// Elements of the operation.
+        count: u64,
+        /// Every rank's mailboxes ([`flashcomm_wire::Mailboxes`]), as this rank's kernels reach them: each at a multiple of
+        /// 128 bytes.
+        mailboxes: [*mut u8; MAX_WORLD],
+        /// Device memory: the epoch of each block.
+        epochs: *mut u32,
+        /// As in [`AllReduceArgs`].
+        abort: *const u32,
+        /// As in [`AllReduceArgs`].
+        gave_up: *mut GaveUp,
+        /// As in [`AllReduceArgs`].
+        timeout_ns: u64,
+        /// This rank.
+        rank: u32,
+        /// Ranks.
+        world: u32,
+        /// Vectors that each block takes of this operation.
+        block_vecs: u32,
+        /// Blocks that the mailboxes have room for.
+        max_blocks: u32,
+        /// Vectors of a block that they have room for.
+        max_block_vecs: u32,
+        /// As in [`AllReduceArgs`].
+        scale: f32,
     }
 }

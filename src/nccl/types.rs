@@ -113,6 +113,7 @@ pub(crate) struct DataType(pub i32);
 impl DataType {
     pub(crate) const UINT8: Self = Self(1);
     pub(crate) const FLOAT16: Self = Self(6);
+    pub(crate) const FLOAT32: Self = Self(7);
     pub(crate) const BFLOAT16: Self = Self(9);
 
     /// Bytes of an element; 0 for a type that is not known.

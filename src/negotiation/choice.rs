@@ -1,15 +1,13 @@
-//! Pure: which exchange a communicator gets, and from how many bytes on it compresses.
+//! Pure: which exchange a communicator gets.
 //!
 //! Everything follows from the facts of all ranks, which all have, so every rank comes to the same
 //! end. What was tried and failed on some rank is such a fact, too: all know of it.
 
 use std::fmt;
 
-use flashcomm_wire::TILE_ELEMS;
-
 use super::disagreement::Disagreement;
 use super::facts::Blob;
-use super::sizes::rings;
+use super::sizes::layout;
 use crate::config::ExchangeKind;
 
 /// What the ranks take, and why not something better.
@@ -76,7 +74,7 @@ fn against(kind: ExchangeKind, facts: &[Blob], failed: &[(ExchangeKind, Disagree
     if let Some((_, disagreement)) = failed.iter().find(|(failed, _)| *failed == kind) {
         return Some(Against::Impossible(disagreement.clone()));
     }
-    if kind != ExchangeKind::Nccl && rings(facts).is_none() {
+    if kind != ExchangeKind::Nccl && layout(facts, kind).is_none() {
         return Some(Against::Impossible(Disagreement::NoSharedMemory));
     }
     if let Some(forbidden) = forbidden(kind, facts) {
@@ -112,110 +110,14 @@ fn has_gpu_memory(facts: &[Blob]) -> bool {
     facts.iter().all(|rank| rank.forbids == 0) && facts.iter().any(reaches_all)
 }
 
-/// Whether the real NCCL goes over the network between some two ranks: those of two hosts, as it takes them, and those that
-/// share no memory of any kind.
-fn is_over_network(facts: &[Blob]) -> bool {
-    let reaches = |one: &Blob, other: u32| other < u16::BITS && (one.reaches & !one.forbids) >> other & 1 != 0;
-    let share = |one: &Blob, other: &Blob| {
-        one.location.shared_memory != 0 && one.location.shared_memory == other.location.shared_memory
-    };
-    let apart = |one: &Blob, other: &Blob| {
-        one.location.nccl_host != other.location.nccl_host
-            || !(share(one, other) || reaches(one, other.rank) && reaches(other, one.rank))
-    };
-    facts.iter().any(|one| facts.iter().any(|other| one.rank != other.rank && apart(one, other)))
-}
-
-/// Whether the exchange over the real NCCL puts more on the network than NCCL's own all-reduce would.
-///
-/// In units of the operation over the world size, out of a host of g of w ranks: hop 1 sends the ranks of other hosts their
-/// payloads, g (w - g); hop 2 is an all-gather, whose rings pass a host once, w - 1; uncompressed NCCL's ring all-reduce
-/// sends 2 (w - 1). The host that sends most is the slowest.
-fn sends_more_than_nccl(facts: &[Blob]) -> bool {
-    let world = facts.len();
-    let on_host =
-        |rank: &Blob| facts.iter().filter(|other| other.location.nccl_host == rank.location.nccl_host).count();
-    let legs = facts[0].agreement.legs;
-    let sent = |g: usize| legs.reduce.tile_bytes() * g * (world - g) + legs.gather.tile_bytes() * (world - 1);
-    let most = facts.iter().map(on_host).filter(|g| *g < world).map(sent).max();
-    most.is_some_and(|sent| sent > 2 * (world - 1) * TILE_ELEMS * 2)
-}
-
-/// From how many bytes on an all-reduce is compressed: what the ranks have set, or what was measured (docs/tuning.md).
-pub(crate) fn min_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
-    let agreement = &facts[0].agreement;
-    let default = || match kind {
-        _ if agreement.legs.batch_invariant => 0, // a row must not go another way because its batch is small
-        ExchangeKind::Nccl if sends_more_than_nccl(facts) => u64::MAX,
-        _ => default_min_bytes(kind, facts.len(), !is_over_network(facts)),
-    };
-    agreement.min_bytes.unwrap_or_else(default)
-}
-
-/// From how many bytes on an all-reduce is compressed by default; `u64::MAX`: never.
-///
-/// Over the real NCCL the bytes decide between hosts. Between ranks of one host NCCL's own all-reduce is faster than three
-/// kernels with two of its calls between, so there it takes an explicit `FLASHCOMM_MIN_BYTES`.
-pub const fn default_min_bytes(kind: ExchangeKind, world: usize, one_host: bool) -> u64 {
-    match kind {
-        ExchangeKind::Nccl if one_host => u64::MAX,
-        ExchangeKind::Nccl => 1 << 20,
-        // Peer memory is never slower from half of that on, whether ranks share a GPU or two have one each, but for graphs of
-        // 2 ranks that share one; between more GPUs it has not been measured, hence a reserve.
-        ExchangeKind::Peer if world == 2 => 2 << 20,
-        ExchangeKind::Peer => 4 << 20,
-        // Between two GPUs, where NCCL goes over host memory, too.
-        ExchangeKind::Host => 256 << 10,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use ExchangeKind::{Host, Nccl, Peer};
 
     use super::*;
     use crate::config::Config;
-    use crate::negotiation::facts::{Agreement, Location};
-
-    /// Ranks of one host with a GPU each, all of which reach each other.
-    fn ranks(world: usize, setting: &str) -> Vec<Blob> {
-        let (config, _) = Config::parse(|asked| (asked == "FLASHCOMM_EXCHANGE").then(|| setting.into()));
-        let location = Location {
-            boot: 7,
-            host: 7,
-            nccl_host: 7,
-            shared_memory: 3,
-            process: 0,
-            device: 0,
-            device_uuid: [0; 16],
-            multiprocessors: 132,
-            block_channels: 7,
-            family: crate::exchange::residency::ANY_FAMILY,
-        };
-        let rank = |rank: usize| Blob {
-            rank: rank as u32,
-            agreement: Agreement::from(&config),
-            location: Location { process: rank as u64, device_uuid: [rank as u8; 16], ..location },
-            reaches: ((1u32 << world.min(16)) - 1) as u16,
-            forbids: 0,
-            attach: 1,
-            ready: true,
-            offer: [0; crate::exchange::area::OFFER_BYTES],
-        };
-        (0..world).map(rank).collect()
-    }
-
-    /// As many ranks on each of as many hosts.
-    fn on_hosts(n_hosts: usize, each: usize, bits: &str) -> Vec<Blob> {
-        let (config, _) = Config::parse(|asked| (asked == "FLASHCOMM_BITS").then(|| bits.into()));
-        let mut ranks = ranks(n_hosts * each, "auto");
-        for (rank, blob) in ranks.iter_mut().enumerate() {
-            let host = (rank / each) as u64;
-            blob.agreement = Agreement::from(&config);
-            (blob.location.host, blob.location.nccl_host, blob.location.shared_memory) = (host, host, host + 1);
-        }
-        ranks
-    }
+    use crate::negotiation::facts::Agreement;
+    use crate::negotiation::samples::ranks;
 
     fn not_ready(kind: ExchangeKind) -> (ExchangeKind, Disagreement) {
         (kind, Disagreement::NotReady { rank: 1 })
@@ -280,7 +182,7 @@ mod tests {
 
     #[test]
     fn ranks_that_share_a_gpu_or_have_fewer_multiprocessors_get_fewer_channels() {
-        let channels = |facts: &[Blob]| rings(facts).map_or(0, |rings| rings.channels);
+        let channels = |facts: &[Blob]| layout(facts, Peer).map_or(0, |layout| layout.rings.channels);
         let each = ranks(2, "auto");
         let mut shared = each.clone();
         shared[1].location.device_uuid = shared[0].location.device_uuid;
@@ -289,21 +191,7 @@ mod tests {
         assert!(channels(&shared) < channels(&each) && channels(&small) < channels(&each));
         let mut without_kernels = each;
         without_kernels[1].location.block_channels = 0;
-        assert_eq!(rings(&without_kernels), None);
-    }
-
-    #[test]
-    fn a_threshold_that_is_set_holds_whatever_the_exchange() {
-        let mut facts = ranks(2, "auto");
-        assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [2 << 20, 256 << 10, u64::MAX]);
-        (facts[1].location.host, facts[1].location.nccl_host) = (8, 8);
-        assert_eq!(min_bytes(&facts, Nccl), 1 << 20);
-        let default = facts[0].agreement.legs;
-        facts[0].agreement.legs = default.with_batch_invariant(true);
-        assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [0; 3], "else size would matter");
-        facts[0].agreement.legs = default;
-        facts.iter_mut().for_each(|rank| rank.agreement.min_bytes = Some(77));
-        assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [77; 3]);
+        assert_eq!(layout(&without_kernels, Peer), None);
     }
 
     #[test]
@@ -326,44 +214,5 @@ mod tests {
             facts.iter_mut().for_each(|rank| rank.agreement = Agreement::from(&config));
             assert_eq!(choose(&facts, &[]).takes, None, "{setting}");
         }
-    }
-
-    #[test]
-    fn over_nccl_it_compresses_where_nccl_goes_over_the_network() {
-        let nccl = |facts: &[Blob]| min_bytes(facts, Nccl);
-        assert_eq!(nccl(&ranks(2, "auto")), u64::MAX);
-        // Pods of one host: another name, another /dev/shm, no P2P between them.
-        let mut pods = ranks(2, "auto");
-        pods[1].location.nccl_host = 8;
-        assert_eq!(nccl(&pods), 1 << 20);
-        // The same name, but no memory in common.
-        let mut apart = ranks(2, "auto");
-        apart.iter_mut().for_each(|rank| rank.forbids = 3);
-        assert_eq!(nccl(&apart), u64::MAX, "NCCL goes over shared memory");
-        apart[0].location.shared_memory = 0;
-        assert_eq!(nccl(&apart), 1 << 20);
-    }
-
-    #[test]
-    fn by_default_nothing_is_sent_that_nccl_would_not_send() {
-        for (n_hosts, each, bits, compresses) in [
-            (2, 1, "8", true),
-            (16, 1, "8", true),
-            (2, 2, "8", true),
-            (2, 8, "8", false), // 2.66 tensors out of a host instead of 1.88
-            (4, 8, "8", false), // 3.76 instead of 1.94
-            (2, 8, "4", true),  // 1.43
-            (4, 8, "4", false), // 2.01
-            (2, 4, "8", true),
-        ] {
-            let facts = on_hosts(n_hosts, each, bits);
-            let expected = if compresses { 1 << 20 } else { u64::MAX };
-            assert_eq!(min_bytes(&facts, Nccl), expected, "{n_hosts} hosts of {each}, {bits} bits");
-        }
-        // A host with more ranks than the others is the one that counts.
-        let mut uneven = on_hosts(3, 6, "8");
-        uneven.truncate(13);
-        uneven.iter_mut().for_each(|rank| rank.reaches = 0);
-        assert_eq!(min_bytes(&uneven, Nccl), u64::MAX);
     }
 }

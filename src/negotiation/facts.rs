@@ -25,6 +25,8 @@ pub struct Agreement {
     pub legs: Legs,
     /// `FLASHCOMM_MIN_BYTES`.
     pub min_bytes: Option<u64>,
+    /// `FLASHCOMM_EXACT_MAX_BYTES`.
+    pub exact_max: Option<u64>,
     /// `FLASHCOMM_DTYPES`: fp16, bf16.
     pub dtypes: (bool, bool),
     /// `FLASHCOMM_EXCHANGE`; `None`: auto.
@@ -42,6 +44,7 @@ impl From<&Config> for Agreement {
         Self {
             legs: config.legs,
             min_bytes: config.min_bytes,
+            exact_max: config.exact_max,
             dtypes: (config.fp16, config.bf16),
             exchange: config.exchange,
             buffer_bytes: config.buffer_bytes,
@@ -102,7 +105,8 @@ pub struct Location {
 impl Blob {
     /// The bytes that travel.
     pub fn encode(&self) -> [u8; BLOB_BYTES] {
-        let Agreement { legs, min_bytes, dtypes, exchange, buffer_bytes, max_ctas, switched_off } = self.agreement;
+        let Agreement { legs, min_bytes, exact_max, dtypes, exchange, buffer_bytes, max_ctas, switched_off } =
+            self.agreement;
         let location = &self.location;
         let (uuid, _) = location.device_uuid.as_chunks::<8>();
         let fields = [
@@ -133,6 +137,7 @@ impl Blob {
             location.shared_memory,
             location.boot,
             location.family,
+            exact_max.unwrap_or(u64::MAX),
         ];
         let mut bytes = [0; BLOB_BYTES];
         for (place, field) in bytes[..OFFER_AT].chunks_exact_mut(8).zip(fields) {
@@ -185,6 +190,7 @@ impl Blob {
             agreement: Agreement {
                 legs: Legs::new(codec(width(5)?), codec(width(6)?))?.with_batch_invariant(flags & 8 != 0),
                 min_bytes: Some(field(8)).filter(|n_bytes| *n_bytes != u64::MAX),
+                exact_max: Some(field(27)).filter(|n_bytes| *n_bytes != u64::MAX),
                 dtypes: (flags & 1 != 0, flags & 2 != 0),
                 switched_off: flags & 4 != 0,
                 exchange: match field(10) {
@@ -227,12 +233,13 @@ pub fn agree(gathered: &[u8]) -> Result<Vec<Blob>, Disagreement> {
 
 /// The first setting that differs, with both values.
 fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, String, String)> {
-    let rows: [(&str, fn(&Agreement) -> String); 10] = [
+    let rows: [(&str, fn(&Agreement) -> String); 11] = [
         ("FLASHCOMM_BITS", |a| a.legs.to_string()),
         ("FLASHCOMM_GROUP", |a| a.legs.reduce.group.n_elems().to_string()),
         ("FLASHCOMM_CODE", |a| a.legs.code().name().into()),
         ("FLASHCOMM_BATCH_INVARIANT", |a| u8::from(a.legs.batch_invariant).to_string()),
         ("FLASHCOMM_MIN_BYTES", |a| a.min_bytes.map_or("auto".into(), |n_bytes| n_bytes.to_string())),
+        ("FLASHCOMM_EXACT_MAX_BYTES", |a| a.exact_max.map_or("auto".into(), |n_bytes| n_bytes.to_string())),
         ("FLASHCOMM_DTYPES", |a| match a.dtypes {
             (true, true) => "fp16,bf16".into(),
             (true, false) => "fp16".into(),
@@ -304,6 +311,7 @@ mod tests {
             ("FLASHCOMM_CODE", "plain"),
             ("FLASHCOMM_BATCH_INVARIANT", "1"),
             ("FLASHCOMM_MIN_BYTES", "77"),
+            ("FLASHCOMM_EXACT_MAX_BYTES", "77"),
             ("FLASHCOMM_DTYPES", "bf16"),
             ("FLASHCOMM_EXCHANGE", "nccl"),
             ("FLASHCOMM_BUFFER_MIB", "3"),
@@ -315,7 +323,7 @@ mod tests {
             assert!(error.to_string().contains(name) && error.to_string().contains("rank 2"));
         }
         let shared = crate::config::table::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
-        assert_eq!(shared, 10, "nine are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
+        assert_eq!(shared, 11, "ten are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! all of it, and how they get there together (invariant I3).
 //!
 //! * [`facts`]: what a rank says, as bytes, and what of it keeps the ranks from going on (`agree`);
-//! * [`choice`] and [`sizes`], pure: the exchange, its threshold and its sizes, which follow from everyone's facts;
+//! * [`choice`], [`ranges`] and [`sizes`], pure: the exchange, which sums it takes and how large it is, which follow from
+//!   everyone's facts;
 //! * [`meeting`]: everyone's word to everyone, and the rounds that are made of it;
 //! * [`page`]: meeting over a page of shared memory, by ranks of one host that find each other by a [`key`];
 //! * [`over_nccl`]: meeting by a real all-gather, by all others;
@@ -18,5 +19,8 @@ pub(crate) mod key;
 pub(crate) mod meeting;
 pub(crate) mod over_nccl;
 pub(crate) mod page;
+pub(crate) mod ranges;
+#[cfg(test)]
+mod samples;
 pub(crate) mod setup;
 pub(crate) mod sizes;

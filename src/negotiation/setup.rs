@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use flashcomm_wire::Plan;
 
-use super::choice::{self, Against, choose};
+use super::choice::{Against, choose};
 use super::disagreement::Disagreement;
 use super::facts::{Agreement, Blob, Location};
 use super::identity;
 use super::meeting::{Meeting, Round, Rounds, poll};
+use super::ranges;
 use super::sizes;
 use crate::config::ExchangeKind;
 use crate::cuda::{self, Context, CudaResult, Distance, Stream};
@@ -108,11 +109,11 @@ impl<M: Meeting> Rounds<M> {
     /// As for [`Rounds::next`].
     pub fn set_up_fused(&mut self, areas: Areas, facts: &[Blob], local: &Local<'_>) -> Result<SetUp<Fused>> {
         let Local { context, kernels, stream, timeout } = local;
-        let Some(rings) = sizes::rings(facts) else {
+        let Some(layout) = sizes::layout(facts, areas.exchange()) else {
             return Ok(Err(NotSetUp { why: Disagreement::NoSharedMemory, mine: None }));
         };
         let rank = self.blob.rank as usize;
-        let prepared = Prepared::new(areas, rings, context, stream)
+        let prepared = Prepared::new(areas, layout, context, stream)
             .and_then(|prepared| Ok((prepared, Trial::new(facts.len(), context.device())?)));
         let offer = prepared.as_ref().map_or(NOTHING, |(prepared, _)| *prepared.offer());
         let round = self.next(prepared.is_ok(), offer)?;
@@ -227,7 +228,7 @@ impl<M: Meeting> Rounds<M> {
         let Blob { rank, agreement: Agreement { legs, buffer_bytes, .. }, .. } = self.blob;
         let world = facts.len();
         // Where nothing will go this way it costs no connections, and next to no memory.
-        let is_used = choice::min_bytes(facts, ExchangeKind::Nccl) != u64::MAX;
+        let is_used = ranges::ranges(facts, ExchangeKind::Nccl).compress_min != u64::MAX;
         let buffer_bytes = if is_used { buffer_bytes } else { Plan::staging_bytes_per_tile(world, legs) };
         if is_used && !connect()? {
             // Nothing is allocated that would be freed at once: that would wait for what the application has on the GPU.

@@ -1,11 +1,13 @@
 //! Pure: how large the areas and the grids of a fused exchange are, and whether a communicator may have the large share.
 
-use flashcomm_wire::Rings;
 use flashcomm_wire::rings::MAX_WORLD;
+use flashcomm_wire::{Mailboxes, Rings};
 
 use super::facts::Blob;
 use super::identity;
+use super::ranges::exact_max_bytes;
 use crate::config::ExchangeKind;
+use crate::exchange::fused::Layout;
 use crate::exchange::residency::{self, Blocks};
 
 /// Channels that a block of the fused kernel has on every rank.
@@ -13,16 +15,20 @@ pub(crate) fn block_channels(facts: &[Blob]) -> usize {
     facts.iter().map(|rank| rank.location.block_channels).min().unwrap_or(0)
 }
 
-/// The receive areas that all ranks can have alike, with room for the largest grid that a kernel may get; `None` where no
-/// fused exchange is possible.
-pub fn rings(facts: &[Blob]) -> Option<Rings> {
+/// The receive areas that all ranks can have alike for an exchange of this kind, with room for the largest grid that a kernel
+/// may get; `None` where no fused exchange is possible.
+pub fn layout(facts: &[Blob], kind: ExchangeKind) -> Option<Layout> {
     let agreement = facts[0].agreement;
     if !is_one_host(facts) || facts.len() > MAX_WORLD {
         return None;
     }
-    let n_blocks = blocks(facts);
-    let n_blocks = if family(facts).is_some() { n_blocks.large } else { n_blocks.usual };
-    Rings::within(facts.len(), agreement.legs, n_blocks * block_channels(facts), agreement.buffer_bytes)
+    let Blocks { usual, large } = blocks(facts);
+    let exact_max = exact_max_bytes(facts, kind) as usize; // bounded by the buffer
+    let mailboxes = (exact_max > 0).then(|| Mailboxes::for_bytes(facts.len(), usual, exact_max));
+    let left = agreement.buffer_bytes - mailboxes.map_or(0, |mailboxes| mailboxes.area_bytes());
+    let n_blocks = if family(facts).is_some() { large } else { usual };
+    let rings = Rings::within(facts.len(), agreement.legs, n_blocks * block_channels(facts), left)?;
+    Some(Layout { rings, mailboxes })
 }
 
 /// Blocks that a kernel may have on every rank.

@@ -65,6 +65,8 @@ pub struct Counters {
     /// Calls, bytes of the caller's, bytes sent by this rank.
     compressed: [[AtomicU64; 3]; SIZE_CLASSES],
     /// Calls, bytes of the caller's.
+    exact: [[AtomicU64; 2]; SIZE_CLASSES],
+    /// The same.
     forwarded: [[[AtomicU64; 2]; N_REASONS]; SIZE_CLASSES],
 }
 
@@ -74,6 +76,7 @@ impl Counters {
             owner: AtomicUsize::new(FREE),
             calls: [const { AtomicU64::new(0) }; N_CALLS],
             compressed: [const { [const { AtomicU64::new(0) }; 3] }; SIZE_CLASSES],
+            exact: [const { [const { AtomicU64::new(0) }; 2] }; SIZE_CLASSES],
             forwarded: [const { [const { [const { AtomicU64::new(0) }; 2] }; N_REASONS] }; SIZE_CLASSES],
         }
     }
@@ -99,10 +102,18 @@ impl Counters {
         add(bytes_wire, n_bytes_wire);
     }
 
+    /// Counts an exact all-reduce of ours.
+    pub fn count_exact(&self, n_bytes: u64) {
+        let [calls, bytes] = &self.exact[size_class(n_bytes)];
+        add(calls, 1);
+        add(bytes, n_bytes);
+    }
+
     pub(super) fn clear(&self) {
         let compressed = self.compressed.iter().flatten();
+        let exact = self.exact.iter().flatten();
         let forwarded = self.forwarded.iter().flatten().flatten();
-        self.calls.iter().chain(compressed).chain(forwarded).for_each(|counter| counter.store(0, Relaxed));
+        self.calls.iter().chain(compressed).chain(exact).chain(forwarded).for_each(|counter| counter.store(0, Relaxed));
     }
 }
 
@@ -118,6 +129,8 @@ pub(crate) struct Counts {
     pub calls: [u64; N_CALLS],
     /// By size class: calls, bytes of the caller's, bytes sent.
     pub compressed: [[u64; 3]; SIZE_CLASSES],
+    /// By size class: calls, bytes of the caller's.
+    pub exact: [[u64; 2]; SIZE_CLASSES],
     /// By size class and reason: calls, bytes of the caller's.
     pub forwarded: [[[u64; 2]; N_REASONS]; SIZE_CLASSES],
 }
@@ -128,6 +141,8 @@ impl Counts {
         self.calls.iter_mut().zip(&counters.calls).for_each(|(to, from)| load(to, from));
         let to = self.compressed.as_flattened_mut().iter_mut();
         to.zip(counters.compressed.as_flattened()).for_each(|(to, from)| load(to, from));
+        let to = self.exact.as_flattened_mut().iter_mut();
+        to.zip(counters.exact.as_flattened()).for_each(|(to, from)| load(to, from));
         let to = self.forwarded.as_flattened_mut().as_flattened_mut().iter_mut();
         to.zip(counters.forwarded.as_flattened().as_flattened()).for_each(|(to, from)| load(to, from));
     }
@@ -136,6 +151,8 @@ impl Counts {
         self.calls.iter_mut().zip(other.calls).for_each(|(to, from)| *to += from);
         let to = self.compressed.as_flattened_mut().iter_mut();
         to.zip(other.compressed.as_flattened()).for_each(|(to, from)| *to += from);
+        let to = self.exact.as_flattened_mut().iter_mut();
+        to.zip(other.exact.as_flattened()).for_each(|(to, from)| *to += from);
         let to = self.forwarded.as_flattened_mut().as_flattened_mut().iter_mut();
         to.zip(other.forwarded.as_flattened().as_flattened()).for_each(|(to, from)| *to += from);
     }
@@ -153,6 +170,16 @@ impl Counts {
     /// Bytes that this process's ranks put on the wire for them.
     pub(crate) fn bytes_wire(&self) -> u64 {
         self.compressed.iter().map(|[.., bytes]| bytes).sum()
+    }
+
+    /// Exact all-reduces of ours.
+    pub(crate) fn n_exact(&self) -> u64 {
+        self.exact.iter().map(|[calls, _]| calls).sum()
+    }
+
+    /// Bytes of those.
+    pub(crate) fn bytes_exact(&self) -> u64 {
+        self.exact.iter().map(|[_, bytes]| bytes).sum()
     }
 
     /// All-reduces that went to the real NCCL.
@@ -187,6 +214,9 @@ impl Counts {
             let (bytes_in, bytes_wire) = (self.bytes_in(), self.bytes_wire());
             text += &format!(" ({} as {} on the wire)", mib(bytes_in), mib(bytes_wire));
         }
+        if self.n_exact() > 0 {
+            text += &format!(", {} exact ({})", self.n_exact(), mib(self.bytes_exact()));
+        }
         text += &format!(", {} forwarded", self.forwarded());
         let because = Reason::ALL.iter().zip(self.because()).filter(|(_, [calls, _])| *calls > 0);
         let because: Vec<String> = because.map(|(reason, [calls, _])| format!("{} {calls}", reason.name())).collect();
@@ -203,15 +233,18 @@ impl Counts {
             counted.map(|(reason, [calls, bytes])| (reason.name(), json!({"calls": calls, "bytes": bytes}))).collect()
         };
         let is_used = |class: &usize| {
-            self.compressed[*class][0] > 0 || self.forwarded[*class].iter().any(|[calls, _]| *calls > 0)
+            self.compressed[*class][0] + self.exact[*class][0] > 0
+                || self.forwarded[*class].iter().any(|[calls, _]| *calls > 0)
         };
         let size = |class: usize| {
             let [calls, bytes_in, bytes_wire] = self.compressed[class];
+            let [exact_calls, exact_bytes] = self.exact[class];
             let to_bytes = (class + 1 < SIZE_CLASSES).then(|| class_start(class + 1));
             json!({
                 "from_bytes": class_start(class),
                 "to_bytes": to_bytes,
                 "compressed": {"calls": calls, "bytes_in": bytes_in, "bytes_wire": bytes_wire},
+                "exact": {"calls": exact_calls, "bytes": exact_bytes},
                 "forwarded": by_reason(&self.forwarded[class]),
             })
         };
@@ -220,6 +253,8 @@ impl Counts {
             "all_reduces_compressed": self.n_compressed(),
             "bytes_in": self.bytes_in(),
             "bytes_wire": self.bytes_wire(),
+            "all_reduces_exact": self.n_exact(),
+            "bytes_exact": self.bytes_exact(),
             "all_reduces_forwarded": self.forwarded(),
             "bytes_forwarded": self.bytes_forwarded(),
             "forwarded_because": by_reason(&self.because()),
@@ -255,14 +290,19 @@ mod tests {
     fn a_summary_says_what_was_sent_and_why_the_rest_was_not() {
         let mut counts = Counts::default();
         counts.compressed[13] = [2, 16 << 20, 4 << 20];
+        counts.exact[1] = [4, 5 << 20];
         counts.forwarded[0][Reason::Small as usize] = [3, 300];
         counts.forwarded[11][Reason::DataType as usize] = [1, 1 << 20];
         counts.calls[Call::Send as usize] = 7;
-        let expected = "2 all-reduces compressed (16.0 MiB as 4.0 MiB on the wire), 4 forwarded (datatype 1, small 3; \
-            1.0 MiB), 7 other calls";
+        let expected = "2 all-reduces compressed (16.0 MiB as 4.0 MiB on the wire), 4 exact (5.0 MiB), 4 forwarded \
+            (datatype 1, small 3; 1.0 MiB), 7 other calls";
         assert_eq!(counts.summary(), expected);
         let json = counts.to_json();
-        assert_eq!(json["sizes"].as_array().unwrap().len(), 3);
+        assert_eq!(json["sizes"].as_array().unwrap().len(), 4);
+        assert_eq!(
+            (&json["all_reduces_exact"], &json["sizes"][1]["exact"]),
+            (&json!(4), &json!({"calls": 4, "bytes": 5 << 20}))
+        );
         assert_eq!(json["forwarded_because"]["small"], json!({"calls": 3, "bytes": 300}));
         assert_eq!(json["others_forwarded"], json!({"send": 7}));
     }

@@ -47,6 +47,32 @@ pub trait Element: Copy + PartialEq + std::fmt::Debug + Send + Sync + 'static {
     }
 }
 
+/// What is summed as it is: fp16, bf16 and fp32.
+pub trait Summand: Copy + PartialEq + std::fmt::Debug + Send + Sync + 'static {
+    /// Exact widening.
+    fn widen(self) -> f32;
+    /// Rounds a sum to nearest, ties to even, overflow to infinity, any NaN to the type's one of CUDA's.
+    fn round(sum: f32) -> Self;
+}
+
+impl<E: Element> Summand for E {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+    fn round(sum: f32) -> Self {
+        E::from_f32_nearest(sum)
+    }
+}
+
+impl Summand for f32 {
+    fn widen(self) -> f32 {
+        self
+    }
+    fn round(sum: f32) -> Self {
+        if sum.is_nan() { f32::from_bits(0x7fff_ffff) } else { sum }
+    }
+}
+
 /// Sign bit of both storage types.
 const SIGN: u16 = 0x8000;
 

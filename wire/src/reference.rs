@@ -1,7 +1,7 @@
 //! The all-reduce as a pure function: what every rank of every exchange must hold, bit for bit (invariant I1).
 
 use crate::codec::{Legs, TILE_ELEMS};
-use crate::element::Element;
+use crate::element::{Element, Summand};
 use crate::plan::Plan;
 
 /// What becomes of the inputs.
@@ -55,6 +55,19 @@ pub fn all_reduce<E: Element>(inputs: &[&[E]], op: Op, legs: Legs) -> Vec<E> {
     output
 }
 
+/// The exact sum, or average, of `inputs`, one slice of equal length per rank: added in fp32 and in rank order, multiplied by
+/// [`Op::scale`], and rounded once.
+///
+/// # Panics
+/// When there is no rank, or the lengths differ.
+pub fn exact<S: Summand>(inputs: &[&[S]], op: Op) -> Vec<S> {
+    let (first, others) = inputs.split_first().expect("a rank");
+    assert!(others.iter().all(|input| input.len() == first.len()), "every rank has the same count");
+    let scale = op.scale(inputs.len());
+    let sum = |i: usize| others.iter().fold(first[i].widen(), |sum, input| sum + input[i].widen());
+    (0..first.len()).map(|i| S::round(sum(i) * scale)).collect()
+}
+
 /// One tile of the chunk of rank `owner`, the elements from `start` on, into `out`.
 fn reduce_tile<E: Element>(inputs: &[&[E]], scale: f32, owner: usize, start: usize, legs: Legs, out: &mut [E]) {
     let mut payload = vec![0; legs.reduce.tile_bytes()];
@@ -96,6 +109,26 @@ mod tests {
         let input: Vec<f16> = (0..count).map(|i| f16::from_f32(if i % 3 == 0 { -1.5 } else { 3.0 })).collect();
         let sum = all_reduce(&[&input, &input, &input], Op::Sum, legs(2, 2));
         assert!(input.iter().zip(&sum).all(|(x, s)| s.to_f32() == 3.0 * x.to_f32()));
+    }
+
+    #[test]
+    fn an_exact_sum_is_in_rank_order_and_rounded_once() {
+        let halves = |values: &[f32]| -> Vec<f16> { values.iter().map(|x| f16::from_f32(*x)).collect() };
+        let inputs = [
+            halves(&[2048.0, 60000.0, -0.0, 1.0]),
+            halves(&[1.0, 60000.0, -0.0, 2.0]),
+            halves(&[1.0, -60000.0, -0.0, 3.0]),
+        ];
+        let ranks: Vec<&[f16]> = inputs.iter().map(Vec::as_slice).collect();
+        // Rounded at each step the first would be 2048, and the second would overflow.
+        let bits = |sum: &[f16]| sum.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&exact(&ranks, Op::Sum)), bits(&halves(&[2050.0, 60000.0, -0.0, 6.0])));
+        assert_eq!(exact(&ranks, Op::Average)[3], f16::from_f32(2.0));
+        // fp32 rounds at each step, so the order counts.
+        let (big, one) = (16_777_216.0f32, 1.0f32);
+        assert_eq!(exact(&[&[big], &[one], &[one]], Op::Sum), [big]);
+        assert_eq!(exact(&[&[one], &[one], &[big]], Op::Sum), [big + 2.0]);
+        assert_eq!(exact(&[&[f32::INFINITY], &[f32::NEG_INFINITY]], Op::Sum)[0].to_bits(), 0x7fff_ffff);
     }
 
     #[test]

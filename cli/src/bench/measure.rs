@@ -38,7 +38,7 @@ pub enum Check {
     No,
     /// The same bits on all ranks, before the measurement and after it.
     SameBits,
-    /// Those of the specification at this `FLASHCOMM_BITS`, too.
+    /// Those of the specification at this `FLASHCOMM_BITS`, or exact, too.
     Reference(String),
 }
 
@@ -53,7 +53,7 @@ pub struct Measured {
     pub hashes: Option<[u64; 2]>,
     /// The hash that they must have; from rank 0.
     pub reference: Option<u64>,
-    /// All-reduces that the shim compressed in this process.
+    /// All-reduces that the shim compressed, or summed exactly, in this process.
     pub compressed: u64,
     /// All-reduces that the shim forwarded in this process.
     pub forwarded: u64,
@@ -123,13 +123,17 @@ fn perform(rank: &Rank, buffers: &mut Option<Buffers>, task: &Task) -> Result<Me
     let reference = match &task.check {
         Check::Reference(bits) if rank.rank == 0 => {
             let inputs = values::inputs(n_bytes, dtype, SEED, rank.world);
-            Some(values::hash(&values::reference(&inputs, dtype, values::legs(bits)?)))
+            let expected = match bits.as_str() {
+                super::EXACT => values::exact(&inputs, dtype),
+                bits => values::reference(&inputs, dtype, values::legs(bits)?),
+            };
+            Some(values::hash(&expected))
         }
         _ => None,
     };
     let (compressed, forwarded) = match (before, after) {
         (Some(before), Some(after)) => (
-            after.allReducesCompressed - before.allReducesCompressed,
+            after.allReducesCompressed + after.allReducesExact - before.allReducesCompressed - before.allReducesExact,
             after.allReducesForwarded - before.allReducesForwarded,
         ),
         _ => (0, 0),

@@ -37,7 +37,7 @@ pub struct Args {
     /// Numbers of ranks [default: 2,4,8; with --quick 2]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u64).range(2..=16))]
     worlds: Option<Vec<u64>>,
-    /// Widths, or reduce:gather as in 4:8; with a code as in 4-plain [default: 8,4; with --quick 4]
+    /// Widths, or reduce:gather as in 4:8; with a code as in 4-plain; exact: in one hop, uncompressed [default: 8,4; with --quick 4]
     #[arg(long, value_delimiter = ',')]
     bits: Option<Vec<String>>,
     /// Bytes that each rank sums; A..B doubles from A to B [default: 256K..64M; with --quick 1M,16M,64M]
@@ -130,6 +130,9 @@ impl FromStr for Sizes {
     }
 }
 
+/// In the place of a width: summed exactly in one hop.
+const EXACT: &str = "exact";
+
 /// A way to do an all-reduce.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -153,6 +156,7 @@ impl std::fmt::Display for Way {
         match self {
             Way::Nccl { max_ctas: None } => f.write_str("NCCL"),
             Way::Nccl { max_ctas: Some(ctas) } => write!(f, "NCCL with {ctas} CTAs"),
+            Way::Flashcomm { bits, exchange } if bits == EXACT => write!(f, "{EXACT} {exchange}"),
             Way::Flashcomm { bits, exchange } => write!(f, "{bits} bits {exchange}"),
         }
     }
@@ -238,6 +242,15 @@ impl<'a> BenchPlan<'a> {
     fn settings_of(&self, way: &Way) -> Vec<(String, String)> {
         let settings = match way {
             Way::Nccl { .. } => vec![],
+            Way::Flashcomm { bits, exchange } if bits == EXACT => vec![
+                ("FLASHCOMM_ENABLE", "1".into()),
+                ("FLASHCOMM_EXCHANGE", exchange.clone()),
+                ("FLASHCOMM_MIN_BYTES", "1024G".into()),
+                ("FLASHCOMM_EXACT_MAX_BYTES", "1G".into()),
+                // As many of those as there is room for: 8 MiB of two ranks.
+                ("FLASHCOMM_BUFFER_MIB", "256".into()),
+                ("FLASHCOMM_MAX_CTAS", self.args.max_ctas.to_string()),
+            ],
             Way::Flashcomm { bits, exchange } => vec![
                 ("FLASHCOMM_ENABLE", "1".into()),
                 ("FLASHCOMM_BITS", values::bits_and_code(bits).0.into()),
@@ -370,7 +383,9 @@ impl BenchPlan<'_> {
     fn task(&self, way: &Way, round: usize, dtype: Dtype, graph: bool, n_bytes: usize) -> Task {
         let check = match way {
             _ if round > 0 => Check::No,
-            Way::Flashcomm { bits, .. } if n_bytes <= self.args.check_up_to.0 && self.args.min_bytes == "0" => {
+            Way::Flashcomm { bits, .. }
+                if n_bytes <= self.args.check_up_to.0 && (self.args.min_bytes == "0" || bits == EXACT) =>
+            {
                 Check::Reference(bits.clone())
             }
             _ => Check::SameBits,

@@ -3,7 +3,7 @@
 use std::hash::{DefaultHasher, Hasher};
 
 use anyhow::{Context, Result};
-use flashcomm_wire::{Code, Element, GroupSize, Legs, Op, Width, reference};
+use flashcomm_wire::{Code, Element, GroupSize, Legs, Op, Summand, Width, reference};
 use half::{bf16, f16};
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
@@ -68,6 +68,27 @@ pub fn reference(inputs: &[Vec<u8>], dtype: Dtype, legs: Legs) -> Vec<u8> {
         Dtype::Fp16 => typed::<f16>(inputs, legs),
         Dtype::Bf16 => typed::<bf16>(inputs, legs),
         Dtype::Fp32 => unreachable!("fp32 is never compressed"),
+    }
+}
+
+/// What every rank must hold after an exact one.
+pub fn exact(inputs: &[Vec<u8>], dtype: Dtype) -> Vec<u8> {
+    fn typed<S: Summand>(inputs: &[Vec<S>], bytes: impl Fn(S) -> Vec<u8>) -> Vec<u8> {
+        let inputs: Vec<&[S]> = inputs.iter().map(Vec::as_slice).collect();
+        reference::exact(&inputs, Op::Sum).into_iter().flat_map(bytes).collect()
+    }
+    fn coded<E: Element>(inputs: &[Vec<u8>]) -> Vec<u8> {
+        let inputs: Vec<Vec<E>> = inputs.iter().map(|input| elements(input).collect()).collect();
+        typed(&inputs, |x| x.to_bits().to_le_bytes().to_vec())
+    }
+    match dtype {
+        Dtype::Fp16 => coded::<f16>(inputs),
+        Dtype::Bf16 => coded::<bf16>(inputs),
+        Dtype::Fp32 => {
+            let inputs: Vec<Vec<f32>> =
+                inputs.iter().map(|input| numbers(input, dtype).map(|x| x as f32).collect()).collect();
+            typed(&inputs, |x| x.to_le_bytes().to_vec())
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use flashcomm::tooling::cuda::sys::CUdevice_attribute_enum as Attribute;
 use flashcomm::tooling::cuda::{self, Context, CudaResult, Stream};
 use flashcomm::tooling::kernels::Kernels;
 use flashcomm::tooling::negotiation::{
-    self, Agreement, Areas, BLOB_BYTES, Blob, Error, Local, Meeting, NotSetUp, Rounds, Seat, rings,
+    self, Agreement, Areas, BLOB_BYTES, Blob, Error, Local, Meeting, NotSetUp, Rounds, Seat, layout,
 };
 use flashcomm::tooling::settings::Config;
 use serde::{Deserialize, Serialize};
@@ -75,11 +75,11 @@ fn attempt(party: &Party) -> Result<Tried> {
     let mut rounds = Rounds::new(OverPipes { party, said: None }, mine);
     let facts = rounds.compare(true)?.map_err(|disagreement| anyhow!("{disagreement}"))?;
     let facts = rounds.find_reach(&context, &facts)?.map_err(|disagreement| anyhow!("{disagreement}"))?;
-    let rings = rings(&facts);
+    let layout = |areas: Areas| layout(&facts, areas.exchange());
     let stream = Stream::new()?;
     let mut set_up = |areas| -> Result<std::result::Result<(), String>> {
         // The ranks skip it alike: without kernels on one there are no areas for any.
-        let (Some(_), Ok((_, kernels))) = (rings, &loaded) else {
+        let (Some(_), Ok((_, kernels))) = (layout(areas), &loaded) else {
             return Ok(Err("there are no kernels for it, or FLASHCOMM_BUFFER_MIB is too small".into()));
         };
         let local = Local { context: &context, kernels, stream: &stream, timeout: None };
@@ -88,9 +88,10 @@ fn attempt(party: &Party) -> Result<Tried> {
             None => why.to_string(),
         }))
     };
+    let area_bytes = |areas| layout(areas).map_or(0, |layout| layout.n_bytes());
     let (peer, host) = (set_up(Areas::InGpuMemory)?, set_up(Areas::InHostMemory)?);
     let facts = rounds.blob.encode().to_vec();
-    Ok(Tried { gpu, facts, peer, host, area_bytes: rings.map_or(0, |rings| rings.area_bytes()) })
+    Ok(Tried { gpu, facts, peer, host, area_bytes: area_bytes(Areas::InGpuMemory) })
 }
 
 fn describe(cuda: &Cuda, context: &Context, ordinal: usize, kernels: std::result::Result<(), String>) -> Result<Gpu> {

@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
-use flashcomm::tooling::negotiation::{Against, Blob, Choice, Disagreement, agree, choose, default_min_bytes};
+use flashcomm::tooling::negotiation::{
+    Against, Blob, Choice, Disagreement, agree, choose, default_exact_max_bytes, default_min_bytes,
+};
 use flashcomm::tooling::settings::ExchangeKind;
 use flashcomm_wire::rings::MAX_WORLD;
 use serde::Serialize;
@@ -94,6 +96,8 @@ struct Exchanges {
 struct Possible {
     possible: bool,
     why_not: Option<String>,
+    /// Bytes up to which other all-reduces are summed exactly in one hop by default; absent: none is.
+    exact_max_bytes: Option<u64>,
     /// Bytes from which on all-reduces are compressed by default; absent: never.
     min_bytes_on_one_host: Option<u64>,
     min_bytes_between_hosts: Option<u64>,
@@ -259,6 +263,7 @@ fn possible(kind: ExchangeKind, world: usize, why_not: Option<String>) -> Possib
     Possible {
         possible: why_not.is_none(),
         why_not,
+        exact_max_bytes: Some(default_exact_max_bytes(kind, world)).filter(|n_bytes| *n_bytes != 0),
         min_bytes_on_one_host: from(true),
         // The others reach no other host.
         min_bytes_between_hosts: from(false).filter(|_| kind == ExchangeKind::Nccl),

@@ -87,13 +87,14 @@ fn of_exchanges(exchanges: &Exchanges, text: &mut String) {
     let ipc = if exchanges.cuda_ipc { "allowed" } else { "refused" };
     say(text, "CUDA IPC", &format!("{ipc}, as {} processes tried", exchanges.ranks));
     text.push('\n');
-    let mut rows = table(&["exchange", "possible", "compresses from", "between hosts from"]);
+    let mut rows = table(&["exchange", "possible", "exact up to", "compresses from", "between hosts from"]);
     let ways = [("peer", &exchanges.peer), ("host", &exchanges.host), ("nccl", &exchanges.nccl)];
     for (name, possible) in ways {
         let from = |n_bytes: Option<u64>| n_bytes.map_or("-".into(), |n_bytes| Bytes(n_bytes as usize).to_string());
         rows.add_row([
             name.to_string(),
             if possible.possible { "yes" } else { "no" }.into(),
+            from(possible.exact_max_bytes),
             from(possible.min_bytes_on_one_host),
             from(possible.min_bytes_between_hosts),
         ]);

@@ -3,7 +3,8 @@
 //!
 //! A kernel takes one struct by value, the same as those of `kernels/*.cu`, and gets its bytes. It computes with the scalar
 //! codec of `flashcomm-wire`. All of it runs on the stream's thread. Blocks that wait for nothing run one after the
-//! other; the channels of the fused kernel, which wait for other ranks, take turns ([`fused`]).
+//! other; what waits for other ranks, the channels of the fused kernel and the blocks of the exact one, takes turns
+//! ([`crate::turns`]).
 
 use flashcomm_wire::{Codec, Element, GroupSize, TILE_ELEMS};
 use half::{bf16, f16};
@@ -12,9 +13,11 @@ use once_cell::sync::Lazy;
 use crate::access::{args, enter, load, store, store_decoded};
 use crate::cu_result::{CuResult, Result};
 use crate::element::ElementType;
-use crate::fused;
 use crate::instances::{Instance, Verb};
-use crate::shared::{AllReduceArgs, DequantizeArgs, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS};
+use crate::shared::{
+    AllReduceArgs, DequantizeArgs, EXACT_THREADS, ExactArgs, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS,
+};
+use crate::{exact, fused};
 
 /// The extent of a launch.
 #[derive(Clone, Copy, Debug)]
@@ -45,14 +48,14 @@ pub struct Kernel {
     pub name: String,
     /// Bytes of its argument.
     pub arg_bytes: usize,
-    /// Its blocks may be this high; each row has 128 threads.
-    pub max_rows: u32,
+    /// Threads of its blocks at most.
+    pub max_threads: u32,
     instance: &'static Instance,
     run: Run,
 }
 
-/// Threads of a row of every block of ours.
-pub const THREADS: u32 = TILE_THREADS as u32;
+/// Threads of a warp.
+const WARP: u32 = 32;
 
 /// The kernel of this name, if the library has it.
 pub fn find(name: &str) -> Option<Kernel> {
@@ -61,24 +64,45 @@ pub fn find(name: &str) -> Option<Kernel> {
     let by_type = |fp16: Run, bf16: Run| match instance.element() {
         ElementType::Fp16 => fp16,
         ElementType::Bf16 => bf16,
+        ElementType::Fp32 => unreachable!("it has no codes"),
     };
-    let (run, arg_bytes, max_rows) = match instance.verb() {
+    const ROW: u32 = TILE_THREADS as u32;
+    let (run, arg_bytes, max_threads) = match instance.verb() {
         Verb::Quantize => {
-            (by_type(Run::Blocks(quantize::<f16>), Run::Blocks(quantize::<bf16>)), size_of::<QuantizeArgs>(), 1)
+            (by_type(Run::Blocks(quantize::<f16>), Run::Blocks(quantize::<bf16>)), size_of::<QuantizeArgs>(), ROW)
         }
-        Verb::Reduce => (by_type(Run::Blocks(reduce::<f16>), Run::Blocks(reduce::<bf16>)), size_of::<ReduceArgs>(), 1),
+        Verb::Reduce => {
+            (by_type(Run::Blocks(reduce::<f16>), Run::Blocks(reduce::<bf16>)), size_of::<ReduceArgs>(), ROW)
+        }
         Verb::Dequantize => {
-            (by_type(Run::Blocks(dequantize::<f16>), Run::Blocks(dequantize::<bf16>)), size_of::<DequantizeArgs>(), 1)
+            (by_type(Run::Blocks(dequantize::<f16>), Run::Blocks(dequantize::<bf16>)), size_of::<DequantizeArgs>(), ROW)
         }
         Verb::AllReduce | Verb::HostAllReduce => {
             let run = by_type(Run::Grid(fused::run::<f16>), Run::Grid(fused::run::<bf16>));
-            (run, size_of::<AllReduceArgs>(), fused::MAX_BLOCK_CHANNELS)
+            (run, size_of::<AllReduceArgs>(), fused::MAX_BLOCK_CHANNELS * ROW)
+        }
+        Verb::Exact => {
+            let run = match instance.element() {
+                ElementType::Fp16 => exact::run::<f16>,
+                ElementType::Bf16 => exact::run::<bf16>,
+                ElementType::Fp32 => exact::run::<f32>,
+            };
+            (Run::Grid(run), size_of::<ExactArgs>(), EXACT_THREADS as u32)
         }
     };
-    Some(Kernel { name: name.into(), arg_bytes, max_rows, instance, run })
+    Some(Kernel { name: name.into(), arg_bytes, max_threads, instance, run })
 }
 
 impl Kernel {
+    /// Whether its blocks may have this shape.
+    pub fn takes(&self, [threads, rows]: [u32; 2]) -> bool {
+        let is_shape = match self.instance.verb() {
+            Verb::Exact => rows == 1 && threads > 0 && threads.is_multiple_of(WARP),
+            _ => rows > 0 && threads == TILE_THREADS as u32,
+        };
+        is_shape && threads * rows <= self.max_threads
+    }
+
     /// Runs every block of a grid.
     pub fn run(&self, args: &[u8], shape: Shape) -> Result<()> {
         let [x, y, z] = shape.grid;
@@ -94,7 +118,7 @@ impl Kernel {
     /// The codec of hop `i` of those that it handles; `group_shift` is log2 of a group's elements / 8.
     pub fn codec(&self, i: usize, group_shift: u32) -> Result<Codec> {
         let group = 8u16.checked_shl(group_shift).and_then(GroupSize::new);
-        let (code, width) = (self.instance.code(), *self.instance.widths().get(i).ok_or(CuResult::INVALID_VALUE)?);
+        let (code, width) = *self.instance.codings().get(i).ok_or(CuResult::INVALID_VALUE)?;
         Ok(Codec { width, group: group.ok_or(CuResult::LAUNCH_FAILED)?, code })
     }
 }

@@ -21,11 +21,13 @@ pub mod access;
 pub mod api;
 pub mod cu_result;
 pub mod device;
+pub mod exact;
 pub mod fused;
 pub mod green;
 pub mod kernels;
 pub mod memory;
 pub mod stream;
+pub mod turns;
 
 // Which kernels there are and what they get: the library's own files.
 #[path = "../../../src/element.rs"]

@@ -119,7 +119,7 @@ enum Answer {
 fn with_failure(exchange: &str, kind: &str, n: usize) -> Option<Answer> {
     let settings = |rank: usize| {
         let mut settings =
-            vec![("FLASHCOMM_EXCHANGE", exchange.to_string()), ("FLASHCOMM_ATTACH_TIMEOUT_S", "2".into())];
+            vec![("FLASHCOMM_EXCHANGE", exchange.to_string()), ("FLASHCOMM_ATTACH_TIMEOUT_S", "20".into())];
         if rank == 1 {
             settings.push(("FLASHCOMM_SIM_FAIL", format!("{kind}:{n}")));
         }

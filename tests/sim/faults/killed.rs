@@ -13,7 +13,7 @@ fn victim(process: &Process, round: usize) {
     let rank = place(round, HARMED);
     use_device(rank);
     let seen = watched(process.unique_id(3 * round), rank, &Sums::of(WORLD), None, |_| false);
-    assert_eq!(seen.ends, [End::Compressed; 2]);
+    assert_eq!(seen.ends, [good_end(); 2]);
 }
 
 /// One of the two that stay, while the third is killed at its n-th step, n by n.
@@ -27,7 +27,7 @@ fn survivor(process: &Process, exchange: &str) {
         let (n, rank) = (2 + round * stride, place(round, me));
         let dead = format!("dead{round}");
         let child = (me == 0).then(|| {
-            let mut settings = settings(exchange);
+            let mut settings = settings(exchange, is_exact());
             settings.extend([("FLASHCOMM_SIM_KILL", n.to_string()), ("WORLD_ROUND", round.to_string())]);
             process.start_rank(HARMED, &settings, &process.dir.join("victim"))
         });
@@ -58,7 +58,8 @@ fn survivor(process: &Process, exchange: &str) {
         assert!(seen.creation < limit, "step {n}: creation took {:?}", seen.creation);
         let failed = seen.ends.contains(&End::Failed);
         assert!(was_killed || !failed, "nobody died");
-        assert!(!seen.ends.contains(&End::Exact), "step {n}: {:?}", seen.ends);
+        let all_good = seen.ends.iter().all(|end| [good_end(), End::Failed].contains(end));
+        assert!(all_good, "step {n}: {:?}", seen.ends);
         if failed && exchange != "peer" {
             assert_eq!(seen.async_error, 6, "step {n}: ncclCommGetAsyncError tells ncclRemoteError");
         }
@@ -74,14 +75,15 @@ fn survivor(process: &Process, exchange: &str) {
     }
     eprintln!("{exchange}: died at {n_died} steps, every {stride}th; rank {me} waited for it in {n_freed} rounds");
     assert!(n_died >= 5 && n_freed >= 3, "the steps are not where they are thought to be");
+    assert_eq!(n_exact() > 0, is_exact(), "an exact sum is ours");
     nothing_has_grown(with_lost(first.unwrap(), exchange, n_freed));
 }
 
-fn killed_at_every_step(exchange: &'static str) {
+fn killed_at_every_step(exchange: &'static str, is_exact: bool) {
     let before = shared_memory_names();
     let ends = processes(
         2,
-        |_| [settings(exchange), vec![("FLASHCOMM_LOG", "info".into())]].concat(),
+        |_| [settings(exchange, is_exact), vec![("FLASHCOMM_LOG", "info".into())]].concat(),
         |process| match std::env::var("WORLD_ROUND") {
             Ok(round) => victim(&process, round.parse().unwrap()),
             Err(_) => survivor(&process, exchange),
@@ -98,15 +100,25 @@ fn killed_at_every_step(exchange: &'static str) {
 
 #[test]
 fn survivors_get_over_a_rank_killed_at_any_step_over_nccl() {
-    killed_at_every_step("nccl");
+    killed_at_every_step("nccl", false);
 }
 
 #[test]
 fn survivors_get_over_a_rank_killed_at_any_step_over_peer_memory() {
-    killed_at_every_step("peer");
+    killed_at_every_step("peer", false);
 }
 
 #[test]
 fn survivors_get_over_a_rank_killed_at_any_step_over_host_memory() {
-    killed_at_every_step("host");
+    killed_at_every_step("host", false);
+}
+
+#[test]
+fn survivors_get_over_a_rank_killed_at_any_step_of_exact_sums_over_peer_memory() {
+    killed_at_every_step("peer", true);
+}
+
+#[test]
+fn survivors_get_over_a_rank_killed_at_any_step_of_exact_sums_over_host_memory() {
+    killed_at_every_step("host", true);
 }

@@ -19,7 +19,6 @@ use half::f16;
 /// Ranks: the two that stay, and the one that comes to harm.
 const WORLD: usize = 3;
 const HARMED: usize = 2;
-const COUNT: usize = 9000;
 const ATTACH_TIMEOUT_S: u64 = 1;
 /// `FLASHCOMM_BUFFER_MIB` of the jobs.
 const RECEIVE_AREA: usize = 1 << 20;
@@ -29,6 +28,21 @@ const TRIAL: usize = 2 * WORLD * 2 * 8192;
 const SOON: Duration = Duration::from_secs(5);
 /// What a loaded machine may add to a time limit.
 const SLACK: Duration = Duration::from_secs(3);
+
+/// Whether the sums of this job are exact ones in one hop.
+fn is_exact() -> bool {
+    std::env::var_os("WORLD_EXACT").is_some()
+}
+
+/// Elements of a sum.
+fn count() -> usize {
+    if is_exact() { 2000 } else { 9000 }
+}
+
+/// How a sum of this job ends where nobody comes to harm.
+fn good_end() -> End {
+    if is_exact() { End::Exact } else { End::Compressed }
+}
 
 /// How an all-reduce ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,7 +64,7 @@ struct Sums {
 
 impl Sums {
     fn of(world: usize) -> Self {
-        let inputs: Vec<_> = (0..world).map(|rank| whole_numbers(COUNT, 7, rank)).collect();
+        let inputs: Vec<_> = (0..world).map(|rank| whole_numbers(count(), 7, rank)).collect();
         let (compressed, exact) = (reference(&inputs, legs(4, 4)), exact_sum(&inputs));
         assert!(compressed != exact);
         Sums { inputs, compressed, exact }
@@ -66,15 +80,20 @@ impl Sums {
 }
 
 /// Settings of every rank of a job.
-fn settings(exchange: &str) -> Vec<(&'static str, String)> {
+fn settings(exchange: &str, is_exact: bool) -> Vec<(&'static str, String)> {
     // Over shared host memory a kernel gives up by itself; over peer memory it takes an abort.
     let timeout_s = if exchange == "host" { "2" } else { "0" };
-    vec![
+    let mut settings = vec![
         ("FLASHCOMM_TIMEOUT_S", timeout_s.into()),
         ("FLASHCOMM_BITS", "4".into()),
         ("FLASHCOMM_EXCHANGE", exchange.into()),
         ("FLASHCOMM_ATTACH_TIMEOUT_S", ATTACH_TIMEOUT_S.to_string()),
-    ]
+    ];
+    if is_exact {
+        let exact = [("WORLD_EXACT", "1"), ("FLASHCOMM_MIN_BYTES", "1G"), ("FLASHCOMM_EXACT_MAX_BYTES", "4000")];
+        settings.extend(exact.map(|(name, value)| (name, value.to_string())));
+    }
+    settings
 }
 
 /// Rank, in a round, of one of the two that stay: the harmed one is in each place in turn.
@@ -124,7 +143,7 @@ fn watched(
     if created != 0 {
         seen.ends.push(End::Failed);
         seen.async_error = ask();
-        let refused = call!(ncclAllReduce(memory.at, memory.at, COUNT, dtype::FP16, SUM, comm, stream.0));
+        let refused = call!(ncclAllReduce(memory.at, memory.at, count(), dtype::FP16, SUM, comm, stream.0));
         assert_eq!((refused, seen.async_error), (created, created), "every call says what creation said");
         ok!(ncclCommAbort(comm));
         return seen;
@@ -144,7 +163,7 @@ fn watched(
         });
         for i in 0..2 {
             memory.write(&sums.inputs[rank], &stream);
-            let result = call!(ncclAllReduce(memory.at, memory.at, COUNT, dtype::FP16, SUM, comm, stream.0));
+            let result = call!(ncclAllReduce(memory.at, memory.at, count(), dtype::FP16, SUM, comm, stream.0));
             // However it ends: the stream has to become idle, if only by the watcher's abort.
             assert!(stream.becomes_idle(SOON + SLACK), "the stream hangs, call {i}, result {result}");
             // A kernel that gave up waiting has ended, too: what it left is no result, and NCCL's state says so.
@@ -179,8 +198,8 @@ fn own_of(rank: usize, sums: &Sums) -> (Stream, Memory) {
 
 /// Reads the result; once more where that very copy was the call that failed.
 fn read(memory: &Memory, stream: &Stream) -> Vec<f16> {
-    let mut bytes = vec![0; COUNT * 2];
-    let mut copy = || call!(cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr(), memory.at, COUNT * 2, stream.0));
+    let mut bytes = vec![0; count() * 2];
+    let mut copy = || call!(cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr(), memory.at, count() * 2, stream.0));
     if copy() != 0 {
         assert_eq!(copy(), 0);
     }
@@ -192,7 +211,7 @@ fn read(memory: &Memory, stream: &Stream) -> Vec<f16> {
 fn works(process: &Process, n: usize, world: usize, rank: usize) {
     let sums = Sums::of(world);
     let seen = watched(process.unique_id(n), rank, &sums, None, |_| false);
-    assert_eq!(seen.ends, [End::Compressed; 2], "a new communicator, {world} ranks");
+    assert_eq!(seen.ends, [good_end(); 2], "a new communicator, {world} ranks");
 }
 
 /// What may be held after `n` aborts, if so much was held before.

@@ -54,7 +54,7 @@ fn a_call_of_one_rank_fails(exchange: &'static str) {
     let before = shared_memory_names();
     let ends = processes(
         2,
-        |_| [settings(exchange), vec![("FLASHCOMM_LOG", "info".into())]].concat(),
+        |_| [settings(exchange, false), vec![("FLASHCOMM_LOG", "info".into())]].concat(),
         |process| {
             use_device(process.rank);
             if let Ok(round) = std::env::var("WORLD_ROUND") {
@@ -69,7 +69,7 @@ fn a_call_of_one_rank_fails(exchange: &'static str) {
                     let (log, mine) = (process.dir.join(format!("harmed{round}")), process.dir.join("stderr0"));
                     let n_mine = std::fs::read_to_string(&mine).unwrap().lines().count();
                     let child = (process.rank == 0).then(|| {
-                        let mut settings = settings(exchange);
+                        let mut settings = settings(exchange, false);
                         settings.push(("FLASHCOMM_SIM_FAIL", format!("{kind}:{n}")));
                         settings.push(("WORLD_ROUND", round.to_string()));
                         process.start_rank(HARMED, &settings, &log)

@@ -133,6 +133,8 @@ fn block(from: u64, to: u64) -> Option<Ended> {
             ("FLASHCOMM_BITS", "4".into()),
             ("FLASHCOMM_EXCHANGE", exchange.into()),
             ("FLASHCOMM_MIN_BYTES", MIN_BYTES.to_string()),
+            // What is not compressed is forwarded in some blocks, and in others exact and the shim's where it can be.
+            ("FLASHCOMM_EXACT_MAX_BYTES", if from / BLOCK % 4 < 2 { "64K" } else { "0" }.into()),
             ("FLASHCOMM_LOG", "error".into()),
         ];
         settings.extend((process < per_way).then(|| ("WORLD_WITHOUT_SHIM", "1".into())));

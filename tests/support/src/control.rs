@@ -20,6 +20,7 @@ pub struct Info {
     pub min_bytes: u64,
     exchange: *const c_char,
     code: *const c_char,
+    pub exact_max_bytes: u64,
 }
 
 impl Info {
@@ -58,6 +59,9 @@ pub struct Stats {
     pub because: [u64; 16],
     /// Compressed, bytes in, bytes on the wire, forwarded, bytes forwarded.
     pub sizes: [[u64; 5]; 24],
+    pub exact: u64,
+    pub bytes_exact: u64,
+    pub exact_by_size: [u64; 24],
 }
 
 impl Stats {
@@ -72,6 +76,9 @@ impl Stats {
         bytes_forwarded: 0,
         because: [0; 16],
         sizes: [[0; 5]; 24],
+        exact: 0,
+        bytes_exact: 0,
+        exact_by_size: [0; 24],
     };
 
     /// Of a communicator.
@@ -118,6 +125,13 @@ fn text_of(function: &str, comm: Ptr) -> String {
     let function = unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(Ptr) -> *const c_char>(address) };
     // SAFETY: a communicator or 0; what it answers is NUL-terminated and stays until there is another error.
     unsafe { CStr::from_ptr(function(comm)) }.to_str().unwrap().to_string()
+}
+
+/// Exact all-reduces of this process so far.
+pub fn n_exact() -> u64 {
+    let mut stats = Stats::NONE;
+    ok!(flashcommGetStats((&raw mut stats).cast()));
+    stats.exact
 }
 
 /// Compressed all-reduces of this process so far.

@@ -40,7 +40,7 @@ pub struct Measurement {
     per_batch: usize,
     /// What the results were compared with.
     checked: &'static str,
-    /// Whether the shim compressed; false also for the real NCCL.
+    /// Whether the shim compressed, or summed exactly; false also for the real NCCL.
     compressed: bool,
 }
 

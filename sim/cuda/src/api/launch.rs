@@ -17,8 +17,8 @@ use crate::stream::{Stream, check_capture_allows, fresh_handle};
 
 /// What a fatbin begins with.
 const FATBIN_MAGIC: u32 = 0xba55_ed50;
-/// Blocks of 128 threads that a multiprocessor holds at once.
-const BLOCKS_PER_MULTIPROCESSOR: c_int = 8;
+/// Threads that a multiprocessor holds at once, in blocks of multiples of 128.
+const THREADS_PER_MULTIPROCESSOR: u32 = 1024;
 
 static MODULES: Lazy<RwLock<HashMap<usize, ()>>> = Lazy::new(Default::default);
 static FUNCTIONS: Lazy<RwLock<HashMap<usize, Arc<Kernel>>>> = Lazy::new(Default::default);
@@ -49,7 +49,7 @@ fn launch(handle: usize, grid: [u32; 3], block: [u32; 3], on: usize, params: *mu
         return Err(CuResult::LAUNCH_FAILED);
     }
     let [threads, rows, 1] = block else { return Err(CuResult::INVALID_VALUE) };
-    if grid.contains(&0) || threads != kernels::THREADS || !(1..=kernel.max_rows).contains(&rows) || params.is_null() {
+    if grid.contains(&0) || !kernel.takes([threads, rows]) || params.is_null() {
         return Err(CuResult::INVALID_VALUE);
     }
     // SAFETY: the caller gives a pointer to each argument; these kernels have one.
@@ -66,8 +66,9 @@ fn launch(handle: usize, grid: [u32; 3], block: [u32; 3], on: usize, params: *mu
 
 /// Blocks of so many threads that a multiprocessor holds at once.
 fn occupancy(kernel: &Kernel, n_threads: c_int) -> c_int {
-    let rows = (n_threads as u32).div_ceil(kernels::THREADS);
-    if rows <= kernel.max_rows { (BLOCKS_PER_MULTIPROCESSOR / rows as c_int).max(1) } else { 0 }
+    let n_threads = n_threads as u32;
+    let n_blocks = (THREADS_PER_MULTIPROCESSOR / n_threads.next_multiple_of(128)).max(1);
+    if n_threads <= kernel.max_threads { n_blocks as c_int } else { 0 }
 }
 
 driver! {
@@ -92,7 +93,7 @@ driver! {
     fn cuFuncGetAttribute(value: *mut c_int, attribute: c_int, handle: usize) {
         let kernel = function(handle)?;
         put(value, match attribute {
-            0 => (kernels::THREADS * kernel.max_rows) as c_int, // threads per block
+            0 => kernel.max_threads as c_int, // threads per block
             4 => 32,   // registers
             5 | 6 => 90, // PTX and binary version
             _ => 0,
@@ -118,7 +119,7 @@ driver! {
         _shared_bytes: u32, on: usize, params: *mut *mut c_void,
     ) {
         // All blocks must be resident together.
-        if grid_x * grid_y * grid_z > (BLOCKS_PER_MULTIPROCESSOR * device::MULTIPROCESSORS) as u32 {
+        if grid_x * grid_y * grid_z > THREADS_PER_MULTIPROCESSOR / 128 * device::MULTIPROCESSORS as u32 {
             return Err(CuResult(720));
         }
         launch(handle, [grid_x, grid_y, grid_z], [block_x, block_y, block_z], on, params)

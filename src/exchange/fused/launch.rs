@@ -1,0 +1,181 @@
+//! Launches of the two kernels of a fused exchange.
+
+use std::ffi::c_void;
+use std::time::Duration;
+
+use flashcomm_wire::Plan;
+use flashcomm_wire::mailboxes::{VEC_BYTES, WARP_VECS};
+
+use super::Fused;
+use crate::cuda::{Stream, StreamHandle};
+use crate::element::ElementType;
+use crate::error::{Error, Result};
+use crate::kernels::{self, AllReduceArgs, ExactArgs, Kernels};
+
+/// An all-reduce.
+pub struct Call {
+    /// The storage type.
+    pub element: ElementType,
+    /// What the sum is multiplied with.
+    pub scale: f32,
+    /// The operation's elements.
+    pub input: *const c_void,
+    /// The same; may be the input.
+    pub output: *mut c_void,
+    /// Whether it has the device's large share; the same on all ranks.
+    pub is_large: bool,
+}
+
+impl Fused {
+    /// Issues a compressed all-reduce cut by `plan` to `stream`, of the current context.
+    ///
+    /// # Errors
+    /// The driver's; [`Error::GaveUp`] when an earlier one did not come to its end.
+    ///
+    /// # Safety
+    /// The buffers hold the operation's elements until it has run.
+    pub unsafe fn all_reduce(&self, kernels: &Kernels, plan: &Plan, call: &Call, stream: StreamHandle) -> Result<()> {
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
+        // SAFETY: as the caller vouches.
+        unsafe { self.launch(kernels, plan, call, self.timeout, stream) }
+    }
+
+    /// The same whatever became of earlier ones, with a timeout of its own.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// As for [`Fused::all_reduce`].
+    pub(in crate::exchange) unsafe fn launch(
+        &self,
+        kernels: &Kernels,
+        plan: &Plan,
+        call: &Call,
+        timeout: Option<Duration>,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let Call { element, scale, input, output, is_large } = *call;
+        let chunk_tiles = plan.chunk_tiles();
+        let max_blocks = if is_large { self.max_blocks } else { self.usual_blocks };
+        // Few tiles rather spread over multiprocessors than share one; many take as few blocks as do with as many rounds.
+        let block_channels = chunk_tiles.div_ceil(max_blocks).min(self.block_channels);
+        let n_rounds = chunk_tiles.div_ceil(max_blocks * block_channels);
+        let n_blocks = chunk_tiles.div_ceil(n_rounds * block_channels);
+        let (count, chunk_tiles) = (plan.count() as u64, chunk_tiles as u64);
+        let timeout_ns = nanoseconds(timeout);
+        let args = AllReduceArgs { input, output, count, chunk_tiles, scale, timeout_ns, ..self.all_reduce_args() };
+        // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `residency`.
+        unsafe { kernels.all_reduce(element, self.memory(), (n_blocks, block_channels), &args, stream) }
+            .map_err(Error::cuda("launching the all-reduce"))
+    }
+
+    /// Issues an exact all-reduce of `count` elements, for which there are mailboxes, to `stream`, of the current context.
+    ///
+    /// # Errors
+    /// As for [`Fused::all_reduce`].
+    ///
+    /// # Safety
+    /// As for [`Fused::all_reduce`].
+    pub unsafe fn exact(&self, kernels: &Kernels, count: usize, call: &Call, stream: StreamHandle) -> Result<()> {
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
+        let Call { element, scale, input, output, .. } = *call;
+        let mailboxes = self.layout.mailboxes.expect("the range of exact sums is empty without them");
+        let n_vecs = (count * element.n_bytes()).div_ceil(VEC_BYTES);
+        assert!(n_vecs <= mailboxes.blocks * mailboxes.block_vecs, "the range of exact sums ends there");
+        let (n_blocks, block_vecs) = exact_shape(n_vecs, mailboxes.blocks);
+        let (count, timeout_ns) = (count as u64, nanoseconds(self.timeout));
+        let args = ExactArgs { input, output, count, block_vecs, scale, timeout_ns, ..self.exact_args() };
+        // SAFETY: the mailboxes are every rank's and stay; the rest as for `launch`.
+        unsafe { kernels.exact(element, n_blocks, &args, stream) }
+            .map_err(Error::cuda("launching the exact all-reduce"))
+    }
+
+    /// Runs the kernels once over nothing, as large as they ever are. What the driver does at the first launch of a kernel
+    /// (loading it, making room for its local memory) may wait for all work of the device; were that another rank's
+    /// all-reduce, which waits for this one's, both would wait for ever.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn warm_up(&self, kernels: &Kernels, stream: &Stream) -> Result<()> {
+        let doing = "launching the all-reduce for the first time";
+        for element in ElementType::CODED {
+            let shape = (self.max_blocks, self.block_channels);
+            // SAFETY: without tiles the kernel touches no memory.
+            unsafe { kernels.all_reduce(element, self.memory(), shape, &self.all_reduce_args(), stream.handle()) }
+                .map_err(Error::cuda(doing))?;
+        }
+        if let Some(mailboxes) = self.layout.mailboxes {
+            let args = ExactArgs { block_vecs: mailboxes.block_vecs as u32, ..self.exact_args() };
+            for element in ElementType::ALL {
+                // SAFETY: without elements the kernel touches no memory.
+                unsafe { kernels.exact(element, mailboxes.blocks, &args, stream.handle()) }
+                    .map_err(Error::cuda(doing))?;
+            }
+        }
+        stream.synchronize().map_err(Error::cuda("running the all-reduce for the first time"))
+    }
+
+    /// What all compressed ones have in common; the operation is to be filled in.
+    fn all_reduce_args(&self) -> AllReduceArgs {
+        let rings = &self.layout.rings;
+        AllReduceArgs {
+            input: std::ptr::null(),
+            output: std::ptr::null_mut(),
+            count: 0,
+            chunk_tiles: 0,
+            areas: self.areas.map(<*mut c_void>::cast),
+            signals: self.counters.at(0).cast(),
+            abort: self.control.address().cast(),
+            gave_up: self.gave_up_ptr(),
+            timeout_ns: 0,
+            rank: self.rank as u32,
+            world: rings.world as u32,
+            max_channels: rings.channels as u32,
+            group_shift: kernels::group_shift(rings.legs.reduce),
+            scale: 1.0,
+            batch_invariant: rings.legs.batch_invariant.into(),
+        }
+    }
+
+    /// The same of exact ones.
+    fn exact_args(&self) -> ExactArgs {
+        let (rings, mailboxes) = (&self.layout.rings, self.layout.mailboxes);
+        let mailboxes_at = self.layout.mailboxes_at();
+        ExactArgs {
+            input: std::ptr::null(),
+            output: std::ptr::null_mut(),
+            count: 0,
+            mailboxes: self.areas.map(|area| area.cast::<u8>().wrapping_add(mailboxes_at)),
+            epochs: self.counters.at(rings.channels * 4).cast(),
+            abort: self.control.address().cast(),
+            gave_up: self.gave_up_ptr(),
+            timeout_ns: 0,
+            rank: self.rank as u32,
+            world: rings.world as u32,
+            block_vecs: 0,
+            max_blocks: mailboxes.map_or(0, |mailboxes| mailboxes.blocks as u32),
+            max_block_vecs: mailboxes.map_or(0, |mailboxes| mailboxes.block_vecs as u32),
+            scale: 1.0,
+        }
+    }
+}
+
+/// 0: no bound.
+fn nanoseconds(timeout: Option<Duration>) -> u64 {
+    timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// Blocks for so many vectors, more than 0, and vectors of each.
+fn exact_shape(n_vecs: usize, max_blocks: usize) -> (usize, u32) {
+    let n_blocks = n_vecs.div_ceil(MIN_BLOCK_VECS).min(max_blocks);
+    let block_vecs = n_vecs.div_ceil(n_blocks).next_multiple_of(WARP_VECS);
+    (n_vecs.div_ceil(block_vecs), block_vecs as u32)
+}
+
+/// Vectors of a block, where one more block would do with less.
+const MIN_BLOCK_VECS: usize = 64;
