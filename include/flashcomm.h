@@ -146,7 +146,7 @@ const char *flashcommReasonName(int reason);
 flashcommResult_t flashcommGetCommInfo(const void *comm, struct flashcommCommInfo_t *info);
 
 // Sets the bits per element of `comm`, an ncclComm_t: 2 to 8, or 16 for elements as they are, in hop 1, to the rank that
-// sums, and in hop 2, from it.
+// sums, and in hop 2, from it, where they are no fewer.
 //
 // A collective: every rank of the communicator calls alike, at the same place in the order of its calls on that
 // communicator. It returns when all ranks have changed, or none has, within FLASHCOMM_ATTACH_TIMEOUT_S; a rank that does not

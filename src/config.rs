@@ -212,7 +212,7 @@ fn parse_bits(text: &str) -> Option<(Width, Width)> {
     let width = |text: &str| Width::new(text.parse().ok()?);
     match text.split_once(':') {
         Some((reduce, gather)) => {
-            Some((width(reduce)?, width(gather)?)).filter(|(a, b)| a.is_uncompressed() == b.is_uncompressed())
+            Some((width(reduce)?, width(gather)?)).filter(|(a, b)| a <= b && a.is_uncompressed() == b.is_uncompressed())
         }
         None => width(text).map(|width| (width, width)),
     }
@@ -318,6 +318,7 @@ mod tests {
             ("FLASHCOMM_BITS", "4:"),
             ("FLASHCOMM_BITS", "4:8:8"),
             ("FLASHCOMM_BITS", "4:16"),
+            ("FLASHCOMM_BITS", "8:4"),
             ("FLASHCOMM_GROUP", "100"),
             ("FLASHCOMM_CODE", "morse"),
             ("FLASHCOMM_CODE", "spikes"),

@@ -68,7 +68,7 @@ fn demo_fails_and_says_so_when_the_shim_does_not_compress() {
 fn bench_writes_what_it_measured() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("bench.json");
-    let (stdout, stderr, code) = run(flashcomm(&["bench", "--simulator", "--worlds", "2,3", "--bits", "8:4"])
+    let (stdout, stderr, code) = run(flashcomm(&["bench", "--simulator", "--worlds", "2,3", "--bits", "4:8"])
         .args(["--sizes", "4K..8K", "--exchanges", "peer,nccl", "--rounds", "2", "--graph", "--crossover", "--kernels"])
         .arg("--json")
         .arg(&path));

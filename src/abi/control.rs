@@ -260,7 +260,7 @@ pub unsafe extern "C" fn flashcommGetCommInfo(
 }
 
 /// Sets the bits per element of `comm`, an ncclComm_t: 2 to 8, or 16 for elements as they are, in hop 1, to the rank that
-/// sums, and in hop 2, from it.
+/// sums, and in hop 2, from it, where they are no fewer.
 ///
 /// A collective: every rank of the communicator calls alike, at the same place in the order of its calls on that
 /// communicator. It returns when all ranks have changed, or none has, within FLASHCOMM_ATTACH_TIMEOUT_S; a rank that does not
@@ -292,7 +292,9 @@ pub unsafe extern "C" fn flashcommSetCommBits(
     answer("flashcommSetCommBits", || {
         let width = |bits: c_int| u8::try_from(bits).ok().and_then(Width::new);
         match (width(reduceBits), width(gatherBits)) {
-            (Some(reduce), Some(gather)) if reduce.is_uncompressed() == gather.is_uncompressed() => {
+            (Some(reduce), Some(gather))
+                if reduce <= gather && reduce.is_uncompressed() == gather.is_uncompressed() =>
+            {
                 change(comm, Some((reduce, gather)), None)
             }
             _ => FLASHCOMM_INVALID_ARGUMENT,

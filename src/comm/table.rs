@@ -119,7 +119,10 @@ pub(crate) fn reap(device: i32) {
     let idle: Vec<Arc<Comm>> = {
         let mut retired = RETIRED.lock();
         let all = std::mem::take(&mut *retired);
-        let (idle, busy) = all.into_iter().partition(|comm| comm.device() == Some(device) && comm.is_idle());
+        // A thread that has it may be about to launch its last operation: aborts come from other threads.
+        let is_held = |comm: &Arc<Comm>| Arc::strong_count(comm) > 1;
+        let is_over = |comm: &Arc<Comm>| comm.device() == Some(device) && !is_held(comm) && comm.is_idle();
+        let (idle, busy) = all.into_iter().partition(is_over);
         *retired = busy;
         idle
     };

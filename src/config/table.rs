@@ -24,7 +24,7 @@ pub const SETTINGS: [Setting; 20] = [
     setting(
         "FLASHCOMM_BITS",
         "8",
-        "2 to 8, or reduce:gather as in 4:8, or 16",
+        "2 to 8, or reduce:gather as in 4:8, the second no less, or 16",
         "bits per element on the wire; 16: as they are",
         true,
     ),

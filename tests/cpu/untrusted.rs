@@ -60,7 +60,7 @@ fn good_settings() -> impl Strategy<Value = Config> {
         |(reduce, gather, group, min_bytes, exchange, dtypes, mib)| {
             let (config, malformed) = Config::parse(|name| {
                 Some(OsString::from(match name {
-                    "FLASHCOMM_BITS" => format!("{reduce}:{gather}"),
+                    "FLASHCOMM_BITS" => format!("{}:{}", reduce.min(gather), reduce.max(gather)),
                     "FLASHCOMM_GROUP" => group.into(),
                     "FLASHCOMM_MIN_BYTES" => min_bytes.map_or("auto".into(), |n| n.to_string()),
                     "FLASHCOMM_EXCHANGE" => exchange.into(),

@@ -148,3 +148,44 @@ fn memory_that_another_process_still_has_is_kept() {
     );
     all_succeed(ends);
 }
+
+/// A thread aborts a communicator, the last one of its process, while another launches sums on it: what their kernels still
+/// read and write stays until they have ended.
+#[test]
+fn an_abort_while_sums_are_launched_takes_nothing_from_under_them() {
+    const CALLS: usize = 30;
+    let ends = processes(
+        2,
+        |_| settings("peer"),
+        |process| {
+            let rank = process.rank;
+            use_device(rank);
+            let mut random = Random(rank as u64);
+            let stream = Stream::new();
+            let memory = Memory::of(&whole_numbers(30_000, 1, rank), &stream);
+            stream.wait();
+            for round in 0..40 {
+                let comm = init(2, process.unique_id(round), rank);
+                let after = Duration::from_micros(random.below(1000) as u64);
+                // In a group, so that no call begins when the communicator is gone.
+                ok!(ncclGroupStart());
+                for _ in 0..CALLS {
+                    ok!(ncclAllReduce(memory.at, memory.at, 30_000, dtype::FP16, SUM, comm, stream.0));
+                }
+                std::thread::scope(|scope| {
+                    scope.spawn(|| {
+                        use_device(rank);
+                        std::thread::sleep(after);
+                        ok!(ncclCommAbort(comm));
+                    });
+                    call!(ncclGroupEnd()); // whose kernels may have given up already
+                });
+                assert!(
+                    stream.becomes_idle(Duration::from_secs(10)),
+                    "round {round}: the context is lost, or it hangs"
+                );
+            }
+        },
+    );
+    all_succeed(ends);
+}

@@ -125,9 +125,13 @@ pub struct Legs {
 
 impl Legs {
     /// The legs of two widths, with `code` or, without one, the code that is the default for them; `None` where there are no
-    /// kernels for that: the plain code has them for all pairs of widths, blocks for each width with itself and for `4:8`,
-    /// and a width of 16 goes with itself only.
+    /// kernels for that: the plain code has them where the gather leg is no narrower, blocks for each width with itself and
+    /// for `4:8`, and a width of 16 goes with itself only. (A narrower gather leg loses more than the same two widths the
+    /// other way round, since it carries the sum: docs/choosing-a-width.md.)
     pub fn choose(code: Option<Code>, (reduce, gather): (Width, Width), group: GroupSize) -> Option<Self> {
+        if reduce > gather {
+            return None;
+        }
         let is_plain_only = reduce != gather && (reduce.bits(), gather.bits()) != (4, 8);
         let code = match code {
             _ if reduce.is_uncompressed() => Code::Plain,

@@ -80,7 +80,7 @@ impl Mailboxes {
     }
 }
 
-const _: () = assert!(WARP_VECS * VEC_PACKETS * PACKET_BYTES % LINE_BYTES == 0 && RENEWAL.is_power_of_two());
+const _: () = assert!((WARP_VECS * VEC_PACKETS * PACKET_BYTES).is_multiple_of(LINE_BYTES) && RENEWAL.is_power_of_two());
 
 #[cfg(test)]
 mod tests {

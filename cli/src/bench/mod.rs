@@ -10,10 +10,10 @@ pub mod kernels;
 pub mod measure;
 mod plot;
 pub mod report;
+mod sizes;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use self::measure::{Check, Measured, Task};
 use self::plot::Plotted;
 use self::report::{BenchReport, Measurement};
+use self::sizes::Sizes;
 use super::client::job::{Job, Start};
 use super::client::machine::{LibraryPaths, Machine, Wanted};
 use super::client::party::Role;
@@ -108,26 +109,6 @@ pub struct Args {
 enum KernelsToo {
     Also,
     Only,
-}
-
-/// One size, or `A..B`.
-#[derive(Clone, PartialEq, Eq, Debug)]
-struct Sizes(Vec<Bytes>);
-
-impl FromStr for Sizes {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        let Some((first, last)) = text.split_once("..") else {
-            return Ok(Sizes(vec![text.parse()?]));
-        };
-        let (first, last): (Bytes, Bytes) = (first.parse()?, last.parse()?);
-        if first.0 == 0 || first > last {
-            return Err(format!("{text:?} is no range of sizes; write for example 256K..64M"));
-        }
-        Ok(Sizes(
-            std::iter::successors(Some(first), |n| n.0.checked_mul(2).map(Bytes)).take_while(|n| *n <= last).collect(),
-        ))
-    }
 }
 
 /// In the place of a width: summed exactly in one hop.
@@ -393,19 +374,5 @@ impl BenchPlan<'_> {
         let max_bytes = *self.sizes.last().expect("there are sizes");
         let batch_us = self.args.batch_ms * 1e3;
         Task { n_bytes, max_bytes, dtype, graph, batches: self.batches, batch_us, check }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_range_of_sizes_doubles_and_holds_its_ends() {
-        let sizes = |text: &str| text.parse::<Sizes>().map(|sizes| sizes.0.iter().map(|n| n.0).collect::<Vec<_>>());
-        assert_eq!(sizes("1K..4K"), Ok(vec![1024, 2048, 4096]));
-        assert_eq!(sizes("1K..3K"), Ok(vec![1024, 2048]));
-        assert_eq!(sizes("64"), Ok(vec![64]));
-        assert!(sizes("4K..1K").is_err() && sizes("0..4").is_err() && sizes("..").is_err());
     }
 }

@@ -31,7 +31,7 @@ pub fn legs(text: &str) -> Result<Legs> {
     };
     typed().with_context(|| {
         format!(
-            "{text:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8, or 16; with a code as in 4-plain: any of \
+            "{text:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8, the second no less, or 16; with a code as in 4-plain: any of \
              FLASHCOMM_CODE, all but plain with legs of one width, or 4:8"
         )
     })

@@ -75,8 +75,10 @@ struct Widths(Width, Width);
 fn parse_widths(text: &str) -> Result<Widths, String> {
     let width = |text: &str| text.parse().ok().and_then(Width::new).filter(|width| !width.is_uncompressed());
     let (reduce, gather) = text.split_once(':').unwrap_or((text, text));
-    let widths = width(reduce).zip(width(gather)).map(|(reduce, gather)| Widths(reduce, gather));
-    widths.ok_or_else(|| format!("{text:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8"))
+    let widths = width(reduce).zip(width(gather)).filter(|(reduce, gather)| reduce <= gather);
+    let widths = widths.map(|(reduce, gather)| Widths(reduce, gather));
+    widths
+        .ok_or_else(|| format!("{text:?} is no width; it takes 2 to 8, or reduce:gather as in 4:8, the second no less"))
 }
 
 fn parse_code(text: &str) -> Result<Code, String> {

@@ -17,9 +17,9 @@ fn ranks_that_ask_for_different_things_are_told_and_keep_what_they_had() {
             let rank = Rank::new(&sums, process.unique_id(0), process.rank);
             rank.set(4, 4);
             let odd = process.rank == 2;
-            assert_eq!(call!(flashcommSetCommBits(rank.comm, if odd { 6 } else { 5 }, 5)), 5);
+            assert_eq!(call!(flashcommSetCommBits(rank.comm, 5, if odd { 6 } else { 5 })), 5);
             let text = last_error(0);
-            assert!(text.contains("rank 2 has FLASHCOMM_BITS=6:5, rank 0 has 5"), "{text}");
+            assert!(text.contains("rank 2 has FLASHCOMM_BITS=5:6, rank 0 has 5"), "{text}");
             rank.gives(&sums.at(4, 4), "the width stays");
             assert_eq!(call!(flashcommSetCommEnabled(rank.comm, odd.into())), 5);
             rank.gives(&sums.at(4, 4), "it stays on");
@@ -52,7 +52,14 @@ fn where_nothing_can_be_changed_the_answer_says_why() {
                     [4; 2]
                 );
             }
-            assert_eq!([call!(flashcommSetCommBits(0, 4, 4)), call!(flashcommSetCommEnabled(comm, 2))], [4; 2]);
+            assert_eq!(
+                [
+                    call!(flashcommSetCommBits(0, 4, 4)),
+                    call!(flashcommSetCommBits(comm, 8, 4)),
+                    call!(flashcommSetCommEnabled(comm, 2))
+                ],
+                [4; 3]
+            );
             refusals(comm, &std::env::var("CONTROL_WHY").unwrap());
             ok!(ncclCommDestroy(comm));
         });
@@ -71,7 +78,7 @@ fn a_ninth_pair_of_widths_is_refused_and_the_others_stay_usable() {
             let rank = Rank::new(&sums, id, rank);
             // The first is that of FLASHCOMM_BITS.
             (1..=7).for_each(|i| rank.set(2 + i / 7, 1 + (i - 1) % 7 + 1));
-            assert_eq!(call!(flashcommSetCommBits(rank.comm, 8, 2)), 5);
+            assert_eq!(call!(flashcommSetCommBits(rank.comm, 2, 8)), 5);
             assert!(last_error(0).contains("8 pairs of widths"), "{}", last_error(0));
             rank.set(2, 4);
             rank.gives(&sums.at(2, 4), "an earlier one");

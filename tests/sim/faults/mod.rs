@@ -234,7 +234,7 @@ fn nothing_has_grown(first: Held) {
         if is_flat && last.device_bytes <= first.device_bytes {
             return;
         }
-        assert!(Instant::now() < end, "it grows: {first:?} {last:?}");
+        assert!(Instant::now() < end, "it grows: {first:?} {last:?} {:?}", open_files());
         std::thread::sleep(Duration::from_millis(20));
     }
 }
