@@ -47,7 +47,7 @@ export RUST_BACKTRACE=0
 cargo build "${packages[@]}"
 status=0
 cargo nextest run -p flashcomm-test-support --test sim --no-fail-fast \
-    -E "($tests) and not test(ten_thousand) and not $leave_out" || status=$?
+    -E "($tests) and not test(thousands_of_communicators) and not $leave_out" || status=$?
 if compgen -G "$reports/race.*" >/dev/null; then
     cat "$reports"/race.* >&2
     exit 1

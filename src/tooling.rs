@@ -41,7 +41,7 @@ pub mod cuda {
 /// launches would prove other kernels.
 pub mod kernels {
     pub use crate::element::ElementType;
-    pub use crate::kernels::{Kernels, Piece};
+    pub use crate::kernels::{ExactArgs, Kernels, Piece};
 }
 
 /// How ranks come to an exchange. `doctor` goes through the rounds of an attach over pipes, and says

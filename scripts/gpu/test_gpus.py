@@ -76,6 +76,15 @@ def test_beside_nccl(runner, packed_nccl, out, several, ranks_are):
 
 
 @pytest.mark.measures
+@pytest.mark.parametrize("exchange", ["peer", "host"])
+def test_exact_sums_beside_nccl(runner, packed_nccl, out, several, exchange):
+    """Small ones in one hop. Over host memory NCCL goes there, too."""
+    options = ["--exchanges", exchange, "--bits", "exact", "--sizes", "256..2M", "--graph"]
+    settings = HOST_ONLY if exchange == "host" else {}
+    bench(runner, packed_nccl, out / f"gpus-exact-{exchange}.json", several, *options, **settings)
+
+
+@pytest.mark.measures
 def test_over_host_memory_beside_nccl(runner, packed_nccl, out, several):
     """NCCL goes over shared memory of the host, too."""
     options = ["--exchanges", "host", "--bits", "8,4,4-plain,16", "--sizes", "256K,1M,4M,16M,64M"]

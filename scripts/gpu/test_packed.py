@@ -39,6 +39,7 @@ def sim(runner, *filters):
     "job",
     [
         pytest.param("groups::a_simulated_end_discards_the_group", id="fused"),
+        pytest.param("exact::the_ranges_are_what_is_set_and_told", id="exact"),
         pytest.param("allreduce::rings_go_round_in_gpu_memory", id="rings-gpu"),
         pytest.param("allreduce::rings_go_round_in_host_memory", id="rings-host"),
     ],
@@ -68,6 +69,10 @@ def test_sanitizer_of_the_fused_kernel(runner, packed_nccl, tool, job):
             id="every-code-and-width-host-memory",
         ),
         pytest.param(60, ["allreduce::every_code_shows"], id="what-is-not-finite-in-every-code"),
+        pytest.param(
+            150, ["exact::two", "exact::the_ranges", "exact::sums_of", "exact::a_wait"], id="exact-sums-in-one-hop"
+        ),
+        pytest.param(60, ["aside::"], id="groups-with-other-calls"),
         pytest.param(60, ["record::threads_save"], id="recorded-inputs"),
         pytest.param(60, ["stats::a_communicators_counts_are_its_calls"], id="statistics"),
         pytest.param(

@@ -24,7 +24,8 @@ mod instances;
 #[allow(dead_code, unreachable_pub, reason = "build.rs uses the file, too")]
 mod shared;
 
-pub(crate) use shared::{ABORTED, AllReduceArgs, ExactArgs, GaveUp};
+pub use shared::ExactArgs;
+pub(crate) use shared::{ABORTED, AllReduceArgs, GaveUp};
 
 /// Every kernel for every architecture, from build.rs.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbin"));

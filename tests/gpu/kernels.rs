@@ -12,7 +12,7 @@ use flashcomm_wire::{Code, Codec, Element, GroupSize, Legs, Plan, TILE_ELEMS, Wi
 use half::{bf16, f16};
 
 /// The first device, or `None` with a word about it.
-fn gpu() -> Option<Context> {
+pub fn gpu() -> Option<Context> {
     let found = cuda::init().is_ok() && cuda::device_count().is_ok_and(|n| n > 0);
     if found {
         return Some(Context::retain(0).expect("device 0"));
@@ -22,7 +22,7 @@ fn gpu() -> Option<Context> {
     None
 }
 
-fn legs(code: Code, reduce: u8, gather: u8, group: u16) -> Legs {
+pub fn legs(code: Code, reduce: u8, gather: u8, group: u16) -> Legs {
     let width = |bits| Width::new(bits).unwrap();
     Legs::choose(Some(code), (width(reduce), width(gather)), GroupSize::new(group).unwrap()).unwrap()
 }
@@ -39,7 +39,7 @@ impl Random {
 
 /// Adversarial and ordinary elements, in stretches: bell-like, any bits, subnormal, constant, zeros of both signs,
 /// extremes, octets of equal elements, and now and then a NaN, an infinity or what is too large for a code.
-fn elements<E: Element>(count: usize, seed: u64) -> Vec<E> {
+pub fn elements<E: Element>(count: usize, seed: u64) -> Vec<E> {
     let mut random = Random(seed);
     let mut out = Vec::with_capacity(count);
     while out.len() < count {

@@ -335,10 +335,13 @@ fn a_communicator_ends_while_another_thread_captures() {
     });
 }
 
+/// `FLASHCOMM_TEST_COMMUNICATORS` (10000): how many.
 #[test]
-fn ten_thousand_communicators_leave_nothing_behind() {
+fn thousands_of_communicators_leave_nothing_behind() {
     in_process(BITS, || {
-        let (world, n_rounds) = (2, if is_real() { 200 } else { 10_000 });
+        let asked = std::env::var("FLASHCOMM_TEST_COMMUNICATORS").ok();
+        let asked = asked.map_or(10_000, |text| text.parse().expect("FLASHCOMM_TEST_COMMUNICATORS is a number"));
+        let (world, n_rounds) = (2, if is_real() { 200 } else { asked });
         let case = Case::<f16>::new(500, 1, world, legs(4, 4));
         let gate = Barrier::new(world);
         let ids: Vec<_> = (0..n_rounds).map(|_| once_cell::sync::OnceCell::new()).collect();
