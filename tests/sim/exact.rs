@@ -14,34 +14,21 @@ trait Summed: Summand {
     fn bytes(self) -> Vec<u8>;
 }
 
-impl Summed for f16 {
-    const NUMBER: c_int = dtype::FP16;
-    fn of(x: f32) -> Self {
-        f16::from_f32(x)
-    }
-    fn bytes(self) -> Vec<u8> {
-        self.to_le_bytes().into()
-    }
+macro_rules! summed {
+    ($($type:ty, $number:expr, $of:expr;)*) => { $(impl Summed for $type {
+        const NUMBER: c_int = $number;
+        fn of(x: f32) -> Self {
+            $of(x)
+        }
+        fn bytes(self) -> Vec<u8> {
+            self.to_le_bytes().into()
+        }
+    })* };
 }
-
-impl Summed for bf16 {
-    const NUMBER: c_int = dtype::BF16;
-    fn of(x: f32) -> Self {
-        bf16::from_f32(x)
-    }
-    fn bytes(self) -> Vec<u8> {
-        self.to_le_bytes().into()
-    }
-}
-
-impl Summed for f32 {
-    const NUMBER: c_int = dtype::FP32;
-    fn of(x: f32) -> Self {
-        x
-    }
-    fn bytes(self) -> Vec<u8> {
-        self.to_le_bytes().into()
-    }
+summed! {
+    f16, dtype::FP16, f16::from_f32;
+    bf16, dtype::BF16, bf16::from_f32;
+    f32, dtype::FP32, std::convert::identity;
 }
 
 fn bytes<S: Summed>(elements: &[S]) -> Vec<u8> {

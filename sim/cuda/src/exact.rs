@@ -2,7 +2,6 @@
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
 use flashcomm_sim_schedule as schedule;
 use flashcomm_wire::mailboxes::{VEC_BYTES, renews};
@@ -50,7 +49,6 @@ struct Block<S> {
     has_sent: bool,
     /// The next vector to be summed.
     next: usize,
-    waits_since: Option<Instant>,
     element: PhantomData<S>,
 }
 
@@ -70,8 +68,8 @@ pub fn run<S: Stored>(_: &Kernel, bytes: &[u8], shape: Shape) -> Result<()> {
             return Ok(Vec::new());
         }
         let epoch = word(args.epochs as usize + number * 4)?.load(Ordering::Relaxed).wrapping_add(1);
-        let (has_sent, next, waits_since, element) = (false, 0, None, PhantomData::<S>);
-        Ok(vec![Block { number, epoch, n_vecs, has_sent, next, waits_since, element }])
+        let (has_sent, next, element) = (false, 0, PhantomData::<S>);
+        Ok(vec![Block { number, epoch, n_vecs, has_sent, next, element }])
     })
 }
 
@@ -179,13 +177,15 @@ impl<S: Stored> Part for Block<S> {
         let (start, n_bytes) = self.extent(launch, self.next);
         store(launch.args.output as usize + start, &bytes[..n_bytes])?;
         self.next += 1;
-        self.waits_since = None;
         Ok(Progress::Advanced)
     }
 
-    fn gives_up(&mut self, launch: &Launch, peer: usize) -> Result<bool> {
-        let since = *self.waits_since.get_or_insert_with(Instant::now);
+    fn place(&self) -> (usize, usize) {
+        (self.number, self.next)
+    }
+
+    fn patience(launch: &Launch) -> Patience {
         let ExactArgs { abort, gave_up, timeout_ns, .. } = launch.args;
-        Patience { abort, gave_up, timeout_ns }.ends(since, (peer, self.number, self.next))
+        Patience { abort, gave_up, timeout_ns }
     }
 }

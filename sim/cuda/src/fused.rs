@@ -2,7 +2,6 @@
 
 use std::marker::PhantomData;
 use std::sync::atomic::{Ordering, fence};
-use std::time::Instant;
 
 use flashcomm_wire::{Codec, Element, Legs, Rings, TILE_ELEMS, rings};
 
@@ -41,7 +40,6 @@ struct Channel<E> {
     iteration: usize,
     /// What comes next in it.
     phase: Phase,
-    waits_since: Option<Instant>,
     element: PhantomData<E>,
 }
 
@@ -61,7 +59,7 @@ pub fn run<E: Element>(kernel: &Kernel, bytes: &[u8], shape: Shape) -> Result<()
         let n_signals = word(args.signals as usize + number * 4)?.load(Ordering::Relaxed);
         let n_rounds = (n_tiles - number).div_ceil(n_channels);
         let (phase, element) = (Phase::Push, PhantomData::<E>);
-        Ok(Channel { number, n_rounds, n_signals, iteration: 0, phase, waits_since: None, element })
+        Ok(Channel { number, n_rounds, n_signals, iteration: 0, phase, element })
     };
     turns::take(&launch, shape, |block| {
         (block * rows..(block + 1) * rows).filter(|number| *number < n_tiles).map(new).collect()
@@ -156,14 +154,16 @@ impl<E: Element> Part for Channel<E> {
                 Phase::Push
             }
         };
-        self.waits_since = None;
         Ok(Progress::Advanced)
     }
 
-    fn gives_up(&mut self, launch: &Launch, peer: usize) -> Result<bool> {
-        let since = *self.waits_since.get_or_insert_with(Instant::now);
+    fn place(&self) -> (usize, usize) {
+        (self.number, self.iteration)
+    }
+
+    fn patience(launch: &Launch) -> Patience {
         let AllReduceArgs { abort, gave_up, timeout_ns, .. } = launch.args;
-        Patience { abort, gave_up, timeout_ns }.ends(since, (peer, self.number, self.iteration))
+        Patience { abort, gave_up, timeout_ns }
     }
 }
 

@@ -35,8 +35,10 @@ pub trait Part: Sized {
     fn block(&self, launch: &Self::Launch) -> usize;
     /// Goes on until it would have to wait.
     fn step(&mut self, launch: &Self::Launch) -> Result<Progress>;
-    /// Whether it stops waiting for this rank.
-    fn gives_up(&mut self, launch: &Self::Launch, peer: usize) -> Result<bool>;
+    /// What a part that waits says of where it is: channel and iteration.
+    fn place(&self) -> (usize, usize);
+    /// What ends its waits.
+    fn patience(launch: &Self::Launch) -> Patience;
 }
 
 /// Runs all blocks of a launch to their end, or until they give up. `begin`: the parts of a block.
@@ -46,30 +48,37 @@ pub fn take<P: Part>(launch: &P::Launch, shape: Shape, begin: impl Fn(usize) -> 
         blocks.reverse(); // they are taken from the end
     }
     // Those of a block are neighbours.
-    let n_resident = |parts: &[P]| parts.chunk_by(|a, b| a.block(launch) == b.block(launch)).count();
-    let mut parts: Vec<P> = Vec::new();
+    let n_resident =
+        |parts: &[(P, Option<Instant>)]| parts.chunk_by(|(a, _), (b, _)| a.block(launch) == b.block(launch)).count();
+    // Each with the time since when it waits.
+    let mut parts: Vec<(P, Option<Instant>)> = Vec::new();
     let mut idle_turns = 0;
     loop {
         while n_resident(&parts) < shape.resident as usize
             && let Some(block) = blocks.pop()
         {
-            parts.extend(begin(block)?);
+            parts.extend(begin(block)?.into_iter().map(|part| (part, None)));
         }
         if parts.is_empty() {
             return Ok(());
         }
         let mut left = Vec::with_capacity(parts.len());
         let mut has_advanced = false;
-        for mut part in parts {
+        for (mut part, since) in parts {
             schedule::point();
             match part.step(launch)? {
                 Progress::Done => has_advanced = true,
                 Progress::Advanced => {
                     has_advanced = true;
-                    left.push(part);
+                    left.push((part, None));
                 }
-                Progress::Waits(peer) if part.gives_up(launch, peer)? => {}
-                Progress::Waits(_) => left.push(part),
+                Progress::Waits(peer) => {
+                    let since = since.unwrap_or_else(Instant::now);
+                    let (channel, iteration) = part.place();
+                    if !P::patience(launch).ends(since, (peer, channel, iteration))? {
+                        left.push((part, Some(since)));
+                    }
+                }
             }
         }
         parts = left;
