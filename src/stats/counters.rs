@@ -56,8 +56,8 @@ pub(super) const fn class_start(class: usize) -> u64 {
 /// Owner of a block that is nobody's.
 pub(super) const FREE: usize = usize::MAX;
 
-/// The counters of one communicator, on cache lines of their own.
-#[repr(align(128))]
+/// The counters of one communicator, on cache lines of their own; what every counted call touches comes first.
+#[repr(C, align(128))]
 pub struct Counters {
     /// The communicator's handle, or [`FREE`].
     pub(super) owner: AtomicUsize,
