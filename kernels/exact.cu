@@ -6,12 +6,12 @@
 //   reads  input      count elements of T, aligned as T is       writes  output  the same; may be the input
 //   both   mailboxes  one of each rank, 128-byte aligned
 //
-// Block b takes vectors b * block_vecs and on, of 16 bytes each. It sends each as two packets, in which a flag stands behind
-// each 4 bytes of data; a word of both arrives whole. wire/src/mailboxes.rs says why no old flag is taken for a new one, and a
-// test there goes through every interleaving. Each thread writes all of its vectors to all peers, then waits for those of the
-// peers in rank order, so the sum is the same on all ranks.
+// Block b takes stripes b * block_stripes and on, a warp each: three vectors of 16 bytes a lane, which travel as four packets
+// of 12 bytes and a flag. A packet is one access of 128 bits and arrives whole. wire/src/mailboxes.rs says why no old flag is
+// taken for a new one, and a test there goes through every interleaving. Each warp writes all of its stripes to all peers,
+// then waits for those of the peers in rank order, so the sum is the same on all ranks.
 //
-// Bytes that leave a rank: 2 for each of data, world - 1 times. The way: a load of the input and the epoch, a store, a load.
+// Bytes that leave a rank: 4/3 for each of data, world - 1 times. The way: a load of the input and the epoch, a store, a load.
 
 #include "element.cuh"
 #include "signals.cuh"
@@ -56,11 +56,23 @@ struct Exact {
 
   // ---- the caller's elements ------------------------------------------------------------------------------------
 
-  // Vector i of the input; past its end zeros.
-  __device__ Vec16 load(uint64_t i) const {
-    const Bits* at = static_cast<const Bits*>(args.input) + i * kElems;
-    const uint64_t rest = args.count - i * kElems;
-    return is_aligned16(args.input) && rest >= kElems ? load_vec16(at) : load_slowly(at, rest);
+  // The first element of vector i of this lane in a stripe of the operation.
+  __device__ uint64_t element(uint64_t stripe, int i) const {
+    return ((stripe * kLaneVecs + i) * kLanes + threadIdx.x % kLanes) * kElems;
+  }
+
+  // Past the end of the input zeros.
+  __device__ void load(uint64_t stripe, Vec16 (&v)[kLaneVecs]) const {
+    const Bits* input = static_cast<const Bits*>(args.input);
+#pragma unroll
+    for (int i = 0; i < kLaneVecs; ++i) {
+      const uint64_t at = element(stripe, i);
+      if (is_aligned16(input) && at + kElems <= args.count) {
+        v[i] = load_vec16(input + at);
+      } else {
+        v[i] = at < args.count ? load_slowly(input + at, args.count - at) : Vec16{};
+      }
+    }
   }
   // Kept out of the way of the usual case, as its counterpart below.
   __device__ __noinline__ static Vec16 load_slowly(const Bits* at, uint64_t rest) {
@@ -72,13 +84,12 @@ struct Exact {
     return v;
   }
 
-  __device__ void store(uint64_t i, const Vec16& v) const {
-    Bits* at = static_cast<Bits*>(args.output) + i * kElems;
-    const uint64_t rest = args.count - i * kElems;
-    if (is_aligned16(args.output) && rest >= kElems) {
-      store_vec16(at, v);
-    } else {
-      store_slowly(at, rest, v);
+  __device__ void store(uint64_t at, const Vec16& v) const {
+    Bits* output = static_cast<Bits*>(args.output);
+    if (is_aligned16(output) && at + kElems <= args.count) {
+      store_vec16(output + at, v);
+    } else if (at < args.count) {
+      store_slowly(output + at, args.count - at, v);
     }
   }
   __device__ __noinline__ static void store_slowly(Bits* at, uint64_t rest, Vec16 v) {
@@ -90,67 +101,81 @@ struct Exact {
 
   // ---- mailboxes ------------------------------------------------------------------------------------------------
 
-  // The first packet of this block's vector i in the mailboxes of a rank; the second is kWarpVecs further.
-  __device__ uint4* packet(unsigned at_rank, unsigned from, unsigned i) const {
-    const uint32_t turn = epoch % kTurns;
-    const uint64_t mailbox = uint64_t((turn * args.world + from) * args.max_blocks + blockIdx.x) * args.max_block_vecs;
-    const uint64_t at = (mailbox + i / kWarpVecs * kWarpVecs) * kVecPackets + i % kWarpVecs;
+  // This lane's first packet of this block's stripe in the mailboxes of a rank; the next ones are kLanes further each.
+  __device__ uint4* packets(unsigned at_rank, unsigned from, unsigned stripe) const {
+    const unsigned turn = epoch % kTurns, peer = from - (from > at_rank ? 1 : 0);
+    const uint64_t mailbox = uint64_t(turn * (args.world - 1) + peer) * args.max_blocks + blockIdx.x;
+    const uint64_t at = (mailbox * args.max_block_stripes + stripe) * (kLanePackets * kLanes) + threadIdx.x % kLanes;
     return reinterpret_cast<uint4*>(args.mailboxes[at_rank]) + at;
   }
 
-  __device__ void send(unsigned to, unsigned i, const Vec16& v) const {
-    uint4* at = packet(to, args.rank, i);
-    st_relaxed_sys(at, make_uint4(v.words[0], epoch, v.words[1], epoch));
-    st_relaxed_sys(at + kWarpVecs, make_uint4(v.words[2], epoch, v.words[3], epoch));
+  __device__ void send(unsigned to, unsigned stripe, const Vec16 (&v)[kLaneVecs]) const {
+    uint4* at = packets(to, args.rank, stripe);
+#pragma unroll
+    for (int i = 0; i < kLaneVecs; ++i) {
+      st_relaxed_sys_b128(at + i * kLanes, make_uint4(v[i].words[0], v[i].words[1], v[i].words[2], epoch));
+    }
+    st_relaxed_sys_b128(at + kLaneVecs * kLanes, make_uint4(v[0].words[3], v[1].words[3], v[2].words[3], epoch));
   }
 
-  // Waits for vector i of a peer's. False where the thread gives up.
-  __device__ bool receive(unsigned from, unsigned i, Vec16& v) const {
-    const uint4* at = packet(args.rank, from, i);
+  // Waits for a peer's. False where the thread gives up.
+  __device__ bool receive(unsigned from, unsigned stripe, Vec16 (&v)[kLaneVecs]) const {
+    const uint4* at = packets(args.rank, from, stripe);
     uint64_t start = 0;
     for (unsigned spins = 1;; ++spins) {
-      const uint4 a = ld_relaxed_sys(at), b = ld_relaxed_sys(at + kWarpVecs);
-      if (a.y == epoch && a.w == epoch && b.y == epoch && b.w == epoch) {
-        v = {{a.x, a.z, b.x, b.z}};
+      const uint4 a = ld_relaxed_sys_b128(at), b = ld_relaxed_sys_b128(at + kLanes);
+      const uint4 c = ld_relaxed_sys_b128(at + 2 * kLanes), d = ld_relaxed_sys_b128(at + 3 * kLanes);
+      if (a.w == epoch && b.w == epoch && c.w == epoch && d.w == epoch) {
+        v[0] = {{a.x, a.y, a.z, d.x}};
+        v[1] = {{b.x, b.y, b.z, d.y}};
+        v[2] = {{c.x, c.y, c.z, d.z}};
         return true;
       }
-      if (spins % 1024 == 0 && gives_up(args, from, blockIdx.x, i, start)) return false;
+      if (spins % 1024 == 0 && gives_up(args, from, blockIdx.x, stripe, start)) return false;
     }
   }
 
   // ---- the operation --------------------------------------------------------------------------------------------
 
-  // The first of this block's n vectors is vector first of the input. False where the thread gives up.
+  // The first of this block's n stripes is stripe first of the operation. False where the thread gives up.
   __device__ bool run(uint64_t first, unsigned n) const {
+    const unsigned warp = threadIdx.x / kLanes, n_warps = blockDim.x / kLanes;
     // Where all places are to be written anew, those past the end get zeros, for which nobody waits.
-    const unsigned n_sent = epoch % kRenewal >= kRenewal - kTurns ? args.max_block_vecs : n;
-    for (unsigned i = threadIdx.x; i < n_sent; i += blockDim.x) {
-      const Vec16 v = i < n ? load(first + i) : Vec16{};
+    const unsigned n_sent = epoch % kRenewal >= kRenewal - kTurns ? args.max_block_stripes : n;
+    for (unsigned stripe = warp; stripe < n_sent; stripe += n_warps) {
+      Vec16 v[kLaneVecs] = {};
+      if (stripe < n) load(first + stripe, v);
 #pragma unroll 1
       for (unsigned step = 1; step < args.world; ++step) {
         const unsigned peer = args.rank + step;
-        send(peer < args.world ? peer : peer - args.world, i, v);
+        send(peer < args.world ? peer : peer - args.world, stripe, v);
       }
     }
-    for (unsigned i = threadIdx.x; i < n; i += blockDim.x) {
-      float sum[kElems];
+    for (unsigned stripe = warp; stripe < n; stripe += n_warps) {
+      float sum[kLaneVecs][kElems];
 #pragma unroll
-      for (unsigned e = 0; e < kElems; ++e) sum[e] = -0.0f;  // to which -0 adds up to -0
+      for (int i = 0; i < kLaneVecs; ++i) {
+#pragma unroll
+        for (unsigned e = 0; e < kElems; ++e) sum[i][e] = -0.0f;  // to which -0 adds up to -0
+      }
+      Vec16 v[kLaneVecs];
 #pragma unroll 1
       for (unsigned rank = 0; rank < args.world; ++rank) {
-        Vec16 v;
         if (rank == args.rank) {
-          v = load(first + i);
-        } else if (!receive(rank, i, v)) {
+          load(first + stripe, v);
+        } else if (!receive(rank, stripe, v)) {
           return false;
         }
-        Summand<T>::add(v, sum);
+#pragma unroll
+        for (int i = 0; i < kLaneVecs; ++i) Summand<T>::add(v[i], sum[i]);
       }
 #pragma unroll
-      for (unsigned e = 0; e < kElems; ++e) sum[e] *= args.scale;
-      Vec16 v;
-      Summand<T>::round(sum, v);
-      store(first + i, v);
+      for (int i = 0; i < kLaneVecs; ++i) {
+#pragma unroll
+        for (unsigned e = 0; e < kElems; ++e) sum[i][e] *= args.scale;
+        Summand<T>::round(sum[i], v[i]);
+        store(element(first + stripe, i), v[i]);
+      }
     }
     return true;
   }
@@ -158,13 +183,13 @@ struct Exact {
 
 template <class T>
 __device__ __forceinline__ void exact(const ExactArgs& args) {
-  constexpr unsigned kElems = Exact<T>::kElems;
-  const uint64_t n_vecs = (args.count + kElems - 1) / kElems;
-  const uint64_t first = uint64_t(blockIdx.x) * args.block_vecs;
-  if (first >= n_vecs) return;  // as the block of this number does on every rank
+  constexpr unsigned kStripeElems = kLanes * kLaneVecs * Exact<T>::kElems;
+  const uint64_t n_stripes = (args.count + kStripeElems - 1) / kStripeElems;
+  const uint64_t first = uint64_t(blockIdx.x) * args.block_stripes;
+  if (first >= n_stripes) return;  // as the block of this number does on every rank
   const Exact<T> self = {args, args.epochs[blockIdx.x] + 1};
-  const uint64_t rest = n_vecs - first;
-  const bool has_ended = self.run(first, rest < args.block_vecs ? unsigned(rest) : args.block_vecs);
+  const uint64_t rest = n_stripes - first;
+  const bool has_ended = self.run(first, rest < args.block_stripes ? unsigned(rest) : args.block_stripes);
   // All threads have read the epoch.
   if (__syncthreads_and(has_ended) && threadIdx.x == 0) args.epochs[blockIdx.x] = self.epoch;
 }

@@ -37,18 +37,16 @@ __device__ __forceinline__ void st_relaxed_sys(uint32_t* ptr, uint32_t v) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(ptr), "r"(v) : "memory");
 }
 
-// 16 bytes; each aligned 8 of them are there or not as a whole.
-__device__ __forceinline__ uint4 ld_relaxed_sys(const uint4* ptr) {
-  uint4 v;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(ptr)
-               : "memory");
-  return v;
+// 16 aligned bytes, which are there or not as a whole: PTX has them as one access of 128 bits, not as a vector of smaller ones.
+__device__ __forceinline__ uint4 ld_relaxed_sys_b128(const uint4* ptr) {
+  unsigned __int128 v;
+  asm volatile("ld.relaxed.sys.global.b128 %0, [%1];" : "=q"(v) : "l"(ptr) : "memory");
+  return make_uint4(uint32_t(v), uint32_t(v >> 32), uint32_t(v >> 64), uint32_t(v >> 96));
 }
 
-__device__ __forceinline__ void st_relaxed_sys(uint4* ptr, const uint4& v) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+__device__ __forceinline__ void st_relaxed_sys_b128(uint4* ptr, const uint4& v) {
+  const uint64_t low = uint64_t(v.y) << 32 | v.x, high = uint64_t(v.w) << 32 | v.z;
+  asm volatile("st.relaxed.sys.global.b128 [%0], %1;" ::"l"(ptr), "q"(static_cast<unsigned __int128>(high) << 64 | low)
                : "memory");
 }
 

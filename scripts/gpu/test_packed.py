@@ -39,7 +39,7 @@ def sim(runner, *filters):
     "job",
     [
         pytest.param("groups::a_simulated_end_discards_the_group", id="fused"),
-        pytest.param("exact::the_ranges_are_what_is_set_and_told", id="exact"),
+        pytest.param("exact::two_and_three_ranks_equal_the_reference_over_peer_memory", id="exact"),
         pytest.param("allreduce::rings_go_round_in_gpu_memory", id="rings-gpu"),
         pytest.param("allreduce::rings_go_round_in_host_memory", id="rings-host"),
     ],

@@ -9,6 +9,9 @@
 //!   Our operations come when the real NCCL has launched all of its own. On the application's stream they would wait for
 //!   those, also for calls that another rank has behind ours, which wait for ours there. Aside they wait only for what the
 //!   application's stream had before the group. What comes after the group waits for both.
+//!
+//! They have the highest priority. The driver puts streams of one priority in few queues (`CUDA_DEVICE_MAX_CONNECTIONS`), where
+//! what is behind another stream's work waits for it: for what stands on the application's streams, ours must not.
 
 use parking_lot::Mutex;
 
@@ -31,7 +34,7 @@ impl Aside {
     /// # Errors
     /// The driver's.
     pub(crate) fn new() -> CudaResult<Self> {
-        Ok(Self(Mutex::new(Streams { event: Event::new()?, streams: vec![Stream::new()?] })))
+        Ok(Self(Mutex::new(Streams { event: Event::new()?, streams: vec![Stream::urgent()?] })))
     }
 
     /// Forks a stream off the application's `stream`, which does `capture`: it waits for what is there now.
@@ -86,7 +89,7 @@ impl Streams {
         }
         let _entered = context.enter()?;
         let _relaxed = RelaxedCapture::enter()?;
-        let new = Stream::new()?;
+        let new = Stream::urgent()?;
         let handle = new.handle();
         self.streams.push(new);
         Ok(handle)

@@ -1,6 +1,6 @@
 //! Streams and events. Those of the application are borrowed as raw handles.
 
-use std::ffi::c_uint;
+use std::ffi::{c_int, c_uint};
 use std::ptr;
 
 use cudarc::driver::sys;
@@ -20,10 +20,22 @@ unsafe impl Send for Stream {}
 impl Stream {
     /// A new stream in the current context.
     pub fn new() -> CudaResult<Self> {
+        Self::with_priority(0)
+    }
+
+    /// The same, of the highest priority: never in one queue with a stream of another.
+    pub(crate) fn urgent() -> CudaResult<Self> {
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: both are valid places.
+        check(unsafe { sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest) })?;
+        Self::with_priority(greatest)
+    }
+
+    fn with_priority(priority: c_int) -> CudaResult<Self> {
         let mut handle = ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
         // SAFETY: `handle` is a valid place.
-        check(unsafe { sys::cuStreamCreate(&mut handle, flags) })?;
+        check(unsafe { sys::cuStreamCreateWithPriority(&mut handle, flags, priority) })?;
         Ok(Self(handle))
     }
 

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 
-use flashcomm_wire::mailboxes::WARP_VECS;
+use flashcomm_wire::mailboxes::LANES;
 use flashcomm_wire::{Codec, Legs, Plan};
 use once_cell::sync::Lazy;
 use parking_lot::Mutex;
@@ -188,8 +188,8 @@ impl Kernels {
         args: &ExactArgs,
         stream: StreamHandle,
     ) -> CudaResult<()> {
-        // As many threads as have a vector, whole warps of them.
-        let n_threads = (args.block_vecs as usize).next_multiple_of(WARP_VECS).clamp(WARP_VECS, EXACT_THREADS);
+        // A warp for each stripe, as far as that goes.
+        let n_threads = (args.block_stripes as usize * LANES).clamp(LANES, EXACT_THREADS);
         let shape = Shape { grid: (n_blocks as u32, 1), block: (n_threads as u32, 1), shared_bytes: 0 };
         // SAFETY: as the caller vouches; the struct is the kernel's.
         unsafe { self.exact[element as usize].launch(shape, stream, args) }

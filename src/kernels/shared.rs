@@ -13,7 +13,7 @@ use std::ffi::c_void;
 
 use flashcomm_wire::Element;
 use flashcomm_wire::codec::{Code, Codec, GroupSize, LANE_ELEMS, MAX_LEVEL, ROW_ELEMS, TILE_ELEMS, WARP_ELEMS, Width};
-use flashcomm_wire::mailboxes::{RENEWAL, TURNS, VEC_PACKETS, WARP_VECS};
+use flashcomm_wire::mailboxes::{LANE_PACKETS, LANE_VECS, LANES, RENEWAL, TURNS};
 use flashcomm_wire::rings::{LAGGING_WORLD, LINE_BYTES, MAX_WORLD, SIGNAL_BYTES, slots};
 use half::{bf16, f16};
 
@@ -47,7 +47,7 @@ const fn params_bytes(code: Code) -> usize {
 }
 
 /// For `shared.cuh`: type, name and value of each constant.
-pub const CONSTANTS: [(&str, &str, usize); 22] = [
+pub const CONSTANTS: [(&str, &str, usize); 23] = [
     ("int", "kTileElems", TILE_ELEMS),
     ("int", "kTileThreads", TILE_THREADS),
     ("int", "kWarpElems", WARP_ELEMS),
@@ -66,8 +66,9 @@ pub const CONSTANTS: [(&str, &str, usize); 22] = [
     ("unsigned", "kExactThreads", EXACT_THREADS),
     ("unsigned", "kTurns", TURNS),
     ("uint32_t", "kRenewal", RENEWAL as usize),
-    ("unsigned", "kVecPackets", VEC_PACKETS),
-    ("unsigned", "kWarpVecs", WARP_VECS),
+    ("unsigned", "kLanes", LANES),
+    ("unsigned", "kLaneVecs", LANE_VECS),
+    ("unsigned", "kLanePackets", LANE_PACKETS),
     ("uint32_t", "kAborted", ABORTED as usize),
     ("uint32_t", "kDeadlinePassed", DEADLINE_PASSED as usize),
 ];
@@ -182,7 +183,7 @@ shared_structs! {
         peer: u32,
         /// The channel, or block of the exact kernel, that waited.
         channel: u32,
-        /// Its iteration, or vector.
+        /// Its iteration, or stripe.
         iteration: u32,
     }
 
@@ -244,12 +245,12 @@ shared_structs! {
         rank: u32,
         /// Ranks.
         world: u32,
-        /// Vectors that each block takes of this operation.
-        block_vecs: u32,
+        /// Stripes that each block takes of this operation.
+        block_stripes: u32,
         /// Blocks that the mailboxes have room for.
         max_blocks: u32,
-        /// Vectors of a block that they have room for.
-        max_block_vecs: u32,
+        /// Stripes of a block that they have room for.
+        max_block_stripes: u32,
         /// As in [`AllReduceArgs`].
         scale: f32,
     }

@@ -13,10 +13,10 @@ pub(crate) fn ranges(facts: &[Blob], kind: ExchangeKind) -> Ranges {
 
 /// Up to how many bytes a sum is exact and ours; 0: none is.
 ///
-/// Mailboxes take two turns and twice the bytes of each rank; all of them get a quarter of the memory that is set.
+/// Mailboxes take two turns, and 4/3 of the bytes of each peer; all of them get a quarter of the memory that is set.
 pub(super) fn exact_max_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
     let (world, agreement) = (facts.len(), &facts[0].agreement);
-    let room = agreement.buffer_bytes / 4 / (4 * world);
+    let room = agreement.buffer_bytes / 4 * 3 / (8 * (world - 1).max(1));
     let wanted = agreement.exact_max.unwrap_or_else(|| default_exact_max_bytes(kind, world));
     if kind == ExchangeKind::Nccl { 0 } else { wanted.min(room as u64) }
 }
@@ -154,7 +154,7 @@ mod tests {
         facts.iter_mut().for_each(|rank| rank.agreement.exact_max = Some(64 << 10));
         assert_eq!(exact_max(&facts), [64 << 10, 64 << 10, 0], "over the real NCCL there is no memory for it");
         facts.iter_mut().for_each(|rank| rank.agreement.exact_max = Some(u64::MAX));
-        assert_eq!(exact_max(&facts)[0], 1 << 20, "a sixteenth of 16 MiB");
+        assert_eq!(exact_max(&facts)[0], 2 << 20, "an eighth of 16 MiB");
         facts.iter_mut().for_each(|rank| rank.agreement.exact_max = Some(0));
         assert_eq!(exact_max(&facts), [0; 3]);
     }

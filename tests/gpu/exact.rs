@@ -2,14 +2,14 @@
 
 use flashcomm::tooling::cuda::{DeviceMemory, PinnedMemory, Stream};
 use flashcomm::tooling::kernels::{ElementType, ExactArgs, Kernels};
-use flashcomm_wire::mailboxes::{PACKET_BYTES, RENEWAL};
+use flashcomm_wire::mailboxes::{LANE_PACKETS, LANES, PACKET_BYTES, RENEWAL};
 use flashcomm_wire::{Code, Mailboxes, Op, reference};
 use half::f16;
 
 use super::kernels::{elements, gpu, legs};
 
 const WORLD: usize = 2;
-const MAILBOXES: Mailboxes = Mailboxes { world: WORLD, blocks: 4, block_vecs: 64 };
+const MAILBOXES: Mailboxes = Mailboxes { world: WORLD, blocks: 4, block_stripes: 3 };
 
 /// What a rank has.
 struct Rank {
@@ -38,8 +38,8 @@ impl Rank {
     }
 }
 
-/// An all-reduce of `count` elements in place by all blocks, `block_vecs` vectors each.
-fn reduce(kernels: &Kernels, ranks: &[Rank; WORLD], count: usize, block_vecs: usize, seed: u64) {
+/// An all-reduce of `count` elements in place by all blocks, `block_stripes` stripes each.
+fn reduce(kernels: &Kernels, ranks: &[Rank; WORLD], count: usize, block_stripes: usize, seed: u64) {
     let inputs: Vec<Vec<f16>> = (0..WORLD as u64).map(|rank| elements(count, seed + rank)).collect();
     let bytes = |elements: &[f16]| elements.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect::<Vec<u8>>();
     for (rank, input) in ranks.iter().zip(&inputs) {
@@ -60,9 +60,9 @@ fn reduce(kernels: &Kernels, ranks: &[Rank; WORLD], count: usize, block_vecs: us
             timeout_ns: 10_000_000_000,
             rank: i as u32,
             world: WORLD as u32,
-            block_vecs: block_vecs as u32,
+            block_stripes: block_stripes as u32,
             max_blocks: MAILBOXES.blocks as u32,
-            max_block_vecs: MAILBOXES.block_vecs as u32,
+            max_block_stripes: MAILBOXES.block_stripes as u32,
             scale: 1.0,
         };
         // SAFETY: memory of the mailboxes' sizes, waited for below; a few blocks fit on any GPU.
@@ -71,22 +71,24 @@ fn reduce(kernels: &Kernels, ranks: &[Rank; WORLD], count: usize, block_vecs: us
     ranks.iter().for_each(|rank| rank.stream.synchronize().unwrap());
     let expected = bytes(&reference::exact(&inputs.iter().map(Vec::as_slice).collect::<Vec<_>>(), Op::Sum));
     for (i, rank) in ranks.iter().enumerate() {
-        assert!(rank.bytes(&rank.user)[..count * 2] == expected, "{count} elements, seed {seed}, rank {i}");
+        let got = rank.bytes(&rank.user);
+        let difference = (0..count * 2).find(|at| got[*at] != expected[*at]);
+        assert_eq!(difference, None, "first byte of {count} elements, seed {seed}, rank {i}");
     }
 }
 
 #[test]
 fn no_flag_is_old_when_epochs_wrap_around() {
-    let Some(context) = gpu() else { return };
+    let Some((context, _alone)) = gpu() else { return };
     let _entered = context.enter().unwrap();
     let kernels = Kernels::load(0, legs(Code::Plain, 16, 16, 64)).unwrap();
     for first_epoch in [1, RENEWAL - 4, u32::MAX - 4] {
         let ranks = [(); WORLD].map(|()| Rank::new(first_epoch));
-        // A large one, small ones, and a large one again: of a vector each block, or all that there is room for.
+        // A large one, small ones, and a large one again: of a stripe each block, or all that there is room for.
         let whole = MAILBOXES.max_bytes() / 2;
         for i in 0..10 {
-            let (count, block_vecs) = if i == 0 || i == 9 { (whole - 5, 64) } else { (MAILBOXES.blocks * 8 - 3, 1) };
-            reduce(&kernels, &ranks, count, block_vecs, u64::from(first_epoch) + 2 * i);
+            let (count, block_stripes) = if i == 0 || i == 9 { (whole - 5, 3) } else { (whole / 3 - 3, 1) };
+            reduce(&kernels, &ranks, count, block_stripes, u64::from(first_epoch) + 2 * i);
         }
         let last = first_epoch.wrapping_add(9);
         for (i, rank) in ranks.iter().enumerate() {
@@ -97,14 +99,14 @@ fn no_flag_is_old_when_epochs_wrap_around() {
             }
             // Every place of the other rank's was written anew when the epochs were.
             let bytes = rank.bytes(&rank.mailboxes);
-            for (turn, block, vec) in (0..2).flat_map(|turn| {
-                (0..MAILBOXES.blocks).flat_map(move |b| (0..MAILBOXES.block_vecs).map(move |v| (turn, b, v)))
-            }) {
-                for half in 0..2 {
-                    let at = MAILBOXES.packet(turn, 1 - i, block, vec, half);
-                    let packet = &bytes[at..at + PACKET_BYTES];
-                    let flags = [4, 12].map(|at| u32::from_le_bytes(packet[at..at + 4].try_into().unwrap()));
-                    assert!(flags.iter().all(|flag| last.wrapping_sub(*flag) < 9), "{turn} {block} {vec}: {flags:?}");
+            let stripes = (0..MAILBOXES.blocks).flat_map(|block| (0..MAILBOXES.block_stripes).map(move |i| (block, i)));
+            for (turn, (block, stripe)) in (0..2).flat_map(|turn| stripes.clone().map(move |place| (turn, place))) {
+                for packet in 0..LANE_PACKETS {
+                    let at = MAILBOXES.packet(turn, (i, 1 - i), block, stripe, packet);
+                    for packet in bytes[at..at + LANES * PACKET_BYTES].chunks_exact(PACKET_BYTES) {
+                        let flag = u32::from_le_bytes(packet[PACKET_BYTES - 4..].try_into().unwrap());
+                        assert!(last.wrapping_sub(flag) < 9, "{turn} {block} {stripe}: {flag}");
+                    }
                 }
             }
         }

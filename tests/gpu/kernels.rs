@@ -5,17 +5,22 @@
 #![allow(clippy::needless_range_loop, reason = "ranks index more than the inputs")]
 
 use std::ffi::c_void;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use flashcomm::tooling::cuda::{self, Context, DeviceMemory, Stream};
 use flashcomm::tooling::kernels::{ElementType, Kernels, Piece};
 use flashcomm_wire::{Code, Codec, Element, GroupSize, Legs, Plan, TILE_ELEMS, Width};
 use half::{bf16, f16};
 
-/// The first device, or `None` with a word about it.
-pub fn gpu() -> Option<Context> {
+/// Of the test that has the GPU: what another frees would wait for kernels, which may wait for what is launched after that.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// The first device for the calling test alone, or `None` with a word about it.
+pub fn gpu() -> Option<(Context, MutexGuard<'static, ()>)> {
     let found = cuda::init().is_ok() && cuda::device_count().is_ok_and(|n| n > 0);
     if found {
-        return Some(Context::retain(0).expect("device 0"));
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        return Some((Context::retain(0).expect("device 0"), alone));
     }
     assert!(std::env::var_os("FLASHCOMM_REQUIRE_GPU").is_none(), "FLASHCOMM_REQUIRE_GPU is set and there is no GPU");
     eprintln!("SKIPPED: no GPU on this machine, the kernels were not run");
@@ -220,7 +225,7 @@ fn check_both(stream: &Stream, case: &Case) {
 
 #[test]
 fn kernels_equal_the_reference_for_every_pair_of_widths() {
-    let Some(context) = gpu() else { return };
+    let Some((context, _alone)) = gpu() else { return };
     let _entered = context.enter().unwrap();
     let stream = Stream::new().unwrap();
     let mut seed = 1;
@@ -241,7 +246,7 @@ fn kernels_equal_the_reference_for_every_pair_of_widths() {
 
 #[test]
 fn kernels_equal_the_reference_at_every_border_and_alignment() {
-    let Some(context) = gpu() else { return };
+    let Some((context, _alone)) = gpu() else { return };
     let _entered = context.enter().unwrap();
     let stream = Stream::new().unwrap();
     let mut seed = 7;
@@ -262,7 +267,7 @@ fn kernels_equal_the_reference_at_every_border_and_alignment() {
 
 #[test]
 fn kernels_equal_the_reference_on_ten_million_elements() {
-    let Some(context) = gpu() else { return };
+    let Some((context, _alone)) = gpu() else { return };
     let _entered = context.enter().unwrap();
     let stream = Stream::new().unwrap();
     for (seed, bits, code) in [(100, 4, Code::Plain), (200, 8, Code::Plain), (300, 4, Code::Blocks)] {

@@ -1,11 +1,14 @@
 //! The exact all-reduce in one hop: where its mailboxes have what, and why no old word is taken for a new one.
 //!
-//! Behind its rings ([`crate::rings`]) every rank's area has *mailboxes*: for each of two turns, each sender and each block
-//! of a kernel, room for as many vectors of [`VEC_BYTES`] bytes as a block ever sends. A rank writes its whole input to each
-//! peer's mailboxes and sums what arrives in its own.
+//! Behind its rings ([`crate::rings`]) every rank's area has *mailboxes*: for each of two turns, each peer and each block of a
+//! kernel, room for as many *stripes* as a block ever sends. A stripe is what the lanes of a warp take at once:
+//! [`LANE_VECS`] vectors of [`VEC_BYTES`] bytes each. A rank writes its whole input to each peer's mailboxes and sums what
+//! arrives in its own.
 //!
-//! A vector travels as two *packets*: 8 bytes of it, behind each 4 of them a *flag* of 4. Whoever finds the flag has the data,
-//! for a word of 8 bytes arrives whole. So there are no signals, and no fences. (NCCL calls this protocol LL.)
+//! A lane's vectors travel as [`LANE_PACKETS`] *packets* of 16 bytes: the first three words of each vector, then all of their
+//! last words, with a *flag* of 4 bytes behind. Whoever finds the flag has the data, for a packet is written and read by one
+//! access of 128 bits, which arrives whole. So there are no signals, and no fences. (NCCL's protocol LL does the same with 8
+//! bytes, half of which is flags.)
 //!
 //! The flag is the block's *epoch*: how many operations that block has taken part in, this one included. It counts on each
 //! rank by itself, and all ranks launch the same blocks, so all have the same count. Epochs take turns between two
@@ -18,20 +21,25 @@
 
 use crate::rings::LINE_BYTES;
 
-/// Bytes of data that a thread takes at once.
+/// Bytes of data that a lane takes at once.
 pub const VEC_BYTES: usize = 16;
 
-/// Bytes of a packet: 8 of data, and 2 flags.
+/// Lanes of a warp.
+pub const LANES: usize = 32;
+
+/// Vectors of a lane in a stripe. Vector `i` of a lane is the stripe's vector `i * LANES + lane`.
+pub const LANE_VECS: usize = 3;
+
+/// Vectors of a stripe.
+pub const STRIPE_VECS: usize = LANES * LANE_VECS;
+
+/// Bytes of a packet: 12 of data, and the flag.
 pub const PACKET_BYTES: usize = 16;
 
-/// Packets of a vector.
-pub const VEC_PACKETS: usize = 2 * VEC_BYTES / PACKET_BYTES;
+/// Packets of a lane in a stripe.
+pub const LANE_PACKETS: usize = 4;
 
-/// Vectors of a warp, whose packets stand together: first all first ones, then all second ones, so that what the warp writes at
-/// once is in one piece.
-pub const WARP_VECS: usize = 32;
-
-/// Mailboxes of each sender.
+/// Mailboxes of each peer.
 pub const TURNS: usize = 2;
 
 /// Epochs after which every place has been written anew; a power of two.
@@ -45,42 +53,42 @@ pub const fn renews(epoch: u32) -> bool {
 /// The mailboxes of one rank.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Mailboxes {
-    /// Ranks that send, this one included (its own are not used).
+    /// Ranks, this one included.
     pub world: usize,
     /// Blocks that a kernel has at most.
     pub blocks: usize,
-    /// Vectors that a block sends at most, a multiple of [`WARP_VECS`].
-    pub block_vecs: usize,
+    /// Stripes that a block sends at most.
+    pub block_stripes: usize,
 }
 
 impl Mailboxes {
     /// Those for operations of as many as `max_bytes`, more than 0, by `blocks` blocks at most.
     pub fn for_bytes(world: usize, blocks: usize, max_bytes: usize) -> Self {
-        let warps = max_bytes.div_ceil(WARP_VECS * VEC_BYTES);
-        let blocks = blocks.min(warps);
-        Self { world, blocks, block_vecs: warps.div_ceil(blocks) * WARP_VECS }
+        let stripes = max_bytes.div_ceil(STRIPE_VECS * VEC_BYTES);
+        let blocks = blocks.min(stripes);
+        Self { world, blocks, block_stripes: stripes.div_ceil(blocks) }
     }
 
     /// Bytes of an operation that there is room for.
     pub fn max_bytes(&self) -> usize {
-        self.blocks * self.block_vecs * VEC_BYTES
+        self.blocks * self.block_stripes * STRIPE_VECS * VEC_BYTES
     }
 
     /// Bytes of all of them, a multiple of 128.
     pub fn area_bytes(&self) -> usize {
-        TURNS * self.world * self.blocks * self.block_vecs * VEC_PACKETS * PACKET_BYTES
+        TURNS * (self.world - 1) * self.blocks * self.block_stripes * LANES * LANE_PACKETS * PACKET_BYTES
     }
 
-    /// Offset of a packet, the `half`-th of vector `vec` of what `sender` sends in `block` in an epoch.
-    pub fn packet(&self, epoch: u32, sender: usize, block: usize, vec: usize, half: usize) -> usize {
-        let turn = epoch as usize % TURNS;
-        let mailbox = ((turn * self.world + sender) * self.blocks + block) * self.block_vecs * VEC_PACKETS;
-        let in_mailbox = vec / WARP_VECS * WARP_VECS * VEC_PACKETS + half * WARP_VECS + vec % WARP_VECS;
-        (mailbox + in_mailbox) * PACKET_BYTES
+    /// Offset in the mailboxes of rank `at` of a packet from rank `from`: the `packet`-th of a lane in a stripe of a block.
+    pub fn packet(&self, epoch: u32, (at, from): (usize, usize), block: usize, stripe: usize, packet: usize) -> usize {
+        let (turn, peer) = (epoch as usize % TURNS, from - usize::from(from > at));
+        let mailbox = (turn * (self.world - 1) + peer) * self.blocks + block;
+        ((mailbox * self.block_stripes + stripe) * LANE_PACKETS + packet) * LANES * PACKET_BYTES
     }
 }
 
-const _: () = assert!((WARP_VECS * VEC_PACKETS * PACKET_BYTES).is_multiple_of(LINE_BYTES) && RENEWAL.is_power_of_two());
+const _: () = assert!((LANES * PACKET_BYTES).is_multiple_of(LINE_BYTES) && RENEWAL.is_power_of_two());
+const _: () = assert!(LANE_PACKETS * (PACKET_BYTES - 4) == LANE_VECS * VEC_BYTES);
 
 #[cfg(test)]
 mod tests {
@@ -88,22 +96,25 @@ mod tests {
 
     #[test]
     fn packets_do_not_overlap_and_fill_the_mailboxes() {
-        let mailboxes = Mailboxes::for_bytes(3, 4, 5000);
-        assert_eq!(mailboxes, Mailboxes { world: 3, blocks: 4, block_vecs: 96 });
-        assert!(mailboxes.max_bytes() >= 5000);
-        assert_eq!(Mailboxes::for_bytes(2, 33, 1).max_bytes(), 512, "little room is not shared out");
-        let mut starts = Vec::new();
-        for (epoch, sender, block) in
-            [7, 8].into_iter().flat_map(|e| (0..3).flat_map(move |s| (0..4).map(move |b| (e, s, b))))
-        {
-            for vec in 0..96 {
-                starts.extend([0, 1].map(|half| mailboxes.packet(epoch, sender, block, vec, half)));
+        let mailboxes = Mailboxes::for_bytes(3, 4, 14_000);
+        assert_eq!(mailboxes, Mailboxes { world: 3, blocks: 4, block_stripes: 3 });
+        assert!(mailboxes.max_bytes() >= 14_000);
+        assert_eq!(Mailboxes::for_bytes(2, 33, 1).max_bytes(), 1536, "little room is not shared out");
+        for at in 0..3 {
+            let mut starts = Vec::new();
+            for (epoch, from, block) in
+                [7, 8].into_iter().flat_map(|e| (0..3).flat_map(move |s| (0..4).map(move |b| (e, s, b))))
+            {
+                if from != at {
+                    let packets = (0..3).flat_map(|stripe| (0..4).map(move |packet| (stripe, packet)));
+                    starts.extend(packets.map(|(stripe, i)| mailboxes.packet(epoch, (at, from), block, stripe, i)));
+                }
             }
+            starts.sort_unstable();
+            assert!(starts.iter().enumerate().all(|(i, start)| *start == i * 512), "{starts:?}");
+            assert_eq!(starts.len() * 512, mailboxes.area_bytes());
         }
-        starts.sort_unstable();
-        assert!(starts.iter().enumerate().all(|(i, start)| *start == i * PACKET_BYTES));
-        assert_eq!(starts.len() * PACKET_BYTES, mailboxes.area_bytes());
-        assert_eq!(mailboxes.packet(7, 1, 2, 3, 0), mailboxes.packet(9, 1, 2, 3, 0));
+        assert_eq!(mailboxes.packet(7, (0, 1), 2, 2, 0), mailboxes.packet(9, (0, 1), 2, 2, 0));
     }
 
     #[test]
@@ -117,7 +128,7 @@ mod tests {
 
 /// The protocol, every interleaving of it: who finds the flag of its epoch finds the data of its operation.
 ///
-/// A rank is one block. Memory is sequentially consistent here, and a word of data and flag arrives whole; the order of
+/// A rank is one block. Memory is sequentially consistent here, and a packet, here called word, arrives whole; the order of
 /// words is left to chance, and so is that of the reads.
 #[cfg(test)]
 mod protocol {

@@ -1,10 +1,10 @@
 //! The exact all-reduce: the protocol of `kernels/exact.cu`.
 
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use flashcomm_sim_schedule as schedule;
-use flashcomm_wire::mailboxes::{VEC_BYTES, renews};
+use flashcomm_wire::mailboxes::{LANE_PACKETS, LANE_VECS, LANES, PACKET_BYTES, STRIPE_VECS, VEC_BYTES, renews};
 use flashcomm_wire::{Mailboxes, Summand};
 
 use crate::access::{args, load, store};
@@ -44,102 +44,120 @@ struct Launch {
 struct Block<S> {
     number: usize,
     epoch: u32,
-    /// Vectors of this block.
-    n_vecs: usize,
+    /// Stripes of this block.
+    n_stripes: usize,
     has_sent: bool,
-    /// The next vector to be summed.
+    /// The next stripe to be summed.
     next: usize,
     element: PhantomData<S>,
 }
+
+/// Words of a stripe's data, and those of each of its vectors.
+const STRIPE_WORDS: usize = STRIPE_VECS * VEC_WORDS;
+const VEC_WORDS: usize = VEC_BYTES / 4;
 
 /// Runs the operation to its end, or until it gives up.
 pub fn run<S: Stored>(_: &Kernel, bytes: &[u8], shape: Shape) -> Result<()> {
     let args: ExactArgs = args(bytes);
     let (world, blocks) = (args.world as usize, args.max_blocks as usize);
-    let mailboxes = Mailboxes { world, blocks, block_vecs: args.max_block_vecs as usize };
-    if args.block_vecs > args.max_block_vecs || shape.grid[0] > args.max_blocks {
+    let mailboxes = Mailboxes { world, blocks, block_stripes: args.max_block_stripes as usize };
+    if args.block_stripes > args.max_block_stripes || shape.grid[0] > args.max_blocks {
         return Err(CuResult::ILLEGAL_ADDRESS); // would write past the mailboxes
     }
-    let n_vecs = (args.count as usize * size_of::<S>()).div_ceil(VEC_BYTES);
+    let n_stripes = (args.count as usize * size_of::<S>()).div_ceil(STRIPE_VECS * VEC_BYTES);
     let launch = Launch { args, mailboxes };
     turns::take(&launch, shape, |number| {
-        let n_vecs = n_vecs.saturating_sub(number * args.block_vecs as usize).min(args.block_vecs as usize);
-        if n_vecs == 0 {
+        let each = args.block_stripes as usize;
+        let n_stripes = n_stripes.saturating_sub(number * each).min(each);
+        if n_stripes == 0 {
             return Ok(Vec::new());
         }
         let epoch = word(args.epochs as usize + number * 4)?.load(Ordering::Relaxed).wrapping_add(1);
         let (has_sent, next, element) = (false, 0, PhantomData::<S>);
-        Ok(vec![Block { number, epoch, n_vecs, has_sent, next, element }])
+        Ok(vec![Block { number, epoch, n_stripes, has_sent, next, element }])
     })
 }
 
+/// Where the words of a lane's packet are in a stripe's data.
+fn words_of(packet: usize, lane: usize) -> [usize; LANE_VECS] {
+    let vec = |i: usize| (i * LANES + lane) * VEC_WORDS;
+    match packet {
+        0..LANE_VECS => [0, 1, 2].map(|word| vec(packet) + word),
+        _ => [0, 1, 2].map(|i| vec(i) + VEC_WORDS - 1),
+    }
+}
+
 impl Launch {
-    /// Half a packet: data and flag.
-    fn place(
+    /// A lane's packet: data, and the flag behind. On the GPU it arrives as a whole; here the flag comes last, and is read first.
+    fn packet(
         &self,
-        at_rank: usize,
-        from: usize,
+        (at, from): (usize, usize),
         block: &Block<impl Stored>,
-        vec: usize,
-        i: usize,
-    ) -> Result<&AtomicU64> {
-        let packet = self.mailboxes.packet(block.epoch, from, block.number, vec, i / 2);
-        let place = memory::resolve(self.args.mailboxes[at_rank] as usize + packet + i % 2 * 8, 8)?;
-        // SAFETY: eight live bytes, aligned as mailboxes are; it is used before the allocation can be freed.
-        Ok(unsafe { AtomicU64::from_ptr(place.cast()) })
+        stripe: usize,
+        (packet, lane): (usize, usize),
+    ) -> Result<&[AtomicU32; PACKET_BYTES / 4]> {
+        let packets = self.mailboxes.packet(block.epoch, (at, from), block.number, stripe, packet);
+        let place = self.args.mailboxes[at] as usize + packets + lane * PACKET_BYTES;
+        let place = memory::resolve(place, PACKET_BYTES)?;
+        // SAFETY: so many live bytes, aligned as mailboxes are; they are used before the allocation can be freed.
+        Ok(unsafe { &*place.cast() })
     }
 }
 
 impl<S: Stored> Block<S> {
-    /// The caller's bytes of a vector: where they are, and how many.
-    fn extent(&self, launch: &Launch, vec: usize) -> (usize, usize) {
-        let start = (self.number * launch.args.block_vecs as usize + vec) * VEC_BYTES;
-        (start, (launch.args.count as usize * size_of::<S>()).saturating_sub(start).min(VEC_BYTES))
+    /// The caller's bytes of a stripe: where they are, and how many.
+    fn extent(&self, launch: &Launch, stripe: usize) -> (usize, usize) {
+        let start = (self.number * launch.args.block_stripes as usize + stripe) * STRIPE_VECS * VEC_BYTES;
+        (start, (launch.args.count as usize * size_of::<S>()).saturating_sub(start).min(STRIPE_VECS * VEC_BYTES))
     }
 
-    /// A vector of the input; zeros behind its end.
-    fn input(&self, launch: &Launch, vec: usize) -> Result<Vec<u8>> {
-        let (start, n_bytes) = self.extent(launch, vec);
-        let mut bytes = if vec < self.n_vecs { load(launch.args.input as usize + start, n_bytes)? } else { Vec::new() };
-        bytes.resize(VEC_BYTES, 0);
+    /// A stripe of the input; zeros behind its end.
+    fn input(&self, launch: &Launch, stripe: usize) -> Result<Vec<u8>> {
+        let (start, n_bytes) = self.extent(launch, stripe);
+        let is_ours = stripe < self.n_stripes;
+        let mut bytes = if is_ours { load(launch.args.input as usize + start, n_bytes)? } else { Vec::new() };
+        bytes.resize(STRIPE_VECS * VEC_BYTES, 0);
         Ok(bytes)
     }
 
     fn send(&self, launch: &Launch) -> Result<()> {
         let (rank, world) = (launch.args.rank as usize, launch.mailboxes.world);
-        let n_sent = if renews(self.epoch) { launch.mailboxes.block_vecs } else { self.n_vecs };
-        for vec in 0..n_sent {
-            if vec % 32 == 0 {
-                schedule::step(); // what comes next may never
-            }
-            let bytes = self.input(launch, vec)?;
+        let n_sent = if renews(self.epoch) { launch.mailboxes.block_stripes } else { self.n_stripes };
+        for stripe in 0..n_sent {
+            schedule::step(); // what comes next may never
+            let bytes = self.input(launch, stripe)?;
+            let word = |i: usize| u32::from_le_bytes(bytes[i * 4..][..4].try_into().expect("4 bytes"));
             for peer in (1..world).map(|step| (rank + step) % world) {
-                for (i, data) in bytes.chunks_exact(4).enumerate() {
-                    let data = u32::from_le_bytes(data.try_into().expect("4 bytes"));
-                    let data = match stores_to(launch.args.mailboxes[peer] as usize) {
-                        Stores::Arrive => data,
-                        Stores::Lost => continue,
-                        Stores::Garbled => data ^ 0x1111_1111,
-                    };
-                    let packed = u64::from(self.epoch) << 32 | u64::from(data);
-                    launch.place(peer, rank, self, vec, i)?.store(packed, Ordering::Relaxed);
+                let garbled = match stores_to(launch.args.mailboxes[peer] as usize) {
+                    Stores::Arrive => 0,
+                    Stores::Lost => continue,
+                    Stores::Garbled => 0x1111_1111,
+                };
+                for (i, lane) in (0..LANE_PACKETS).flat_map(|i| (0..LANES).map(move |lane| (i, lane))) {
+                    let [data @ .., flag] = launch.packet((peer, rank), self, stripe, (i, lane))?;
+                    for (place, at) in data.iter().zip(words_of(i, lane)) {
+                        place.store(word(at) ^ garbled, Ordering::Relaxed);
+                    }
+                    flag.store(self.epoch, Ordering::Release);
                 }
             }
         }
         Ok(())
     }
 
-    /// A peer's vector, once it is there.
-    fn receive(&self, launch: &Launch, from: usize, vec: usize) -> Result<Option<Vec<u8>>> {
-        let mut bytes = Vec::with_capacity(VEC_BYTES);
-        for i in 0..VEC_BYTES / 4 {
-            let packed = launch.place(launch.args.rank as usize, from, self, vec, i)?.load(Ordering::Relaxed);
-            if (packed >> 32) as u32 != self.epoch {
+    /// A peer's stripe, once it is there.
+    fn receive(&self, launch: &Launch, from: usize, stripe: usize) -> Result<Option<Vec<u8>>> {
+        let mut words = [0; STRIPE_WORDS];
+        for (i, lane) in (0..LANE_PACKETS).flat_map(|i| (0..LANES).map(move |lane| (i, lane))) {
+            let [data @ .., flag] = launch.packet((launch.args.rank as usize, from), self, stripe, (i, lane))?;
+            if flag.load(Ordering::Acquire) != self.epoch {
                 return Ok(None);
             }
-            bytes.extend((packed as u32).to_le_bytes());
+            for (place, at) in data.iter().zip(words_of(i, lane)) {
+                words[at] = place.load(Ordering::Relaxed);
+            }
         }
-        Ok(Some(bytes))
+        Ok(Some(words.iter().flat_map(|word| word.to_le_bytes()).collect()))
     }
 }
 
@@ -150,18 +168,18 @@ impl<S: Stored> Part for Block<S> {
         self.number
     }
 
-    /// All that it sends, or a vector of its sums.
+    /// All that it sends, or a stripe of its sums.
     fn step(&mut self, launch: &Launch) -> Result<Progress> {
         if !self.has_sent {
             self.send(launch)?;
             self.has_sent = true;
             return Ok(Progress::Advanced);
         }
-        if self.next == self.n_vecs {
+        if self.next == self.n_stripes {
             word(launch.args.epochs as usize + self.number * 4)?.store(self.epoch, Ordering::Relaxed);
             return Ok(Progress::Done);
         }
-        let mut sum = vec![-0.0f32; VEC_BYTES / size_of::<S>()];
+        let mut sum = vec![-0.0f32; STRIPE_VECS * VEC_BYTES / size_of::<S>()];
         for rank in 0..launch.mailboxes.world {
             let bytes = match rank == launch.args.rank as usize {
                 true => self.input(launch, self.next)?,

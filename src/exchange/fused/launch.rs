@@ -3,8 +3,8 @@
 use std::ffi::c_void;
 use std::time::Duration;
 
-use flashcomm_wire::Plan;
-use flashcomm_wire::mailboxes::{VEC_BYTES, WARP_VECS};
+use flashcomm_wire::mailboxes::{STRIPE_VECS, VEC_BYTES};
+use flashcomm_wire::{Mailboxes, Plan};
 
 use super::Fused;
 use crate::cuda::{Stream, StreamHandle};
@@ -85,11 +85,11 @@ impl Fused {
         }
         let Call { element, scale, input, output, .. } = *call;
         let mailboxes = self.layout.mailboxes.expect("the range of exact sums is empty without them");
-        let n_vecs = (count * element.n_bytes()).div_ceil(VEC_BYTES);
-        assert!(n_vecs <= mailboxes.blocks * mailboxes.block_vecs, "the range of exact sums ends there");
-        let (n_blocks, block_vecs) = exact_shape(n_vecs, mailboxes.blocks);
+        let n_stripes = (count * element.n_bytes()).div_ceil(STRIPE_VECS * VEC_BYTES);
+        assert!(n_stripes <= mailboxes.blocks * mailboxes.block_stripes, "the range of exact sums ends there");
+        let (n_blocks, block_stripes) = exact_shape(n_stripes, &mailboxes);
         let (count, timeout_ns) = (count as u64, nanoseconds(self.timeout));
-        let args = ExactArgs { input, output, count, block_vecs, scale, timeout_ns, ..self.exact_args() };
+        let args = ExactArgs { input, output, count, block_stripes, scale, timeout_ns, ..self.exact_args() };
         // SAFETY: the mailboxes are every rank's and stay; the rest as for `launch`.
         unsafe { kernels.exact(element, n_blocks, &args, stream) }
             .map_err(Error::cuda("launching the exact all-reduce"))
@@ -110,7 +110,7 @@ impl Fused {
                 .map_err(Error::cuda(doing))?;
         }
         if let Some(mailboxes) = self.layout.mailboxes {
-            let args = ExactArgs { block_vecs: mailboxes.block_vecs as u32, ..self.exact_args() };
+            let args = ExactArgs { block_stripes: mailboxes.block_stripes as u32, ..self.exact_args() };
             for element in ElementType::ALL {
                 // SAFETY: without elements the kernel touches no memory.
                 unsafe { kernels.exact(element, mailboxes.blocks, &args, stream.handle()) }
@@ -157,9 +157,9 @@ impl Fused {
             timeout_ns: 0,
             rank: self.rank as u32,
             world: rings.world as u32,
-            block_vecs: 0,
+            block_stripes: 0,
             max_blocks: mailboxes.map_or(0, |mailboxes| mailboxes.blocks as u32),
-            max_block_vecs: mailboxes.map_or(0, |mailboxes| mailboxes.block_vecs as u32),
+            max_block_stripes: mailboxes.map_or(0, |mailboxes| mailboxes.block_stripes as u32),
             scale: 1.0,
         }
     }
@@ -170,12 +170,33 @@ fn nanoseconds(timeout: Option<Duration>) -> u64 {
     timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// Blocks for so many vectors, more than 0, and vectors of each.
-fn exact_shape(n_vecs: usize, max_blocks: usize) -> (usize, u32) {
-    let n_blocks = n_vecs.div_ceil(MIN_BLOCK_VECS).min(max_blocks);
-    let block_vecs = n_vecs.div_ceil(n_blocks).next_multiple_of(WARP_VECS);
-    (n_vecs.div_ceil(block_vecs), block_vecs as u32)
+/// Blocks for so many stripes, more than 0 and not more than there is room for, and stripes of each.
+fn exact_shape(n_stripes: usize, room: &Mailboxes) -> (usize, u32) {
+    let n_blocks = n_stripes.div_ceil(MIN_BLOCK_STRIPES.min(room.block_stripes)).min(room.blocks);
+    let block_stripes = n_stripes.div_ceil(n_blocks);
+    (n_stripes.div_ceil(block_stripes), block_stripes as u32)
 }
 
-/// Vectors of a block, where one more block would do with less.
-const MIN_BLOCK_VECS: usize = 64;
+/// Stripes of a block, where one more block would do with less.
+const MIN_BLOCK_STRIPES: usize = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_is_exact_has_room_in_its_blocks_mailboxes() {
+        for (max_bytes, blocks) in [1, 1536, 1537, 5000, 16 << 10, 100_000, 1 << 20]
+            .into_iter()
+            .flat_map(|max_bytes| [1, 3, 22, 33, 66].map(|blocks| (max_bytes, blocks)))
+        {
+            let room = Mailboxes::for_bytes(2, blocks, max_bytes);
+            for n_stripes in 1..=max_bytes.div_ceil(STRIPE_VECS * VEC_BYTES) {
+                let (n_blocks, block_stripes) = exact_shape(n_stripes, &room);
+                let each = block_stripes as usize;
+                assert!(n_blocks <= room.blocks && each <= room.block_stripes, "{n_blocks} of {each} in {room:?}");
+                assert!((n_blocks - 1) * each < n_stripes && n_stripes <= n_blocks * each, "{n_stripes} in {room:?}");
+            }
+        }
+    }
+}

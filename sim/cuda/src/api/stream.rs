@@ -69,6 +69,10 @@ fn instantiate(executable: *mut usize, graph: usize) -> Result<()> {
 driver! {
     fn cuStreamCreate(place: *mut usize, flags: u32) { create(place, flags) }
     fn cuStreamCreateWithPriority(place: *mut usize, flags: u32, _priority: c_int) { create(place, flags) }
+    fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
+        put(least, 0)?;
+        put(greatest, -5)
+    }
     fn cuStreamDestroy_v2(handle: usize) {
         Stream::find(handle).ok_or(CuResult::INVALID_HANDLE)?.close();
         Ok(())
