@@ -61,6 +61,11 @@ struct Exact {
     return ((stripe * kLaneVecs + i) * kLanes + threadIdx.x % kLanes) * kElems;
   }
 
+  __device__ static void copy(const Vec16 (&from)[kLaneVecs], Vec16 (&to)[kLaneVecs]) {
+#pragma unroll
+    for (int i = 0; i < kLaneVecs; ++i) to[i] = from[i];
+  }
+
   // Past the end of the input zeros.
   __device__ void load(uint64_t stripe, Vec16 (&v)[kLaneVecs]) const {
     const Bits* input = static_cast<const Bits*>(args.input);
@@ -142,9 +147,11 @@ struct Exact {
     const unsigned warp = threadIdx.x / kLanes, n_warps = blockDim.x / kLanes;
     // Where all places are to be written anew, those past the end get zeros, for which nobody waits.
     const unsigned n_sent = epoch % kRenewal >= kRenewal - kTurns ? args.max_block_stripes : n;
+    Vec16 mine[kLaneVecs] = {};  // of the only stripe, where a warp has one
     for (unsigned stripe = warp; stripe < n_sent; stripe += n_warps) {
       Vec16 v[kLaneVecs] = {};
       if (stripe < n) load(first + stripe, v);
+      if (stripe == warp) copy(v, mine);
 #pragma unroll 1
       for (unsigned step = 1; step < args.world; ++step) {
         const unsigned peer = args.rank + step;
@@ -152,6 +159,7 @@ struct Exact {
       }
     }
     for (unsigned stripe = warp; stripe < n; stripe += n_warps) {
+      if (stripe != warp) load(first + stripe, mine);
       float sum[kLaneVecs][kElems];
 #pragma unroll
       for (int i = 0; i < kLaneVecs; ++i) {
@@ -162,7 +170,7 @@ struct Exact {
 #pragma unroll 1
       for (unsigned rank = 0; rank < args.world; ++rank) {
         if (rank == args.rank) {
-          load(first + stripe, v);
+          copy(mine, v);
         } else if (!receive(rank, stripe, v)) {
           return false;
         }

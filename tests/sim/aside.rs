@@ -88,6 +88,7 @@ fn job(name: &'static str, n_expected: u64, body: impl Fn(usize, &Part, &[Arc<Ca
 #[test]
 fn one_rank_may_have_in_a_group_what_another_has_in_several() {
     job("apart", 2 * 20 * 2, |rank, part, cases, stream| {
+        part.broadcast(1, stream);
         for round in 0..20 {
             let first = || part.sum(0, 0, stream);
             let second = || {
@@ -169,6 +170,7 @@ fn groups_of_both_kinds_are_captured_and_replayed_between_eager_ones() {
 fn while_a_capture_with_such_a_group_goes_on_another_stream_has_one() {
     job("open", 2 * 4, |_, part, cases, stream| {
         let other = Stream::new();
+        part.broadcast(0, stream); // the real NCCL connects, which it must not while something is captured
         let mixed = |on: &Stream| {
             group(|| {
                 part.sum(0, 0, on);

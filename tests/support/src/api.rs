@@ -89,6 +89,7 @@ libraries! {
         cuDeviceGetCount(*mut c_int);
         cuDevicePrimaryCtxRetain(*mut Ptr, c_int);
         cuCtxSetCurrent(Ptr);
+        cuCtxGetCurrent(*mut Ptr);
         cuCtxSynchronize();
         cuStreamCreate(*mut Ptr, u32);
         cuStreamDestroy_v2(Ptr);

@@ -1,8 +1,10 @@
 //! A rank's device: streams, graphs and memory that end with their owner.
 //!
 //! On a real device that ranks share, what allocates or frees may wait for another rank's kernels, which wait for this
-//! rank. Memory of a real device is therefore taken once and never given back.
+//! rank. Memory of a real device is therefore taken once and never given back. They share the first one, or have one each of
+//! those that `CUDA_VISIBLE_DEVICES` names.
 
+use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -150,13 +152,16 @@ impl Drop for Memory {
     }
 }
 
-/// Bytes of memory of a real device, from what was allocated when the process first asked; never given back. To allocate
-/// or to free may wait for another rank's work on the same device, which waits for this rank.
+/// Bytes of memory of the current, real device, from what was allocated when the process first asked; never given back. To
+/// allocate or to free may wait for another rank's work on the same device, which waits for this rank.
 fn take_from_a_real_device(n_bytes: usize) -> Ptr {
     const ALL: usize = 4 << 30;
-    static NEXT: Mutex<Option<(Ptr, usize)>> = Mutex::new(None);
-    let mut next = NEXT.lock().unwrap();
-    let (start, taken) = next.get_or_insert_with(|| {
+    /// By context: what it has, and how much of that is taken.
+    static POOLS: Mutex<BTreeMap<Ptr, (Ptr, usize)>> = Mutex::new(BTreeMap::new());
+    let mut context = 0;
+    ok!(cuCtxGetCurrent(&mut context));
+    let mut pools = POOLS.lock().unwrap();
+    let (start, taken) = pools.entry(context).or_insert_with(|| {
         let mut start = 0;
         ok!(cuMemAlloc_v2(&mut start, ALL));
         (start, 0)

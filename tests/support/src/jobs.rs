@@ -40,8 +40,8 @@ fn again(dir: &Path, settings: Settings<'_>) -> Command {
         }
         (true, None) => {}
     }
-    if is_real() {
-        command.env("CUDA_VISIBLE_DEVICES", "0"); // where `take_from_a_real_device` has its memory
+    if is_real() && std::env::var_os("CUDA_VISIBLE_DEVICES").is_none() {
+        command.env("CUDA_VISIBLE_DEVICES", "0");
     }
     if let Some(level) = std::env::var_os("FLASHCOMM_TEST_LOG") {
         command.env("FLASHCOMM_LOG", level);
