@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from harness import FLASHCOMM, JOBS, need_program, scratch
+from harness import FLASHCOMM, JOBS, PACK, need_program, scratch
 
 pytestmark = pytest.mark.gpus
 HOST_ONLY = {"NCCL_P2P_DISABLE": 1}  # as where GPUs cannot reach each other's memory
@@ -50,6 +50,14 @@ def test_torch_job(runner, several, exchange):
     torchrun(runner, several, 4, exchange, "torch_job.py")
 
 
+def test_groups_with_other_calls(runner, packed_nccl, several):
+    """Each rank's streams in queues of their own. Where ranks share a GPU, they would wait for each other there."""
+    settings = {"FLASHCOMM_TEST_REAL": 1, "FLASHCOMM_TEST_NCCL": packed_nccl, "CUDA_VISIBLE_DEVICES": "0,1"}
+    jobs = ["aside::one_rank", "aside::what_follows", "aside::groups_of_both"]
+    runner.run([PACK / "sim", "--test-threads", 1, *jobs], 100, **settings)
+
+
+@pytest.mark.measures
 @pytest.mark.parametrize("exchange", ["auto", "host"])
 def test_memory(runner, packed_nccl, several, exchange):
     """Of communicators, used and unused, and after the last one."""

@@ -25,6 +25,11 @@ def test_memcheck_of_the_kernels(runner):
     sanitize(runner, "memcheck", [PACK / "gpu"])
 
 
+@part("sanitize")
+def test_racecheck_of_the_exact_kernel(runner):
+    sanitize(runner, "racecheck", [PACK / "gpu", "exact::"])
+
+
 def sim(runner, *filters):
     """The simulators' jobs of these names, one after the other. Each has to choose one, or nothing is tested."""
     names = runner.run([PACK / "sim", "--list"], 60).splitlines()
@@ -39,7 +44,6 @@ def sim(runner, *filters):
     "job",
     [
         pytest.param("groups::a_simulated_end_discards_the_group", id="fused"),
-        pytest.param("exact::two_and_three_ranks_equal_the_reference_over_peer_memory", id="exact"),
         pytest.param("allreduce::rings_go_round_in_gpu_memory", id="rings-gpu"),
         pytest.param("allreduce::rings_go_round_in_host_memory", id="rings-host"),
     ],
@@ -72,7 +76,9 @@ def test_sanitizer_of_the_fused_kernel(runner, packed_nccl, tool, job):
         pytest.param(
             150, ["exact::two", "exact::the_ranges", "exact::sums_of", "exact::a_wait"], id="exact-sums-in-one-hop"
         ),
-        pytest.param(60, ["aside::"], id="groups-with-other-calls"),
+        pytest.param(
+            60, ["aside::one_rank_may_have_two", "aside::groups_of_both"], id="groups-with-other-calls"
+        ),
         pytest.param(60, ["record::threads_save"], id="recorded-inputs"),
         pytest.param(60, ["stats::a_communicators_counts_are_its_calls"], id="statistics"),
         pytest.param(
@@ -80,8 +86,8 @@ def test_sanitizer_of_the_fused_kernel(runner, packed_nccl, tool, job):
             ["control::threads_change", "control::graphs_keep", "control::one_thread", "captures_may_follow"],
             id="widths-that-change",
         ),
-        pytest.param(60, ["soak::"], id="soak"),
-        pytest.param(100, ["meeting::"], id="late-ranks-and-first-sums-in-any-order"),
+        pytest.param(100, ["soak::"], id="soak"),
+        pytest.param(150, ["meeting::"], id="late-ranks-and-first-sums-in-any-order"),
     ],
 )
 def test_simulators_job(runner, packed_nccl, limit, filters):

@@ -17,18 +17,27 @@ pub(crate) fn ranges(facts: &[Blob], kind: ExchangeKind) -> Ranges {
 pub(super) fn exact_max_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
     let (world, agreement) = (facts.len(), &facts[0].agreement);
     let room = agreement.buffer_bytes / 4 * 3 / (8 * (world - 1).max(1));
-    let wanted = agreement.exact_max.unwrap_or_else(|| default_exact_max_bytes(kind, world));
-    if kind == ExchangeKind::Nccl { 0 } else { wanted.min(room as u64) }
+    let default = || if share_a_device(facts) { 0 } else { default_exact_max_bytes(kind, world) };
+    if kind == ExchangeKind::Nccl { 0 } else { agreement.exact_max.unwrap_or_else(default).min(room as u64) }
 }
 
-/// The same by default.
-///
-/// Not measured yet, so none is.
-pub const fn default_exact_max_bytes(kind: ExchangeKind, _world: usize) -> u64 {
-    match kind {
-        ExchangeKind::Nccl | ExchangeKind::Peer | ExchangeKind::Host => 0,
+/// Whether ranks share a GPU, which is for trials.
+fn share_a_device(facts: &[Blob]) -> bool {
+    let device = |rank: &Blob| rank.location.device_uuid;
+    facts.iter().enumerate().any(|(i, one)| facts[..i].iter().any(|other| device(one) == device(other)))
+}
+
+/// The same by default, of ranks with a GPU each: none where that has not been measured.
+pub const fn default_exact_max_bytes(kind: ExchangeKind, world: usize) -> u64 {
+    match (kind, world) {
+        (ExchangeKind::Peer, 2) => 2 << 20,
+        (ExchangeKind::Host, 2) => HOST_CROSSOVER,
+        _ => 0,
     }
 }
+
+/// From here on 8 bits are faster than an exact sum, between two GPUs that go over host memory.
+const HOST_CROSSOVER: u64 = 320 << 10;
 
 /// Whether the real NCCL goes over the network between some two ranks: those of two hosts, as it takes them, and those that
 /// share no memory of any kind.
@@ -82,7 +91,8 @@ pub const fn default_min_bytes(kind: ExchangeKind, world: usize, one_host: bool)
         // 2 ranks that share one; between more GPUs it has not been measured, hence a reserve.
         ExchangeKind::Peer if world == 2 => 2 << 20,
         ExchangeKind::Peer => 4 << 20,
-        // Between two GPUs, where NCCL goes over host memory, too.
+        // Where NCCL goes over host memory, too.
+        ExchangeKind::Host if world == 2 => HOST_CROSSOVER,
         ExchangeKind::Host => 256 << 10,
     }
 }
@@ -97,7 +107,7 @@ mod tests {
     #[test]
     fn a_threshold_that_is_set_holds_whatever_the_exchange() {
         let mut facts = ranks(2, "auto");
-        assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [2 << 20, 256 << 10, u64::MAX]);
+        assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [2 << 20, 320 << 10, u64::MAX]);
         (facts[1].location.host, facts[1].location.nccl_host) = (8, 8);
         assert_eq!(min_bytes(&facts, Nccl), 1 << 20);
         let default = facts[0].agreement.legs;
@@ -157,5 +167,9 @@ mod tests {
         assert_eq!(exact_max(&facts)[0], 2 << 20, "an eighth of 16 MiB");
         facts.iter_mut().for_each(|rank| rank.agreement.exact_max = Some(0));
         assert_eq!(exact_max(&facts), [0; 3]);
+        let mut two = ranks(2, "auto");
+        assert_eq!(exact_max(&two), [2 << 20, 320 << 10, 0]);
+        two[1].location.device_uuid = two[0].location.device_uuid;
+        assert_eq!(exact_max(&two), [0; 3], "on one GPU it has not been measured");
     }
 }
