@@ -64,7 +64,8 @@ fn a_rank_without_the_shim_is_told_within_the_attach_timeout() {
             std::thread::sleep(Duration::from_secs(5));
         } else {
             assert_eq!(result, 6, "ncclRemoteError");
-            assert!((2..4).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+            // And not after the default, 300 s. On a busy machine processes take their time, too.
+            assert!((2..20).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
             // Other ranks may be in something else on it: every call is refused, and the state says so, until the abort.
             let mut state = 0;
             ok!(ncclCommGetAsyncError(comm, &mut state));

@@ -5,7 +5,10 @@ use flashcomm_wire::Plan;
 use serde_json::{Value, json};
 
 const WORLD: usize = 2;
-const SETTINGS: [(&str, &str); 2] = [("FLASHCOMM_BITS", "4"), ("FLASHCOMM_MIN_BYTES", "2K")];
+const SETTINGS: [(&str, &str); 3] = [("FLASHCOMM_BITS", "4"), ("FLASHCOMM_MIN_BYTES", "2K"), NONE_EXACT];
+
+/// What is not compressed is forwarded.
+const NONE_EXACT: (&str, &str) = ("FLASHCOMM_EXACT_MAX_BYTES", "0");
 
 /// Elements of what the job compresses, how often, and their size class: from 2, 4 and 128 KiB on.
 const COMPRESSED: [(usize, u64, usize); 3] = [(2000, 3, 2), (2048, 2, 3), (100_000, 1, 8)];
@@ -171,7 +174,7 @@ fn the_rank_of_a_process_is_its_lowest_in_the_largest_communicator_also_where_no
 fn communicators_without_end_do_not_make_the_file_grow_and_are_all_in_the_total() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("file").to_str().unwrap().to_string();
-    in_process(&[("FLASHCOMM_STATS_FILE", &path)], || {
+    in_process(&[("FLASHCOMM_STATS_FILE", &path), NONE_EXACT], || {
         let ids: Vec<_> = (0..100).map(|_| unique_id()).collect();
         threads(WORLD, |rank| {
             let (stream, memory) = (Stream::new(), Memory::new(4000));
@@ -197,6 +200,7 @@ fn heard(nvtx: &str, exchange: &str) -> Option<String> {
     let (tool, file) = (dir.path().join("tool.so"), dir.path().join("heard"));
     let settings = [
         ("FLASHCOMM_BITS", "4:8"),
+        NONE_EXACT,
         ("FLASHCOMM_NVTX", nvtx),
         ("FLASHCOMM_EXCHANGE", exchange),
         ("NVTX_INJECTION64_PATH", tool.to_str().unwrap()),
