@@ -170,15 +170,12 @@ fn nanoseconds(timeout: Option<Duration>) -> u64 {
     timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// Blocks for so many stripes, more than 0 and not more than there is room for, and stripes of each.
+/// Blocks for so many stripes, more than 0 and not more than there is room for, and stripes of each: few rather spread over
+/// multiprocessors than share one.
 fn exact_shape(n_stripes: usize, room: &Mailboxes) -> (usize, u32) {
-    let n_blocks = n_stripes.div_ceil(MIN_BLOCK_STRIPES.min(room.block_stripes)).min(room.blocks);
-    let block_stripes = n_stripes.div_ceil(n_blocks);
+    let block_stripes = n_stripes.div_ceil(n_stripes.min(room.blocks));
     (n_stripes.div_ceil(block_stripes), block_stripes as u32)
 }
-
-/// Stripes of a block, where one more block would do with less.
-const MIN_BLOCK_STRIPES: usize = 1;
 
 #[cfg(test)]
 mod tests {
