@@ -182,10 +182,11 @@ fn draw(path: &Path, args: &Args, points: Vec<Point>, place: &str) -> Result<()>
 
 /// One width, in processes of its own.
 fn one(machine: &Machine, args: &Args, bits: Option<&String>) -> Result<(Vec<Answer>, Vec<String>)> {
-    // The float sum stays NCCL's: the demo is about widths.
-    let others = [("FLASHCOMM_MIN_BYTES", "0"), ("FLASHCOMM_EXACT_MAX_BYTES", "0")];
-    let mut settings = vec![("FLASHCOMM_ENABLE", if bits.is_some() { "1" } else { "0" })];
-    settings.extend(others);
+    let mut settings = vec![
+        ("FLASHCOMM_ENABLE", if bits.is_some() { "1" } else { "0" }),
+        ("FLASHCOMM_MIN_BYTES", "0"),
+        ("FLASHCOMM_EXACT_MAX_BYTES", "0"), // the float sum stays NCCL's: this is about widths
+    ];
     let group = values::GROUP.to_string();
     settings.extend([("FLASHCOMM_GROUP", group.as_str()), ("FLASHCOMM_DTYPES", "fp16,bf16")]);
     if let Some((bits, code)) = bits.map(|bits| values::bits_and_code(bits)) {

@@ -255,6 +255,13 @@ fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, Stri
         .find(|(_, theirs, first)| theirs != first)
 }
 
+/// Ranks that share a device at most.
+pub(super) fn sharing(facts: &[Blob]) -> usize {
+    let sharing =
+        |rank: &Blob| facts.iter().filter(|other| other.location.device_uuid == rank.location.device_uuid).count();
+    facts.iter().map(sharing).max().unwrap_or(1)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -2,7 +2,7 @@
 
 use flashcomm_wire::TILE_ELEMS;
 
-use super::facts::Blob;
+use super::facts::{Blob, sharing};
 use crate::config::ExchangeKind;
 use crate::verdict::Ranges;
 
@@ -17,14 +17,8 @@ pub(crate) fn ranges(facts: &[Blob], kind: ExchangeKind) -> Ranges {
 pub(super) fn exact_max_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
     let (world, agreement) = (facts.len(), &facts[0].agreement);
     let room = agreement.buffer_bytes / 4 * 3 / (8 * (world - 1).max(1));
-    let default = || if share_a_device(facts) { 0 } else { default_exact_max_bytes(kind, world) };
+    let default = || if sharing(facts) > 1 { 0 } else { default_exact_max_bytes(kind, world) };
     if kind == ExchangeKind::Nccl { 0 } else { agreement.exact_max.unwrap_or_else(default).min(room as u64) }
-}
-
-/// Whether ranks share a GPU, which is for trials.
-fn share_a_device(facts: &[Blob]) -> bool {
-    let device = |rank: &Blob| rank.location.device_uuid;
-    facts.iter().enumerate().any(|(i, one)| facts[..i].iter().any(|other| device(one) == device(other)))
 }
 
 /// The same by default, of ranks with a GPU each: none where that has not been measured.

@@ -3,7 +3,7 @@
 use flashcomm_wire::rings::MAX_WORLD;
 use flashcomm_wire::{Mailboxes, Rings};
 
-use super::facts::Blob;
+use super::facts::{Blob, sharing};
 use super::identity;
 use super::ranges::exact_max_bytes;
 use crate::config::ExchangeKind;
@@ -33,11 +33,8 @@ pub fn layout(facts: &[Blob], kind: ExchangeKind) -> Option<Layout> {
 
 /// Blocks that a kernel may have on every rank.
 pub(crate) fn blocks(facts: &[Blob]) -> Blocks {
-    let sharing =
-        |rank: &Blob| facts.iter().filter(|other| other.location.device_uuid == rank.location.device_uuid).count();
-    let sharing = facts.iter().map(sharing).max().unwrap_or(1);
     let multiprocessors = facts.iter().map(|rank| rank.location.multiprocessors).min().unwrap_or(0);
-    residency::blocks(multiprocessors, sharing, facts[0].agreement.max_ctas)
+    residency::blocks(multiprocessors, sharing(facts), facts[0].agreement.max_ctas)
 }
 
 /// A number of the communicators that have these very ranks, if all their devices may keep the large share for them.

@@ -87,8 +87,8 @@ fn equals_the_reference<S: Summed>(comm: usize, stream: &Stream, rank: usize, in
     }
 }
 
-/// One vector, and what is before and behind it; a warp of them; a block, and more than one.
-const COUNTS: [usize; 11] = [1, 4, 7, 8, 9, 255, 256, 1025, 4099, 8192, 16381];
+/// One vector, and what is before and behind it; a row of them, and a stripe; a block, and more than one.
+const COUNTS: [usize; 12] = [1, 4, 7, 8, 9, 255, 256, 769, 1025, 4099, 8192, 16381];
 
 /// Of 16 ranks, which have room for less.
 const FEW_COUNTS: [usize; 3] = [7, 256, 1025];
