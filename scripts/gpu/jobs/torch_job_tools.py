@@ -11,11 +11,12 @@ SCRATCH = os.environ["FLASHCOMM_SCRATCH"]
 
 
 class Stats(ctypes.Structure):
-    """flashcommStats_t of flashcomm.h, up to the exact sums."""
+    """flashcommStats_t of flashcomm.h."""
 
     names = ["compressed", "forwarded", "others", "bytes_in", "bytes_wire", "bytes_forwarded"]
     _fields_ = [("size", ctypes.c_size_t)] + [(name, ctypes.c_uint64) for name in names]
-    _fields_ += [("because", ctypes.c_uint64 * 16), ("sizes", ctypes.c_uint64 * 5 * 24), ("exact", ctypes.c_uint64)]
+    _fields_ += [("because", ctypes.c_uint64 * 16), ("sizes", ctypes.c_uint64 * 5 * 24)]
+    _fields_ += [("exact", ctypes.c_uint64), ("bytes_exact", ctypes.c_uint64), ("exact_by_size", ctypes.c_uint64 * 24)]
 
 
 def stats():
