@@ -76,8 +76,8 @@ impl<'a> OverNccl<'a> {
         Ok(Self { comm, life, rank, world, stream, done, memory, is_nonblocking: false })
     }
 
-    /// Takes something through hop 1, so that the real NCCL connects every two ranks: the hot path must not do that, least
-    /// of all inside a capture. (Hop 2's connections are those of the meetings.)
+    /// Takes something through both hops, so that the real NCCL connects all ranks: the hot path must not do that, least of
+    /// all inside a capture, and the first sum would wait for the slowest rank.
     ///
     /// Whether calls may be issued without waiting for each: a communicator that does not block takes one at a time.
     ///
@@ -87,7 +87,15 @@ impl<'a> OverNccl<'a> {
         // SAFETY: the ranges lie in our memory, the handle and the stream live.
         let result = self.life.call(|| unsafe { all_to_all(std::iter::once(self.transfer())) })?;
         self.finish("ncclSend and ncclRecv", result)?;
+        self.gather()?;
         Ok(!self.is_nonblocking)
+    }
+
+    /// Hop 2, as [`Self::connect`] takes hop 1.
+    fn gather(&mut self) -> Result<()> {
+        // SAFETY: the ranges lie in our memory, the handle and the stream live.
+        let result = self.life.call(|| unsafe { all_gather(std::iter::once(self.transfer())) })?;
+        self.finish("ncclAllGather", result)
     }
 
     /// One hop with a blob in every slot: everyone's at the start of our memory, behind them those to send.
@@ -131,9 +139,7 @@ impl Meeting for OverNccl<'_> {
     }
 
     fn hear(&mut self) -> Result<Vec<u8>> {
-        // SAFETY: the ranges lie in our memory, the handle and the stream live.
-        let result = self.life.call(|| unsafe { all_gather(std::iter::once(self.transfer())) })?;
-        self.finish("ncclAllGather", result)?;
+        self.gather()?;
         let mut gathered = vec![0; self.world * BLOB_BYTES];
         self.memory.read(0, &mut gathered, &self.stream).map_err(Error::cuda("reading the blobs"))?;
         Ok(gathered)
