@@ -80,6 +80,8 @@ pub struct Config {
     pub buffer_bytes: usize,
     /// `FLASHCOMM_MAX_CTAS`.
     pub max_ctas: u32,
+    /// `FLASHCOMM_PLUGIN`: whether a plugin of the engine routes all-reduces here by size, so all ranks' must.
+    pub plugin: bool,
     /// `FLASHCOMM_TIMEOUT_S`; `None`: until aborted.
     pub timeout: Option<Duration>,
     /// `FLASHCOMM_ATTACH_TIMEOUT_S`.
@@ -143,6 +145,7 @@ impl Config {
             }),
             buffer_bytes: reader.read("FLASHCOMM_BUFFER_MIB", |text| parse_within(text, 1, 16384)) as usize * (1 << 20),
             max_ctas: reader.read("FLASHCOMM_MAX_CTAS", |text| parse_within(text, 0, 1024)) as u32,
+            plugin: reader.read("FLASHCOMM_PLUGIN", parse_switch),
             timeout: match reader.read("FLASHCOMM_TIMEOUT_S", |text| parse_within(text, 0, 86400)) {
                 0 => None,
                 seconds => Some(Duration::from_secs(seconds)),
@@ -270,7 +273,7 @@ mod tests {
         assert_eq!((config.max_ctas, config.timeout), (0, None));
         assert_eq!(config.attach_timeout, Duration::from_secs(300));
         assert_eq!((config.log_level, config.log_file, config.stats_file), (LevelFilter::Warn, None, None));
-        assert!(!config.nvtx);
+        assert!(!config.nvtx && !config.plugin);
         assert_eq!((config.record, config.record_dir), (0, "flashcomm-record".into()));
     }
 
@@ -278,6 +281,7 @@ mod tests {
     fn every_setting_takes_its_values() {
         assert!(!parse_one("FLASHCOMM_ENABLE", "0").0.enable);
         assert!(parse_one("FLASHCOMM_NVTX", "1").0.nvtx);
+        assert!(parse_one("FLASHCOMM_PLUGIN", "1").0.plugin);
         assert_eq!(parse_one("FLASHCOMM_BITS", "4:8").0.legs.to_string(), "4:8");
         assert_eq!(parse_one("FLASHCOMM_BITS", " 5 ").0.legs.to_string(), "5");
         assert_eq!(parse_one("FLASHCOMM_BITS", "16").0.legs.to_string(), "16");
@@ -335,6 +339,7 @@ mod tests {
             ("FLASHCOMM_ATTACH_TIMEOUT_S", "0"),
             ("FLASHCOMM_LOG", "loud"),
             ("FLASHCOMM_NVTX", "yes"),
+            ("FLASHCOMM_PLUGIN", "yes"),
             ("FLASHCOMM_RECORD", "65"),
         ] {
             let (config, malformed) = parse_one(name, value);

@@ -35,6 +35,8 @@ pub struct Agreement {
     pub buffer_bytes: usize,
     /// `FLASHCOMM_MAX_CTAS`.
     pub max_ctas: u32,
+    /// `FLASHCOMM_PLUGIN`.
+    pub plugin: bool,
     /// Whether the engine wants it off.
     pub switched_off: bool,
 }
@@ -49,6 +51,7 @@ impl From<&Config> for Agreement {
             exchange: config.exchange,
             buffer_bytes: config.buffer_bytes,
             max_ctas: config.max_ctas,
+            plugin: config.plugin,
             switched_off: false,
         }
     }
@@ -105,7 +108,7 @@ pub struct Location {
 impl Blob {
     /// The bytes that travel.
     pub fn encode(&self) -> [u8; BLOB_BYTES] {
-        let Agreement { legs, min_bytes, exact_max, dtypes, exchange, buffer_bytes, max_ctas, switched_off } =
+        let Agreement { legs, min_bytes, exact_max, dtypes, exchange, buffer_bytes, max_ctas, plugin, switched_off } =
             self.agreement;
         let location = &self.location;
         let (uuid, _) = location.device_uuid.as_chunks::<8>();
@@ -119,7 +122,7 @@ impl Blob {
             u64::from(legs.gather.width.bits()),
             legs.reduce.group.n_elems() as u64,
             min_bytes.unwrap_or(u64::MAX),
-            flags([dtypes.0, dtypes.1, switched_off, legs.batch_invariant]),
+            flags([dtypes.0, dtypes.1, switched_off, legs.batch_invariant, plugin]),
             exchange.map_or(0, |kind| 1 + kind as u64),
             buffer_bytes as u64,
             u64::from(max_ctas),
@@ -167,7 +170,7 @@ impl Blob {
         let codec = |width| Codec { width, group, code };
         // What no settings and no device give is not ours; and settings that look alike when told are alike.
         let within = |i, min: u64, max: u64| Some(field(i)).filter(|value| (min..=max).contains(value));
-        let flags = within(9, 0, 15).filter(|flags| flags & 3 != 0)?;
+        let flags = within(9, 0, 31).filter(|flags| flags & 3 != 0)?;
         Some(Self {
             rank: u32::try_from(field(2)).ok()?,
             ready: within(3, 0, 1)? == 1,
@@ -193,6 +196,7 @@ impl Blob {
                 exact_max: Some(field(27)).filter(|n_bytes| *n_bytes != u64::MAX),
                 dtypes: (flags & 1 != 0, flags & 2 != 0),
                 switched_off: flags & 4 != 0,
+                plugin: flags & 16 != 0,
                 exchange: match field(10) {
                     0 => None,
                     number => Some(*ExchangeKind::ALL.get(usize::try_from(number - 1).ok()?)?),
@@ -205,7 +209,7 @@ impl Blob {
 }
 
 /// Bits, the first one lowest.
-fn flags(bits: [bool; 4]) -> u64 {
+fn flags(bits: [bool; 5]) -> u64 {
     bits.into_iter().enumerate().map(|(i, bit)| u64::from(bit) << i).sum()
 }
 
@@ -233,7 +237,7 @@ pub fn agree(gathered: &[u8]) -> Result<Vec<Blob>, Disagreement> {
 
 /// The first setting that differs, with both values.
 fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, String, String)> {
-    let rows: [(&str, fn(&Agreement) -> String); 11] = [
+    let rows: [(&str, fn(&Agreement) -> String); 12] = [
         ("FLASHCOMM_BITS", |a| a.legs.to_string()),
         ("FLASHCOMM_GROUP", |a| a.legs.reduce.group.n_elems().to_string()),
         ("FLASHCOMM_CODE", |a| a.legs.code().name().into()),
@@ -248,6 +252,7 @@ fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, Stri
         ("FLASHCOMM_EXCHANGE", |a| a.exchange.map_or("auto", ExchangeKind::name).into()),
         ("FLASHCOMM_BUFFER_MIB", |a| (a.buffer_bytes >> 20).to_string()),
         ("FLASHCOMM_MAX_CTAS", |a| a.max_ctas.to_string()),
+        ("FLASHCOMM_PLUGIN", |a| u8::from(a.plugin).to_string()),
         ("flashcommSetCommEnabled", |a| u8::from(!a.switched_off).to_string()),
     ];
     rows.into_iter()
@@ -323,6 +328,7 @@ mod tests {
             ("FLASHCOMM_EXCHANGE", "nccl"),
             ("FLASHCOMM_BUFFER_MIB", "3"),
             ("FLASHCOMM_MAX_CTAS", "24"),
+            ("FLASHCOMM_PLUGIN", "1"),
         ] {
             let error = agree(&gather(&[blob(0), blob(1), with(2, name, value)])).unwrap_err();
             let Disagreement::Setting { rank: 2, setting, theirs, .. } = &error else { panic!("{error:?}") };
@@ -330,7 +336,7 @@ mod tests {
             assert!(error.to_string().contains(name) && error.to_string().contains("rank 2"));
         }
         let shared = crate::config::table::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
-        assert_eq!(shared, 11, "ten are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
+        assert_eq!(shared, 12, "eleven are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
     }
 
     #[test]
