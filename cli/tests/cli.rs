@@ -1,6 +1,7 @@
 //! The `flashcomm` command, run as users run it, on the simulators: what it shows, what it writes, and how it ends when
 //! something is missing or goes wrong.
 
+#[allow(dead_code, reason = "a part is used")]
 mod command;
 
 use std::os::unix::fs::symlink;

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use command::{COMMAND, built, is_of_this_commit_and_today, run, with_driver};
+use command::{COMMAND, built, is_of_this_commit_and_today, run, script, source, with_driver};
 
 /// A clean environment, and the simulated NCCL as the real one.
 fn flashcomm(arguments: &[&str]) -> Command {
@@ -252,22 +252,6 @@ fn the_printed_environment_gives_the_same_job() {
         let (name, value) = line.split_once('=').unwrap();
         assert!(systemd.lines().any(|given| given == format!("{name}=\"{value}\"")), "{line}\n{systemd}");
     }
-}
-
-/// Of the workspace: what is fetched, and the Python programs of all tests, are there.
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
-}
-
-/// The published source of a package, which scripts/setup.sh --test fetches.
-fn source(of: &str) -> PathBuf {
-    let source = root().join(".toolkit").join(of);
-    assert!(source.exists(), "{} is missing; run ./scripts/setup.sh --test", source.display());
-    source
-}
-
-fn script(name: &str) -> PathBuf {
-    root().join("tests/python").join(name)
 }
 
 #[test]

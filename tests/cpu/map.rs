@@ -226,7 +226,7 @@ fn every_export_runs_in_the_guard_or_is_a_bare_jump() {
 }
 
 /// Where code is, by the ending of its files.
-const CODE: [(&str, &str); 11] = [
+const CODE: [(&str, &str); 13] = [
     ("src", "rs"),
     ("cli", "rs"),
     ("wire", "rs"),
@@ -237,6 +237,8 @@ const CODE: [(&str, &str); 11] = [
     ("kernels", "cuh"),
     ("scripts", "sh"),
     ("scripts", "py"),
+    ("python", "py"),
+    ("tests", "py"),
     ("examples", "cpp"),
 ];
 

@@ -48,3 +48,19 @@ pub fn with_driver() -> tempfile::TempDir {
     }
     dir
 }
+
+/// Of the workspace: what is fetched, and the Python programs of all tests, are there.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// The published source of a package, which scripts/setup.sh --test fetches.
+pub fn source(of: &str) -> PathBuf {
+    let source = root().join(".toolkit").join(of);
+    assert!(source.exists(), "{} is missing; run ./scripts/setup.sh --test", source.display());
+    source
+}
+
+pub fn script(name: &str) -> PathBuf {
+    root().join("tests/python").join(name)
+}
