@@ -65,6 +65,38 @@ status=0
 refused=$(user flashcomm run --bits 9 -- true 2>&1) || status=$?
 ((status == 125)) || fail "run --bits 9 ends with $status: $refused"
 
+echo "- plugins"
+# As an engine finds them, by any Python from 3.8 on; without the variable nothing of an engine or of torch is looked for.
+user python3 - "$work/venv/lib/libflashcomm.so" <<'PYTHON' || fail "plugins"
+import ast, importlib.metadata, os, pathlib, sys
+
+groups = {"vllm.general_plugins": "vllm", "sglang.srt.plugins": "sglang"}
+points = importlib.metadata.distribution("flashcomm").entry_points
+found = {point.group: point.value for point in points}
+assert found == {group: f"flashcomm_plugins.{name}:load" for group, name in groups.items()}, found
+
+class Asked:
+    names = []
+
+    def find_spec(self, name, *_):
+        self.names.append(name)
+
+sys.meta_path.insert(0, Asked())
+loads = [point.load() for point in points]
+Asked.names.clear()
+assert [load() for load in loads] == [None, None] and Asked.names == [], Asked.names
+os.environ["FLASHCOMM_PLUGIN"] = "1"
+import flashcomm_plugins.shim
+
+assert flashcomm_plugins.shim.path() == os.path.realpath(sys.argv[1]), flashcomm_plugins.shim.path()
+for path in pathlib.Path(flashcomm_plugins.__file__).parent.glob("*.py"):
+    ast.parse(path.read_text(), feature_version=(3, 8))
+PYTHON
+# Where there is no engine they say so, and do no harm.
+said=$(user FLASHCOMM_PLUGIN=1 python3 -c 'import flashcomm_plugins.vllm; flashcomm_plugins.vllm.load()' 2>&1)
+has "the plugin for vLLM stays out: this vLLM is unknown to it: ModuleNotFoundError" "$said"
+[[ -z $(find "$site" -path '*flashcomm_plugins*' -name '*.so') ]] || fail "a library in the plugins"
+
 echo "- header and library"
 echo '#include <flashcomm.h>
 int main(void) { int v = 0; return flashcommGetVersion(&v) == FLASHCOMM_SUCCESS && v >= 0 ? 0 : 1; }' >c.c
