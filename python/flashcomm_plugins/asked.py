@@ -29,7 +29,7 @@ def stay_out(engine, why, cure):
 
 
 def is_known(version, oldest, newest):
-    """Whether `version`, a text, is from `oldest` to `newest`, which have as many numbers as count."""
+    """Whether `version`, a text, is from `oldest` to `newest`; as many numbers as theirs count."""
     numbers = re.match(r"\d+(\.\d+)*", version)
     if not numbers:
         return False
