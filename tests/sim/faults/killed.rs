@@ -12,6 +12,7 @@ use super::*;
 fn victim(process: &Process, round: usize) {
     let rank = place(round, HARMED);
     use_device(rank);
+    process.tell(&format!("here{round}"), b"");
     let seen = watched(process.unique_id(3 * round), rank, &Sums::of(WORLD), None, |_| false);
     assert_eq!(seen.ends, [good_end(); 2]);
 }
@@ -42,6 +43,7 @@ fn survivor(process: &Process, exchange: &str) {
                 teller.tell(&dead, if was_killed { b"killed" } else { b"lives" });
             })
         });
+        process.hear(&format!("here{round}")); // how long a process takes to start is not measured
         let since_death = std::sync::OnceLock::new();
         let seen = watched(process.unique_id(3 * round), rank, &sums, None, |told| {
             if process.heard(&dead).as_deref() != Some(b"killed") {
