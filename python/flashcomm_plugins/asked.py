@@ -28,6 +28,16 @@ def stay_out(engine, why, cure):
     say("WARN", "the plugin for %s stays out: %s. %s" % (engine, why, cure))
 
 
+def when_asked(engine, install, cure):
+    """Installs a plugin where it is asked for. Whatever goes wrong, the engine starts without it."""
+    if not is_asked():
+        return
+    try:
+        install()
+    except Exception as error:
+        stay_out(engine, "this %s is unknown to it: %r" % (engine, error), cure)
+
+
 def is_known(version, oldest, newest):
     """Whether `version`, a text, is from `oldest` to `newest`; as many numbers as theirs count."""
     numbers = re.match(r"\d+(\.\d+)*", version)

@@ -31,12 +31,7 @@ stay_out = functools.partial(asked.stay_out, "SGLang")
 
 
 def load():
-    if not asked.is_asked():
-        return
-    try:
-        install()
-    except Exception as error:  # Whatever it is, SGLang's own way works.
-        stay_out("this SGLang is unknown to it: %r" % error, CURE)
+    asked.when_asked("SGLang", install, CURE)
 
 
 def install():

@@ -21,12 +21,7 @@ stay_out = functools.partial(asked.stay_out, "vLLM")
 
 
 def load():
-    if not asked.is_asked():
-        return
-    try:
-        install()
-    except Exception as error:  # vLLM would not start; whatever it is, its own way works.
-        stay_out("this vLLM is unknown to it: %r" % error, CURE)
+    asked.when_asked("vLLM", install, CURE)
 
 
 def install():
