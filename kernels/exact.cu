@@ -1,5 +1,9 @@
-// The exact all-reduce in one hop: every rank writes its whole input to every peer and sums what it gets, over memory that
-// every rank of the host can write. For small operations, in which the way of a message counts and not its bytes.
+// The exact all-reduce, over memory that every rank of the host can write. For small operations, in which the way of a message
+// counts and not its bytes.
+//
+//   one hop   every rank writes its whole input to every peer and sums what it gets
+//   two hops  every stripe goes to its owner, which sums it and writes the sum to every peer: fewer bytes where there are more
+//             than two ranks, and the same bits
 //
 //   grid   (blocks), all resident at once, beside those of every rank that shares the GPU (invariant I6)
 //   block  (threads), a multiple of 32, at most kExactThreads
@@ -8,10 +12,11 @@
 //
 // Block b takes stripes b * block_stripes and on, a warp each: three vectors of 16 bytes a lane, which travel as four packets
 // of 12 bytes and a flag. A packet is one access of 128 bits and arrives whole. wire/src/mailboxes.rs says why no old flag is
-// taken for a new one, and a test there goes through every interleaving. Each warp writes all of its stripes to all peers,
-// then waits for those of the peers in rank order, so the sum is the same on all ranks.
+// taken for a new one, and a test there goes through every interleaving. Each warp writes all of its stripes, then waits for
+// those of the peers in rank order, so the sum is the same on all ranks; then, in two hops, for the sums of other owners.
 //
-// Bytes that leave a rank: 4/3 for each of data, world - 1 times. The way: a load of the input and the epoch, a store, a load.
+// Bytes that leave a rank: 4/3 for each of data, world - 1 times; in two hops 2 (world - 1) / world times. The way: a load of
+// the input and the epoch, a store, a load; in two hops a store and a load more.
 
 #include "element.cuh"
 #include "signals.cuh"
@@ -89,12 +94,16 @@ struct Exact {
     return v;
   }
 
-  __device__ void store(uint64_t at, const Vec16& v) const {
+  __device__ void store(uint64_t stripe, const Vec16 (&v)[kLaneVecs]) const {
     Bits* output = static_cast<Bits*>(args.output);
-    if (is_aligned16(output) && at + kElems <= args.count) {
-      store_vec16(output + at, v);
-    } else if (at < args.count) {
-      store_slowly(output + at, args.count - at, v);
+#pragma unroll
+    for (int i = 0; i < kLaneVecs; ++i) {
+      const uint64_t at = element(stripe, i);
+      if (is_aligned16(output) && at + kElems <= args.count) {
+        store_vec16(output + at, v[i]);
+      } else if (at < args.count) {
+        store_slowly(output + at, args.count - at, v[i]);
+      }
     }
   }
   __device__ __noinline__ static void store_slowly(Bits* at, uint64_t rest, Vec16 v) {
@@ -142,48 +151,73 @@ struct Exact {
 
   // ---- the operation --------------------------------------------------------------------------------------------
 
+  __device__ void send_to_peers(unsigned stripe, const Vec16 (&v)[kLaneVecs]) const {
+#pragma unroll 1
+    for (unsigned step = 1; step < args.world; ++step) {
+      const unsigned peer = args.rank + step;
+      send(peer < args.world ? peer : peer - args.world, stripe, v);
+    }
+  }
+
+  // Waits for all peers' stripe and adds it to this rank's, v, which becomes the sum. False where the thread gives up.
+  __device__ bool sum_up(unsigned stripe, Vec16 (&v)[kLaneVecs]) const {
+    float sum[kLaneVecs][kElems];
+#pragma unroll
+    for (int i = 0; i < kLaneVecs; ++i) {
+#pragma unroll
+      for (unsigned e = 0; e < kElems; ++e) sum[i][e] = -0.0f;  // to which -0 adds up to -0
+    }
+    Vec16 term[kLaneVecs];
+#pragma unroll 1
+    for (unsigned rank = 0; rank < args.world; ++rank) {
+      if (rank == args.rank) {
+        copy(v, term);
+      } else if (!receive(rank, stripe, term)) {
+        return false;
+      }
+#pragma unroll
+      for (int i = 0; i < kLaneVecs; ++i) Summand<T>::add(term[i], sum[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneVecs; ++i) {
+#pragma unroll
+      for (unsigned e = 0; e < kElems; ++e) sum[i][e] *= args.scale;
+      Summand<T>::round(sum[i], v[i]);
+    }
+    return true;
+  }
+
   // The first of this block's n stripes is stripe first of the operation. False where the thread gives up.
-  __device__ bool run(uint64_t first, unsigned n) const {
+  __device__ bool run(unsigned first, unsigned n) const {
     const unsigned warp = threadIdx.x / kLanes, n_warps = blockDim.x / kLanes;
     // Where all places are to be written anew, those past the end get zeros, for which nobody waits.
-    const unsigned n_sent = epoch % kRenewal >= kRenewal - kTurns ? args.max_block_stripes : n;
-    Vec16 mine[kLaneVecs] = {};  // of the only stripe, where a warp has one
+    const bool renews = epoch % kRenewal >= kRenewal - kTurns;
+    const unsigned n_sent = renews ? args.max_block_stripes : n;
+    const bool two_hops = args.two_hops && !renews;
+    Vec16 mine[kLaneVecs] = {};  // of the first stripe, mostly the only one, of a warp
     for (unsigned stripe = warp; stripe < n_sent; stripe += n_warps) {
       Vec16 v[kLaneVecs] = {};
       if (stripe < n) load(first + stripe, v);
       if (stripe == warp) copy(v, mine);
-#pragma unroll 1
-      for (unsigned step = 1; step < args.world; ++step) {
-        const unsigned peer = args.rank + step;
-        send(peer < args.world ? peer : peer - args.world, stripe, v);
+      const unsigned owner = (first + stripe) % args.world;
+      if (!two_hops) {
+        send_to_peers(stripe, v);
+      } else if (owner != args.rank) {
+        send(owner, stripe, v);
       }
     }
     for (unsigned stripe = warp; stripe < n; stripe += n_warps) {
+      if (two_hops && (first + stripe) % args.world != args.rank) continue;
       if (stripe != warp) load(first + stripe, mine);
-      float sum[kLaneVecs][kElems];
-#pragma unroll
-      for (int i = 0; i < kLaneVecs; ++i) {
-#pragma unroll
-        for (unsigned e = 0; e < kElems; ++e) sum[i][e] = -0.0f;  // to which -0 adds up to -0
-      }
-      Vec16 v[kLaneVecs];
-#pragma unroll 1
-      for (unsigned rank = 0; rank < args.world; ++rank) {
-        if (rank == args.rank) {
-          copy(mine, v);
-        } else if (!receive(rank, stripe, v)) {
-          return false;
-        }
-#pragma unroll
-        for (int i = 0; i < kLaneVecs; ++i) Summand<T>::add(v[i], sum[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kLaneVecs; ++i) {
-#pragma unroll
-        for (unsigned e = 0; e < kElems; ++e) sum[i][e] *= args.scale;
-        Summand<T>::round(sum[i], v[i]);
-        store(element(first + stripe, i), v[i]);
-      }
+      if (!sum_up(stripe, mine)) return false;
+      if (two_hops) send_to_peers(stripe, mine);
+      store(first + stripe, mine);
+    }
+    for (unsigned stripe = warp; two_hops && stripe < n; stripe += n_warps) {
+      const unsigned owner = (first + stripe) % args.world;
+      if (owner == args.rank) continue;
+      if (!receive(owner, stripe, mine)) return false;
+      store(first + stripe, mine);
     }
     return true;
   }
@@ -192,12 +226,11 @@ struct Exact {
 template <class T>
 __device__ __forceinline__ void exact(const ExactArgs& args) {
   constexpr unsigned kStripeElems = kLanes * kLaneVecs * Exact<T>::kElems;
-  const uint64_t n_stripes = (args.count + kStripeElems - 1) / kStripeElems;
-  const uint64_t first = uint64_t(blockIdx.x) * args.block_stripes;
+  const unsigned n_stripes = unsigned((args.count + kStripeElems - 1) / kStripeElems);  // as many as there is room for
+  const unsigned first = blockIdx.x * args.block_stripes;
   if (first >= n_stripes) return;  // as the block of this number does on every rank
   const Exact<T> self = {args, args.epochs[blockIdx.x] + 1};
-  const uint64_t rest = n_stripes - first;
-  const bool has_ended = self.run(first, rest < args.block_stripes ? unsigned(rest) : args.block_stripes);
+  const bool has_ended = self.run(first, min(n_stripes - first, args.block_stripes));
   // All threads have read the epoch.
   if (__syncthreads_and(has_ended) && threadIdx.x == 0) args.epochs[blockIdx.x] = self.epoch;
 }

@@ -57,6 +57,8 @@ pub struct Layout {
     pub rings: Rings,
     /// Then, for exact ones, where there are any.
     pub mailboxes: Option<Mailboxes>,
+    /// Exact ones of so many bytes and less go in one hop.
+    pub one_hop_max: usize,
 }
 
 impl Layout {

@@ -251,6 +251,8 @@ shared_structs! {
         max_blocks: u32,
         /// Stripes of a block that they have room for.
         max_block_stripes: u32,
+        /// Whether stripes go over their owners.
+        two_hops: u32,
         /// As in [`AllReduceArgs`].
         scale: f32,
     }

@@ -33,6 +33,20 @@ pub const fn default_exact_max_bytes(kind: ExchangeKind, world: usize) -> u64 {
 /// From here on 8 bits are faster than an exact sum, between two GPUs that go over host memory.
 const HOST_CROSSOVER: u64 = 320 << 10;
 
+/// Exact sums of so many bytes and less go in one hop, larger ones in two. The results are the same.
+///
+/// Of two ranks both send as much. Of more, by what is sent and what a hop takes between two GPUs: a microsecond over NVLink,
+/// two over host memory. Not measured.
+pub(super) const fn one_hop_max_bytes(kind: ExchangeKind, world: usize) -> usize {
+    match (kind, world) {
+        (_, ..3) => usize::MAX,
+        (ExchangeKind::Host, ..5) => 32 << 10,
+        (ExchangeKind::Host, _) => 16 << 10,
+        (_, ..5) => 128 << 10,
+        (_, _) => 32 << 10,
+    }
+}
+
 /// Whether the real NCCL goes over the network between some two ranks: those of two hosts, as it takes them, and those that
 /// share no memory of any kind.
 fn is_over_network(facts: &[Blob]) -> bool {

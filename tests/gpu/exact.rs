@@ -63,6 +63,7 @@ fn reduce(kernels: &Kernels, ranks: &[Rank; WORLD], count: usize, block_stripes:
             block_stripes: block_stripes as u32,
             max_blocks: MAILBOXES.blocks as u32,
             max_block_stripes: MAILBOXES.block_stripes as u32,
+            two_hops: u32::from(seed.is_multiple_of(3)),
             scale: 1.0,
         };
         // SAFETY: memory of the mailboxes' sizes, waited for below; a few blocks fit on any GPU.

@@ -15,8 +15,12 @@
 //! mailboxes: a block that writes those of epoch e has heard from all peers in epoch e - 1, so they have ended epoch e - 2,
 //! whose data was there. Nobody acknowledges anything.
 //!
+//! *In two hops* a stripe goes to its [`owner`] only, which sums it and sends everyone the sum: fewer bytes, where there are more
+//! than two ranks, and the same bits. The packets are where they are in one hop: from a peer to the owner its input, from the
+//! owner to a peer the sum. Who has heard from an owner has heard from all: it has waited for their inputs.
+//!
 //! Epochs wrap around after 2^32 operations, and a place that only a large operation uses may hold a flag of long ago. So in
-//! the last two epochs of each [`RENEWAL`] a block writes all of its places: no flag is ever older than that.
+//! the last two epochs of each [`RENEWAL`] a block writes all of its places, in one hop: no flag is ever older than that.
 //! `kernels/exact.cu` computes the same.
 
 use crate::rings::LINE_BYTES;
@@ -48,6 +52,11 @@ pub const RENEWAL: u32 = 1 << 30;
 /// Whether all places are written in this epoch, whatever the operation needs.
 pub const fn renews(epoch: u32) -> bool {
     epoch % RENEWAL >= RENEWAL - TURNS as u32
+}
+
+/// The rank that sums a stripe in two hops; the stripe counts from the operation's first one.
+pub const fn owner(stripe: usize, world: usize) -> usize {
+    stripe % world
 }
 
 /// The mailboxes of one rank.
@@ -154,8 +163,16 @@ mod protocol {
         }
     }
 
-    /// Where each rank is: its operation, its words still to be written to peers, its words still to be read; and
-    /// every rank's mailboxes, by turn, sender and word: flag and number of the operation.
+    /// An operation: its words, and whether they go over their owners.
+    #[derive(Clone, Copy, Debug)]
+    enum Operation {
+        OneHop(u8),
+        TwoHops(u8),
+    }
+    use Operation::{OneHop, TwoHops};
+
+    /// Where each rank is: its operation, its words still to be written to peers, its words still to be read, the next one
+    /// last; and every rank's mailboxes, by turn, sender and word: flag and number of the operation.
     #[derive(Clone, PartialEq, Eq, Hash)]
     struct State {
         ranks: Vec<Rank>,
@@ -170,19 +187,29 @@ mod protocol {
         reads: Vec<(usize, u8)>,
     }
 
-    /// Goes through every interleaving of operations of so many words each. An error where one ends in a wrong sum, or in
-    /// ranks that all wait.
-    fn explore(model: Model, world: usize, operations: &[u8]) -> Result<(), String> {
+    /// Goes through every interleaving of these operations. An error where one ends in a wrong sum, or in ranks that all wait.
+    fn explore(model: Model, world: usize, operations: &[Operation]) -> Result<(), String> {
         let place = |turn: u8, sender: usize, word: u8| {
             (usize::from(turn) * world + sender) * usize::from(model.n_words) + usize::from(word)
         };
         let epoch = |operation: usize| ((operation + 1) % usize::from(model.epochs)) as u8;
+        let owner = |word: u8| super::owner(usize::from(word), world);
+        let peers = |rank: usize| (0..world).filter(move |peer| *peer != rank);
+        let two_hops =
+            |operation: usize| matches!(operations.get(operation), Some(TwoHops(_))) && !model.renews(epoch(operation));
         let begin = |rank: usize, operation: usize| {
-            let n_words = operations.get(operation).copied().unwrap_or(0);
+            let n_words = operations.get(operation).map_or(0, |(OneHop(n) | TwoHops(n))| *n);
             let n_written = if n_words > 0 && model.renews(epoch(operation)) { model.n_words } else { n_words };
-            let peers = || (0..world).filter(move |peer| *peer != rank);
-            let of = |n: u8| peers().flat_map(move |peer| (0..n).map(move |word| (peer, word))).collect();
-            Rank { operation, writes: of(n_written), reads: of(n_words) }
+            let of = |word: u8| peers(rank).map(move |peer| (peer, word));
+            let (writes, reads) = match two_hops(operation) {
+                false => ((0..n_written).flat_map(of).collect(), (0..n_words).flat_map(of).collect()),
+                true => {
+                    let (mine, others): (Vec<u8>, Vec<u8>) = (0..n_words).partition(|word| owner(*word) == rank);
+                    let theirs = || others.iter().map(|word| (owner(*word), *word));
+                    (theirs().collect(), theirs().chain(mine.into_iter().flat_map(of)).collect())
+                }
+            };
+            Rank { operation, writes, reads }
         };
         let n_places = usize::from(model.turns) * world * usize::from(model.n_words);
         let start = State {
@@ -217,7 +244,12 @@ mod protocol {
                             return Err(format!("rank {rank} takes a word of operation {from} for one of {operation}"));
                         }
                         let mut next = state.clone();
-                        next.ranks[rank].reads.pop();
+                        let Rank { writes, reads, .. } = &mut next.ranks[rank];
+                        reads.pop();
+                        let was_last = reads.iter().all(|(_, other)| other != word);
+                        if two_hops(operation) && owner(*word) == rank && was_last {
+                            writes.extend(peers(rank).map(|peer| (peer, *word))); // the sum
+                        }
                         go(next);
                     }
                 }
@@ -235,28 +267,48 @@ mod protocol {
     }
 
     /// A large operation, small ones until the epochs have wrapped around, and a large one again.
-    fn around(epochs: u8) -> Vec<u8> {
-        let mut operations = vec![1; usize::from(epochs) + 1];
-        operations[0] = 2;
-        operations[usize::from(epochs)] = 2;
+    fn around(epochs: u8) -> Vec<Operation> {
+        let mut operations = vec![OneHop(1); usize::from(epochs) + 1];
+        operations[0] = OneHop(2);
+        operations[usize::from(epochs)] = OneHop(2);
         operations
     }
 
     #[test]
     #[cfg_attr(miri, ignore = "thousands of states")]
     fn who_finds_its_flag_finds_its_data() {
-        for operations in [&[1, 1, 1][..], &[2, 1, 2, 2], &[1, 2, 1, 2, 1], &around(SOUND.epochs)] {
-            assert_eq!(explore(SOUND, 2, operations), Ok(()), "{operations:?}");
+        let one_hop = |words: &[u8]| words.iter().map(|n| OneHop(*n)).collect::<Vec<_>>();
+        for words in [&[1, 1, 1][..], &[2, 1, 2, 2], &[1, 2, 1, 2, 1]] {
+            assert_eq!(explore(SOUND, 2, &one_hop(words)), Ok(()), "{words:?}");
         }
-        for operations in [&[1, 1, 1][..], &[2, 1, 2]] {
-            assert_eq!(explore(SOUND, 3, operations), Ok(()), "{operations:?} of 3 ranks");
+        assert_eq!(explore(SOUND, 2, &around(SOUND.epochs)), Ok(()));
+        for words in [&[1, 1, 1][..], &[2, 1, 2]] {
+            assert_eq!(explore(SOUND, 3, &one_hop(words)), Ok(()), "{words:?} of 3 ranks");
         }
     }
 
     #[test]
     #[cfg_attr(miri, ignore = "thousands of states")]
+    fn one_hop_and_two_may_follow_each_other() {
+        for operations in [
+            [OneHop(1), TwoHops(1), OneHop(1)],
+            [TwoHops(1), TwoHops(1), TwoHops(1)],
+            [TwoHops(2), OneHop(1), TwoHops(2)],
+            [TwoHops(1), TwoHops(2), TwoHops(1)],
+        ] {
+            assert_eq!(explore(SOUND, 3, &operations), Ok(()), "{operations:?}");
+        }
+        // In epochs that renew the places what would take two hops takes one.
+        let mut operations = around(SOUND.epochs);
+        operations.iter_mut().skip(1).step_by(2).for_each(|operation| *operation = TwoHops(1));
+        assert_eq!(explore(SOUND, 2, &operations), Ok(()));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "thousands of states")]
     fn one_turn_less_or_no_renewal_would_not_do() {
-        assert!(explore(Model { turns: 1, renewal: 0, ..SOUND }, 2, &[1, 1, 1]).is_err());
+        assert!(explore(Model { turns: 1, renewal: 0, ..SOUND }, 2, &[OneHop(1); 3]).is_err());
+        assert!(explore(Model { turns: 1, renewal: 0, ..SOUND }, 3, &[TwoHops(1), OneHop(1), OneHop(1)]).is_err());
         assert!(explore(Model { renewal: 0, ..SOUND }, 2, &around(SOUND.epochs)).is_err());
     }
 }

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use flashcomm_sim_schedule as schedule;
-use flashcomm_wire::mailboxes::{LANE_PACKETS, LANE_VECS, LANES, PACKET_BYTES, STRIPE_VECS, VEC_BYTES, renews};
+use flashcomm_wire::mailboxes::{LANE_PACKETS, LANE_VECS, LANES, PACKET_BYTES, STRIPE_VECS, VEC_BYTES, owner, renews};
 use flashcomm_wire::{Mailboxes, Summand};
 
 use crate::access::{args, load, store};
@@ -46,9 +46,12 @@ struct Block<S> {
     epoch: u32,
     /// Stripes of this block.
     n_stripes: usize,
+    two_hops: bool,
     has_sent: bool,
-    /// The next stripe to be summed.
-    next: usize,
+    /// The stripes in the order in which they are done: in two hops first those that this rank owns.
+    order: Vec<usize>,
+    /// How many of them are.
+    n_done: usize,
     element: PhantomData<S>,
 }
 
@@ -73,8 +76,12 @@ pub fn run<S: Stored>(_: &Kernel, bytes: &[u8], shape: Shape) -> Result<()> {
             return Ok(Vec::new());
         }
         let epoch = word(args.epochs as usize + number * 4)?.load(Ordering::Relaxed).wrapping_add(1);
-        let (has_sent, next, element) = (false, 0, PhantomData::<S>);
-        Ok(vec![Block { number, epoch, n_stripes, has_sent, next, element }])
+        let (two_hops, element) = (launch.args.two_hops != 0 && !renews(epoch), PhantomData::<S>);
+        let mut block =
+            Block { number, epoch, n_stripes, two_hops, has_sent: false, order: Vec::new(), n_done: 0, element };
+        let (mine, others): (Vec<_>, Vec<_>) = (0..n_stripes).partition(|stripe| block.owns(&launch, *stripe));
+        block.order = if two_hops { [mine, others].concat() } else { (0..n_stripes).collect() };
+        Ok(vec![block])
     })
 }
 
@@ -120,29 +127,65 @@ impl<S: Stored> Block<S> {
         Ok(bytes)
     }
 
+    fn owner(&self, launch: &Launch, stripe: usize) -> usize {
+        owner(self.number * launch.args.block_stripes as usize + stripe, launch.mailboxes.world)
+    }
+
+    fn owns(&self, launch: &Launch, stripe: usize) -> bool {
+        self.owner(launch, stripe) == launch.args.rank as usize
+    }
+
     fn send(&self, launch: &Launch) -> Result<()> {
-        let (rank, world) = (launch.args.rank as usize, launch.mailboxes.world);
         let n_sent = if renews(self.epoch) { launch.mailboxes.block_stripes } else { self.n_stripes };
         for stripe in 0..n_sent {
             schedule::step(); // what comes next may never
             let bytes = self.input(launch, stripe)?;
-            let word = |i: usize| u32::from_le_bytes(bytes[i * 4..][..4].try_into().expect("4 bytes"));
-            for peer in (1..world).map(|step| (rank + step) % world) {
-                let garbled = match stores_to(launch.args.mailboxes[peer] as usize) {
-                    Stores::Arrive => 0,
-                    Stores::Lost => continue,
-                    Stores::Garbled => 0x1111_1111,
-                };
-                for (i, lane) in (0..LANE_PACKETS).flat_map(|i| (0..LANES).map(move |lane| (i, lane))) {
-                    let [data @ .., flag] = launch.packet((peer, rank), self, stripe, (i, lane))?;
-                    for (place, at) in data.iter().zip(words_of(i, lane)) {
-                        place.store(word(at) ^ garbled, Ordering::Relaxed);
-                    }
-                    flag.store(self.epoch, Ordering::Release);
-                }
+            if !self.two_hops {
+                self.send_to_peers(launch, stripe, &bytes)?;
+            } else if !self.owns(launch, stripe) {
+                self.send_to(self.owner(launch, stripe), launch, stripe, &bytes)?;
             }
         }
         Ok(())
+    }
+
+    fn send_to_peers(&self, launch: &Launch, stripe: usize, bytes: &[u8]) -> Result<()> {
+        let (rank, world) = (launch.args.rank as usize, launch.mailboxes.world);
+        (1..world).try_for_each(|step| self.send_to((rank + step) % world, launch, stripe, bytes))
+    }
+
+    fn send_to(&self, peer: usize, launch: &Launch, stripe: usize, bytes: &[u8]) -> Result<()> {
+        let word = |i: usize| u32::from_le_bytes(bytes[i * 4..][..4].try_into().expect("4 bytes"));
+        let garbled = match stores_to(launch.args.mailboxes[peer] as usize) {
+            Stores::Arrive => 0,
+            Stores::Lost => return Ok(()),
+            Stores::Garbled => 0x1111_1111,
+        };
+        for (i, lane) in (0..LANE_PACKETS).flat_map(|i| (0..LANES).map(move |lane| (i, lane))) {
+            let [data @ .., flag] = launch.packet((peer, launch.args.rank as usize), self, stripe, (i, lane))?;
+            for (place, at) in data.iter().zip(words_of(i, lane)) {
+                place.store(word(at) ^ garbled, Ordering::Relaxed);
+            }
+            flag.store(self.epoch, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// The sum of a stripe, once all peers' are there; until then the peer that it waits for.
+    fn sum_up(&self, launch: &Launch, stripe: usize) -> Result<std::result::Result<Vec<u8>, usize>> {
+        let mut sum = vec![-0.0f32; STRIPE_VECS * VEC_BYTES / size_of::<S>()];
+        for rank in 0..launch.mailboxes.world {
+            let bytes = match rank == launch.args.rank as usize {
+                true => self.input(launch, stripe)?,
+                false => match self.receive(launch, rank, stripe)? {
+                    Some(bytes) => bytes,
+                    None => return Ok(Err(rank)),
+                },
+            };
+            let terms = bytes.chunks_exact(size_of::<S>()).map(|bytes| S::read(bytes).widen());
+            sum.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
+        }
+        Ok(Ok(sum.iter().flat_map(|sum| S::round(sum * launch.args.scale).write()).collect()))
     }
 
     /// A peer's stripe, once it is there.
@@ -175,31 +218,33 @@ impl<S: Stored> Part for Block<S> {
             self.has_sent = true;
             return Ok(Progress::Advanced);
         }
-        if self.next == self.n_stripes {
+        let Some(&stripe) = self.order.get(self.n_done) else {
             word(launch.args.epochs as usize + self.number * 4)?.store(self.epoch, Ordering::Relaxed);
             return Ok(Progress::Done);
+        };
+        let sum = match self.two_hops && !self.owns(launch, stripe) {
+            true => {
+                let owner = self.owner(launch, stripe);
+                self.receive(launch, owner, stripe)?.ok_or(owner)
+            }
+            false => self.sum_up(launch, stripe)?,
+        };
+        let sum = match sum {
+            Ok(sum) => sum,
+            Err(peer) => return Ok(Progress::Waits(peer)),
+        };
+        if self.two_hops && self.owns(launch, stripe) {
+            schedule::step();
+            self.send_to_peers(launch, stripe, &sum)?;
         }
-        let mut sum = vec![-0.0f32; STRIPE_VECS * VEC_BYTES / size_of::<S>()];
-        for rank in 0..launch.mailboxes.world {
-            let bytes = match rank == launch.args.rank as usize {
-                true => self.input(launch, self.next)?,
-                false => match self.receive(launch, rank, self.next)? {
-                    Some(bytes) => bytes,
-                    None => return Ok(Progress::Waits(rank)),
-                },
-            };
-            let terms = bytes.chunks_exact(size_of::<S>()).map(|bytes| S::read(bytes).widen());
-            sum.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
-        }
-        let bytes: Vec<u8> = sum.iter().flat_map(|sum| S::round(sum * launch.args.scale).write()).collect();
-        let (start, n_bytes) = self.extent(launch, self.next);
-        store(launch.args.output as usize + start, &bytes[..n_bytes])?;
-        self.next += 1;
+        let (start, n_bytes) = self.extent(launch, stripe);
+        store(launch.args.output as usize + start, &sum[..n_bytes])?;
+        self.n_done += 1;
         Ok(Progress::Advanced)
     }
 
     fn place(&self) -> (usize, usize) {
-        (self.number, self.next)
+        (self.number, self.n_done)
     }
 
     fn patience(launch: &Launch) -> Patience {

@@ -85,11 +85,13 @@ impl Fused {
         }
         let Call { element, scale, input, output, .. } = *call;
         let mailboxes = self.layout.mailboxes.expect("the range of exact sums is empty without them");
-        let n_stripes = (count * element.n_bytes()).div_ceil(STRIPE_VECS * VEC_BYTES);
+        let n_bytes = count * element.n_bytes();
+        let n_stripes = n_bytes.div_ceil(STRIPE_VECS * VEC_BYTES);
         assert!(n_stripes <= mailboxes.blocks * mailboxes.block_stripes, "the range of exact sums ends there");
         let (n_blocks, block_stripes) = exact_shape(n_stripes, &mailboxes);
         let (count, timeout_ns) = (count as u64, nanoseconds(self.timeout));
-        let args = ExactArgs { input, output, count, block_stripes, scale, timeout_ns, ..self.exact_args() };
+        let two_hops = (n_bytes > self.layout.one_hop_max).into();
+        let args = ExactArgs { input, output, count, block_stripes, two_hops, scale, timeout_ns, ..self.exact_args() };
         // SAFETY: the mailboxes are every rank's and stay; the rest as for `launch`.
         unsafe { kernels.exact(element, n_blocks, &args, stream) }
             .map_err(Error::cuda("launching the exact all-reduce"))
@@ -160,6 +162,7 @@ impl Fused {
             block_stripes: 0,
             max_blocks: mailboxes.map_or(0, |mailboxes| mailboxes.blocks as u32),
             max_block_stripes: mailboxes.map_or(0, |mailboxes| mailboxes.block_stripes as u32),
+            two_hops: 0,
             scale: 1.0,
         }
     }
