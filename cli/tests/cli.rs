@@ -113,6 +113,31 @@ fn bench_writes_what_it_measured() {
     assert_eq!(json["kernels"]["kernels"].as_array().unwrap().len(), 7 * 2 * 2 * 2);
 }
 
+#[test]
+fn bench_measures_what_the_shim_decides() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bench.json");
+    let arguments =
+        ["bench", "--simulator", "--worlds", "2", "--bits", "8", "--exchanges", "auto", "--sizes", "4K..16K"];
+    let (stdout, stderr, code) = run(flashcomm(&arguments)
+        .args(["--min-bytes", "16K", "--json"])
+        .arg(&path)
+        .env("FLASHCOMM_EXACT_MAX_BYTES", "4K"));
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    let json: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let by_size = |name: &str| {
+        let measurements = json["measurements"].as_array().unwrap();
+        let ours = measurements.iter().filter(|measurement| measurement["way"]["flashcomm"].is_object());
+        ours.map(|measurement| measurement[name].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(by_size("route"), ["exact", "forwarded", "compressed"]);
+    assert_eq!(by_size("checked"), ["reference", "same bits", "reference"]);
+    let compared = json["comparisons"].as_array().unwrap().iter().map(|row| row["flashcomm"][0]["route"].clone());
+    assert_eq!(compared.collect::<Vec<_>>(), ["exact", "forwarded", "compressed"]);
+    assert!(row(&stdout, "4K").contains(&"(exact)") && row(&stdout, "8K").contains(&"(forwarded)"), "{stdout}");
+    assert!(json["measurements"][0]["route"].is_null(), "the real NCCL's");
+}
+
 /// 10^9 bytes a second of the ranks' bytes, and 2(n-1)/n of that.
 fn bandwidths_are_those_of_nccl_tests(case: &Value, n_bytes: &Value, timed: &Value, prefix: &str) {
     let number = |name: &str| timed[format!("{prefix}{name}")].as_f64().unwrap_or_else(|| panic!("{name}: {timed}"));

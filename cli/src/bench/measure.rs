@@ -38,8 +38,19 @@ pub enum Check {
     No,
     /// The same bits on all ranks, before the measurement and after it.
     SameBits,
-    /// Those of the specification at this `FLASHCOMM_BITS`, or exact, too.
+    /// Those of the specification, too: at this `FLASHCOMM_BITS` where the shim compresses, of an
+    /// exact sum where it sums exactly. What it forwards has none.
     Reference(String),
+}
+
+/// What the shim did with the all-reduces of a measurement.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs, reason = "they say it")]
+pub enum Route {
+    Exact,
+    Compressed,
+    Forwarded,
 }
 
 /// A rank's answer.
@@ -53,8 +64,8 @@ pub struct Measured {
     pub hashes: Option<[u64; 2]>,
     /// The hash that they must have; from rank 0.
     pub reference: Option<u64>,
-    /// All-reduces that the shim compressed, or summed exactly, in this process.
-    pub compressed: u64,
+    /// What the shim did with all of them in this process; `None` for the real NCCL, and where they differ.
+    pub route: Option<Route>,
     /// All-reduces that the shim forwarded in this process.
     pub forwarded: u64,
 }
@@ -120,25 +131,40 @@ fn perform(rank: &Rank, buffers: &mut Option<Buffers>, task: &Task) -> Result<Me
         rank.drop_graph(graph)?;
     }
 
+    let counts = before.zip(after).map_or([0; 3], |(before, after)| {
+        [
+            after.allReducesExact - before.allReducesExact,
+            after.allReducesCompressed - before.allReducesCompressed,
+            after.allReducesForwarded - before.allReducesForwarded,
+        ]
+    });
+    let route = Route::of(counts);
     let reference = match &task.check {
         Check::Reference(bits) if rank.rank == 0 => {
-            let inputs = values::inputs(n_bytes, dtype, SEED, rank.world);
-            let expected = match bits.as_str() {
-                super::EXACT => values::exact(&inputs, dtype),
-                bits => values::reference(&inputs, dtype, values::legs(bits)?),
+            let inputs = || values::inputs(n_bytes, dtype, SEED, rank.world);
+            let expected = match route {
+                Some(Route::Exact) => Some(values::exact(&inputs(), dtype)),
+                Some(Route::Compressed) => Some(values::reference(&inputs(), dtype, values::legs(bits)?)),
+                Some(Route::Forwarded) | None => None,
             };
-            Some(values::hash(&expected))
+            expected.as_deref().map(values::hash)
         }
         _ => None,
     };
-    let (compressed, forwarded) = match (before, after) {
-        (Some(before), Some(after)) => (
-            after.allReducesCompressed + after.allReducesExact - before.allReducesCompressed - before.allReducesExact,
-            after.allReducesForwarded - before.allReducesForwarded,
-        ),
-        _ => (0, 0),
-    };
-    Ok(Measured { us, per_batch, hashes: first.zip(last).map(Into::into), reference, compressed, forwarded })
+    let hashes = first.zip(last).map(Into::into);
+    Ok(Measured { us, per_batch, hashes, reference, route, forwarded: counts[2] })
+}
+
+impl Route {
+    /// Of so many that were exact, compressed and forwarded.
+    fn of(counts: [u64; 3]) -> Option<Self> {
+        match counts.map(|n| n > 0) {
+            [true, false, false] => Some(Route::Exact),
+            [false, true, false] => Some(Route::Compressed),
+            [false, false, true] => Some(Route::Forwarded),
+            _ => None,
+        }
+    }
 }
 
 /// The rank's buffers, filled for this type: made at the first task.

@@ -50,7 +50,7 @@ pub struct Args {
     /// Element types
     #[arg(long, value_enum, value_delimiter = ',', default_value = "fp16")]
     dtypes: Vec<Dtype>,
-    /// FLASHCOMM_MIN_BYTES of the shim: a number, or auto for its own threshold
+    /// FLASHCOMM_MIN_BYTES of the shim: a number, or auto: it decides what becomes of a size, as in a job
     #[arg(long, default_value = "0")]
     min_bytes: String,
     /// FLASHCOMM_MAX_CTAS of the shim: thread blocks of a rank, as many at most as fit beside the other ranks'; 0: its default
@@ -364,11 +364,7 @@ impl BenchPlan<'_> {
     fn task(&self, way: &Way, round: usize, dtype: Dtype, graph: bool, n_bytes: usize) -> Task {
         let check = match way {
             _ if round > 0 => Check::No,
-            Way::Flashcomm { bits, .. }
-                if n_bytes <= self.args.check_up_to.0 && (self.args.min_bytes == "0" || bits == EXACT) =>
-            {
-                Check::Reference(bits.clone())
-            }
+            Way::Flashcomm { bits, .. } if n_bytes <= self.args.check_up_to.0 => Check::Reference(bits.clone()),
             _ => Check::SameBits,
         };
         let max_bytes = *self.sizes.last().expect("there are sizes");

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{BenchReport, Case, Measurement};
 use crate::bench::Way;
 use crate::bench::bandwidth::Bandwidth;
+use crate::bench::measure::Route;
 
 /// A size of a case, over all rounds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +36,9 @@ pub struct Compared {
     /// NCCL's time over ours: above 1 the shim is faster.
     pub ratio: Option<f64>,
     pub compressed: bool,
+    /// What the shim did; files of before December 2026 do not say it.
+    #[serde(default)]
+    pub route: Option<Route>,
 }
 
 /// From where on a way is never slower.
@@ -85,7 +89,8 @@ impl BenchReport {
                 let compressed = by_way[way].iter().all(|record| record.compressed);
                 let bandwidth = Some(Bandwidth::of(case.world, *n_bytes, us));
                 let ratio = best.map(|(nccl, _)| nccl / us);
-                Some(Compared { way: (*way).clone(), us, bandwidth, ratio, compressed })
+                let route = by_way[way][0].route.filter(|route| by_way[way].iter().all(|of| of.route == Some(*route)));
+                Some(Compared { way: (*way).clone(), us, bandwidth, ratio, compressed, route })
             });
             let of_nccl = best.map(|(us, _)| Bandwidth::of(case.world, *n_bytes, us));
             Comparison {
@@ -150,6 +155,7 @@ pub(super) mod tests {
             per_batch: 1,
             checked: "no",
             compressed: true,
+            route: None,
         };
         BenchReport {
             command: vec![],

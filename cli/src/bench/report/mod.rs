@@ -17,7 +17,7 @@ pub use self::tables::name;
 use super::Way;
 use super::bandwidth::Bandwidth;
 use super::kernels::Speeds;
-use super::measure::{Check, Measured, Task};
+use super::measure::{Check, Measured, Route, Task};
 use crate::Bytes;
 use crate::client::machine::Machine;
 use crate::client::rank::Dtype;
@@ -42,6 +42,8 @@ pub struct Measurement {
     checked: &'static str,
     /// Whether the shim compressed, or summed exactly; false also for the real NCCL.
     compressed: bool,
+    /// Which of it, or that it forwarded.
+    route: Option<Route>,
 }
 
 /// What a table is about.
@@ -107,6 +109,7 @@ impl Measurement {
         let slowest = |batch: usize| answers.iter().map(|answer| answer.us[batch]).fold(0.0, f64::max);
         let batches_us: Vec<f64> = (0..task.batches).map(slowest).collect();
         let us = median(&batches_us);
+        let route = answers[0].route.filter(|route| answers.iter().all(|answer| answer.route == Some(*route)));
         Measurement {
             case: Case { world, dtype: task.dtype, graph: task.graph },
             n_bytes: task.n_bytes,
@@ -119,9 +122,11 @@ impl Measurement {
             checked: match task.check {
                 Check::No => "no",
                 Check::SameBits => "same bits",
+                Check::Reference(_) if answers.iter().all(|answer| answer.reference.is_none()) => "same bits",
                 Check::Reference(_) => "reference",
             },
-            compressed: answers.iter().all(|answer| answer.compressed > 0 && answer.forwarded == 0),
+            compressed: matches!(route, Some(Route::Exact | Route::Compressed)),
+            route,
         }
     }
 }
@@ -206,7 +211,7 @@ mod tests {
             per_batch: 1,
             hashes: Some([5, 5]),
             reference: None,
-            compressed: 1,
+            route: Some(Route::Compressed),
             forwarded: 0,
         };
         let with = |change: fn(&mut Measured)| {

@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::Path;
 
-use super::compare::{Comparison, Crossover, crossovers};
+use super::compare::{Compared, Comparison, Crossover, crossovers};
 use super::{BenchReport, Case, Earlier};
-use crate::bench::Way;
 use crate::bench::kernels::Speeds;
+use crate::bench::measure::Route;
+use crate::bench::{EXACT, Way};
 use crate::{Bytes, table};
 
 impl BenchReport {
@@ -87,8 +88,14 @@ fn in_rows(rows: &[&Comparison]) -> comfy_table::Table {
                 compared.map(|compared| compared.us),
                 bandwidth.map(|bandwidth| (bandwidth.algbw_gb_s, bandwidth.busbw_gb_s)),
             );
-            let is_forwarded = compared.is_some_and(|compared| !compared.compressed);
-            cells.push(if is_forwarded { of_way.replacen('\n', " (forwarded)\n", 1) } else { of_way });
+            let mark = match compared {
+                Some(Compared { compressed: false, .. }) => " (forwarded)",
+                Some(Compared { route: Some(Route::Exact), way: Way::Flashcomm { bits, .. }, .. }) if bits != EXACT => {
+                    " (exact)"
+                }
+                _ => "",
+            };
+            cells.push(of_way.replacen('\n', &format!("{mark}\n"), 1));
             cells.push(number(compared.and_then(|compared| compared.ratio), 2));
         }
         table.add_row(cells);
