@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import never_slower
 from harness import FLASHCOMM, JOBS, PACK, need_program, scratch
 
 pytestmark = pytest.mark.gpus
@@ -97,6 +98,15 @@ def test_over_host_memory_beside_nccl(runner, packed_nccl, out, several):
     """NCCL goes over shared memory of the host, too."""
     options = ["--exchanges", "host", "--bits", "8,4,4-plain,16", "--sizes", "256K,1M,4M,16M,64M"]
     bench(runner, packed_nccl, out / "gpus-host.json", several, *options, **HOST_ONLY)
+
+
+@pytest.mark.measures
+@pytest.mark.parametrize("exchange", ["peer", "host"])
+def test_never_slower_than_nccl(runner, packed_nccl, out, several, exchange):
+    """The shim finds the exchange itself. Over host memory NCCL goes there, too."""
+    worlds = ",".join(str(n) for n in sorted({2, several}))
+    settings = HOST_ONLY if exchange == "host" else {}
+    never_slower.check(runner, packed_nccl, out / f"gpus-never-slower-{exchange}.json", worlds, **settings)
 
 
 @pytest.mark.measures

@@ -8,11 +8,15 @@ import sys
 import pytest
 
 import harness
+import never_slower
 from harness import FLASHCOMM, JOBS, launch
 from test_torch import SLACK_S, torch_job
 
 pytestmark = pytest.mark.measures
 ROUNDS = [1, 2, 3]
+# By number of ranks on a GPU, a cap of NCCL's blocks that is about its best. It is the same for NCCL
+# alone and for what the shim forwards, so that they differ by the shim only.
+NCCL_CTAS = {2: 32, 3: 24, 4: 24, 8: 12}
 
 
 @pytest.mark.bench
@@ -20,6 +24,13 @@ def test_all_reduces_beside_nccl(runner, packed_nccl, out):
     """Threads as ranks, the shim beside NCCL, and the kernels alone."""
     command = [FLASHCOMM, "bench", "--nccl-lib", packed_nccl, "--graph", "--crossover", "--kernels"]
     runner.measure(command, 400, out / "bench.json")
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("ranks", NCCL_CTAS)
+def test_never_slower_than_nccl(runner, packed_nccl, out, ranks):
+    to = out / f"never-slower-{ranks}.json"
+    never_slower.check(runner, packed_nccl, to, ranks, "--nccl-ctas", NCCL_CTAS[ranks], CUDA_VISIBLE_DEVICES=0)
 
 
 def result(out, under, kind, number):
