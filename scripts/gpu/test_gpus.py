@@ -110,6 +110,17 @@ def test_never_slower_than_nccl(runner, packed_nccl, out, several, exchange):
 
 
 @pytest.mark.measures
+@pytest.mark.parametrize("exchange", ["peer", "host"])
+def test_cost_of_a_call(runner, packed_nccl, out, several, exchange):
+    """CPU time of the calling thread, beside NCCL's."""
+    settings = HOST_ONLY if exchange == "host" else {}
+    with scratch() as folder:
+        settings = {**settings, "FLASHCOMM_NCCL_LIB": packed_nccl, "FLASHCOMM_SCRATCH": folder}
+        command = [sys.executable, JOBS / "host_cost_job.py"]
+        runner.measure(command, 100, out / f"gpus-host-cost-{exchange}.json", **settings)
+
+
+@pytest.mark.measures
 @pytest.mark.parametrize("exchange", ["auto", "host"])
 def test_time_to_first_token(runner, out, several, exchange):
     pytest.importorskip("transformers")

@@ -12,86 +12,38 @@ plain NCCL by 32 MiB: the kernels, which stay loaded as NCCL's do, and their loc
 import ctypes
 import json
 import os
-import pathlib
 import subprocess
 import sys
-import time
 
-SCRATCH = pathlib.Path(os.environ["FLASHCOMM_SCRATCH"])
+import nccl_calls
+from nccl_calls import FLOAT16, SUM, ok
+
 COUNT = 4 << 20
-FLOAT16, SUM = 6, 0
 MIB = 1 << 20
 STEPS = ["unused", "used", "left"]
 
 
-class UniqueId(ctypes.Structure):
-    _fields_ = [("internal", ctypes.c_byte * 128)]
-
-
-def ok(function, *arguments):
-    result = function(*arguments)
-    assert result == 0, f"{function.__name__} answers {result}"
-
-
-def wait_for(path):
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"nobody writes {path}"
-        time.sleep(0.001)
-    return path.read_bytes()
-
-
-def tell(path, content):
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    part.rename(path)
-
-
-class Rank:
+class Rank(nccl_calls.Rank):
     def __init__(self, case, library, rank, world):
-        self.case, self.rank, self.world = case, rank, world
-        self.cuda, self.nccl = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL(library)
-        ok(self.cuda.cuInit, 0)
-        context, self.stream, self.memory = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_uint64()
-        ok(self.cuda.cuDevicePrimaryCtxRetain, ctypes.byref(context), rank)
-        ok(self.cuda.cuCtxSetCurrent, context)
-        ok(self.cuda.cuStreamCreate, ctypes.byref(self.stream), 1)
-        ok(self.cuda.cuMemAlloc_v2, ctypes.byref(self.memory), ctypes.c_size_t(2 * COUNT))
-        ok(self.cuda.cuMemsetD8_v2, self.memory, ctypes.c_ubyte(0), ctypes.c_size_t(2 * COUNT))
+        super().__init__(case, rank, world, 2 * COUNT)
+        self.nccl = ctypes.CDLL(library)
 
     def in_use(self):
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         ok(self.cuda.cuMemGetInfo_v2, ctypes.byref(free), ctypes.byref(total))
         return total.value - free.value
 
-    def meet(self, name):
-        """All ranks are here."""
-        tell(SCRATCH / f"{self.case}-{name}-{self.rank}", b"")
-        for rank in range(self.world):
-            wait_for(SCRATCH / f"{self.case}-{name}-{rank}")
-
-    def create(self, name):
-        unique, comm = UniqueId(), ctypes.c_void_p()
-        if self.rank == 0:
-            ok(self.nccl.ncclGetUniqueId, ctypes.byref(unique))
-            tell(SCRATCH / f"{self.case}-id-{name}", bytes(unique))
-        unique = UniqueId.from_buffer_copy(wait_for(SCRATCH / f"{self.case}-id-{name}"))
-        self.meet(f"create-{name}")
-        start = time.perf_counter()
-        ok(self.nccl.ncclCommInitRank, ctypes.byref(comm), self.world, unique, self.rank)
-        return comm, 1000 * (time.perf_counter() - start)
-
     def all_reduce(self, comm):
         for _ in range(3):
             ok(self.nccl.ncclAllReduce, self.memory, self.memory, ctypes.c_size_t(COUNT), FLOAT16, SUM, comm, self.stream)
-        ok(self.cuda.cuStreamSynchronize, self.stream)
+        self.wait()
 
     def run(self):
         self.meet("begin")
         before = self.in_use()
-        unused, first_ms = self.create("first")
+        unused, first_ms = self.create(self.nccl, "first")
         steps = [self.in_use() - before]
-        used, second_ms = self.create("second")
+        used, second_ms = self.create(self.nccl, "second")
         self.all_reduce(used)
         steps.append(self.in_use() - before)
         for comm in [used, unused]:
