@@ -4,6 +4,7 @@ A world is `all` of the GPUs, or `fewer`: one less, where that leaves two. The m
 first, so that a run that is cut short has them.
 """
 
+import subprocess
 import sys
 
 import pytest
@@ -118,6 +119,17 @@ def test_cost_of_a_call(runner, packed_nccl, out, several, exchange):
         settings = {**settings, "FLASHCOMM_NCCL_LIB": packed_nccl, "FLASHCOMM_SCRATCH": folder}
         command = [sys.executable, JOBS / "host_cost_job.py"]
         runner.measure(command, 100, out / f"gpus-host-cost-{exchange}.json", **settings)
+
+
+@pytest.mark.measures
+def test_beside_vllms_own_all_reduce(runner, packed_nccl, out, several):
+    imported = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True, check=False)
+    if imported.returncode != 0:
+        pytest.skip(f"import vllm: {(imported.stderr.splitlines() or ['no reason given'])[-1]}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    settings = {"FLASHCOMM_NCCL_LIB": packed_nccl, "GLOO_SOCKET_IFNAME": "lo"}
+    command = [*torchrun, JOBS / "custom_all_reduce.py"]
+    runner.measure(command, 200, out / "gpus-custom-all-reduce.json", **settings)
 
 
 @pytest.mark.measures
