@@ -143,6 +143,16 @@ def test_time_to_first_token(runner, out, several, exchange):
     runner.measure(command, 300, out / f"gpus-ttft-{exchange}.json", **settings)
 
 
+@pytest.mark.measures
+@pytest.mark.parametrize("exchange", ["auto", "host"])
+def test_time_per_token(runner, out, several, exchange):
+    """Of a decode step in a graph, as served models have it: small sums."""
+    pytest.importorskip("transformers")
+    command = [sys.executable, JOBS / "decode.py", "--ranks", several, "--exchange", exchange]
+    settings = HOST_ONLY if exchange == "host" else {}
+    runner.measure(command, 200, out / f"gpus-decode-{exchange}.json", **settings)
+
+
 def test_torch_job_of_fewer(runner, several):
     torchrun(runner, fewer_than(several), 4, "auto", "torch_job.py")
 

@@ -3,8 +3,7 @@
 usage: ttft.py [--ranks 2,4] [--bits 8,6,5,4] [--gpu-each] [--json FILE] ...      starts the jobs, one after the other
        (started by itself with RANK set: one rank)
 
-The model is transformers' own LlamaForCausalLM. Sharded as Megatron shards: attention heads and the inner width of the MLP over
-the ranks, an all-reduce behind o_proj and down_proj. Ranks share a GPU and believe to be on hosts of their own, so NCCL takes
+The model is that of llama.py. Ranks share a GPU and believe to be on hosts of their own, so NCCL takes
 its sockets; with --gpu-each they have a GPU each, and NCCL takes what it likes best. With the defaults an all-reduce
 is 2048 x 8 x 4096 x 2 B = 128 MiB, 16 of them for a first token.
 
@@ -25,6 +24,7 @@ import tempfile
 import time
 
 import expected
+import llama
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -33,53 +33,22 @@ def parse():
     parser = argparse.ArgumentParser(description="time to first token, plain and compressed")
     parser.add_argument("--ranks", default="2,4")
     parser.add_argument("--bits", default="8,6,5,4")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--inner", type=int, default=14336)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=int, default=150, help="that a job may take")
     parser.add_argument("--gpu-each", action="store_true", help="a GPU for each rank, by torchrun")
     parser.add_argument("--exchange", help="FLASHCOMM_EXCHANGE [default: nccl; with --gpu-each auto]")
-    parser.add_argument("--flashcomm", default=".gpu/flashcomm")
-    parser.add_argument("--device", default="cuda", help="cpu: tries the program out over gloo, without flashcomm")
-    parser.add_argument("--json", help="writes everything to this file")
+    llama.add_arguments(parser)
     return parser.parse_args()
 
 
 def rank_main(args):
     import torch
     import torch.distributed as dist
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world = llama.join(args)
     on_gpu = args.device == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
     issued = expected.Issued(rank, world)
-    config = LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=args.inner,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        vocab_size=args.vocabulary,
-        max_position_embeddings=args.prompt,
-    )
-    torch.set_default_dtype(torch.float16)
-    with torch.device(args.device):
-        model = LlamaForCausalLM(config).eval()
-    model.requires_grad_(False)
-    generator = torch.Generator(args.device).manual_seed(0)
-    for weights in model.parameters():
-        if weights.dim() == 2:
-            weights.normal_(0, 0.02, generator=generator)
-
     spans = []
 
     def all_reduce(x):
@@ -96,17 +65,7 @@ def rank_main(args):
         issued.sum16(x.numel() * x.element_size())
         return x
 
-    def shard(linear, dim):
-        linear.weight = torch.nn.Parameter(linear.weight.chunk(world, dim)[rank].clone(), requires_grad=False)
-
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for linear in [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]:
-            shard(linear, 0)
-        for linear in [attention.o_proj, mlp.down_proj]:
-            shard(linear, 1)
-            linear.register_forward_hook(lambda module, inputs, output: all_reduce(output))
-
+    model, generator = llama.build(args, args.prompt, rank, world, all_reduce)
     prompts = torch.randint(args.vocabulary, (args.batch, args.prompt), generator=generator, device=args.device)
 
     def prefill(n_positions):
