@@ -1,8 +1,7 @@
 //! An all-reduce of ours, top to bottom.
 //!
 //! Where the ranks share memory, one kernel does all of it, launched on the caller's stream: `kernels/exact.cu` a small one,
-//! uncompressed and in one hop, `kernels/all_reduce.cu` a large one.
-//! Over the real NCCL a large one takes five steps:
+//! uncompressed, `kernels/all_reduce.cu` a large one. Over the real NCCL a large one takes five steps:
 //!
 //! ```text
 //! quantize      each other rank's chunk of my input                      -> outgoing, a slot per owner

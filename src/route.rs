@@ -33,7 +33,7 @@ impl Request {
 pub(crate) enum Route {
     /// To the real NCCL, unchanged.
     Forward(Reason),
-    /// Uncompressed, in one hop.
+    /// Uncompressed.
     Exact,
     /// Through the two hops.
     Compress,

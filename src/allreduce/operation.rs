@@ -99,7 +99,7 @@ impl Operation {
         Ok(plan)
     }
 
-    /// Whether it goes in one hop as it is.
+    /// Whether it goes as it is.
     pub(super) fn is_exact(&self) -> bool {
         self.route() == Route::Exact
     }

@@ -47,7 +47,7 @@ pub const SETTINGS: [Setting; 21] = [
         "FLASHCOMM_EXACT_MAX_BYTES",
         "auto",
         "auto, or a number of bytes, K, M or G allowed behind it",
-        "all-reduces up to there that are not compressed are summed exactly in one hop; 0: none",
+        "all-reduces up to there that are not compressed are summed exactly; 0: none",
         true,
     ),
     setting(

@@ -23,7 +23,7 @@ pub enum Verb {
     AllReduce,
     /// The same over areas in host memory.
     HostAllReduce,
-    /// The whole all-reduce in one hop and uncompressed.
+    /// The whole all-reduce, uncompressed.
     Exact,
 }
 

@@ -24,19 +24,25 @@ pub(super) fn exact_max_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
 /// The same by default, of ranks with a GPU each: none where that has not been measured.
 pub const fn default_exact_max_bytes(kind: ExchangeKind, world: usize) -> u64 {
     match (kind, world) {
-        (ExchangeKind::Peer, 2) => 2 << 20,
-        (ExchangeKind::Host, 2) => HOST_CROSSOVER,
+        (ExchangeKind::Peer | ExchangeKind::Host, 2..=4) => crossover(kind, world),
         _ => 0,
     }
 }
 
-/// From here on 8 bits are faster than an exact sum, between two GPUs that go over host memory.
-const HOST_CROSSOVER: u64 = 320 << 10;
+/// From how many bytes on 8 bits are faster than an exact sum, of ranks with a GPU each.
+const fn crossover(kind: ExchangeKind, world: usize) -> u64 {
+    match (kind, world) {
+        (ExchangeKind::Host, ..3) => 320 << 10,
+        (ExchangeKind::Host, _) => 160 << 10,
+        (_, ..3) => 2 << 20,
+        (_, _) => 1280 << 10,
+    }
+}
 
 /// Exact sums of so many bytes and less go in one hop, larger ones in two. The results are the same.
 ///
-/// Of two ranks both send as much. Of more, by what is sent and what a hop takes between two GPUs: a microsecond over NVLink,
-/// two over host memory. Not measured.
+/// Of two ranks both send as much. Of three and four: where two hops become faster, as measured. Of more: by the bytes that one
+/// hop sends, not measured.
 pub(super) const fn one_hop_max_bytes(kind: ExchangeKind, world: usize) -> usize {
     match (kind, world) {
         (_, ..3) => usize::MAX,
@@ -82,25 +88,22 @@ pub(super) fn min_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
     let default = || match kind {
         _ if agreement.legs.batch_invariant => 0, // a row must not go another way because its batch is small
         ExchangeKind::Nccl if sends_more_than_nccl(facts) => u64::MAX,
-        _ => default_min_bytes(kind, facts.len(), !is_over_network(facts)),
+        _ => default_min_bytes(kind, facts.len(), sharing(facts), !is_over_network(facts)),
     };
     agreement.min_bytes.unwrap_or_else(default)
 }
 
-/// From how many bytes on an all-reduce is compressed by default; `u64::MAX`: never.
+/// From how many bytes on an all-reduce is compressed by default, where at most `sharing` ranks share a GPU; `u64::MAX`: never.
 ///
 /// Over the real NCCL the bytes decide between hosts. Between ranks of one host NCCL's own all-reduce is faster than three
 /// kernels with two of its calls between, so there it takes an explicit `FLASHCOMM_MIN_BYTES`.
-pub const fn default_min_bytes(kind: ExchangeKind, world: usize, one_host: bool) -> u64 {
+pub const fn default_min_bytes(kind: ExchangeKind, world: usize, sharing: usize, one_host: bool) -> u64 {
     match kind {
         ExchangeKind::Nccl if one_host => u64::MAX,
         ExchangeKind::Nccl => 1 << 20,
-        // Peer memory is never slower from half of that on, whether ranks share a GPU or two have one each, but for graphs of
-        // 2 ranks that share one; between more GPUs it has not been measured, hence a reserve.
-        ExchangeKind::Peer if world == 2 => 2 << 20,
+        _ if world == 2 || world <= 4 && sharing == 1 => crossover(kind, world),
+        // Between more GPUs it has not been measured, hence a reserve.
         ExchangeKind::Peer => 4 << 20,
-        // Where NCCL goes over host memory, too.
-        ExchangeKind::Host if world == 2 => HOST_CROSSOVER,
         ExchangeKind::Host => 256 << 10,
     }
 }
@@ -175,9 +178,19 @@ mod tests {
         assert_eq!(exact_max(&facts)[0], 2 << 20, "an eighth of 16 MiB");
         facts.iter_mut().for_each(|rank| rank.agreement.exact_max = Some(0));
         assert_eq!(exact_max(&facts), [0; 3]);
-        let mut two = ranks(2, "auto");
-        assert_eq!(exact_max(&two), [2 << 20, 320 << 10, 0]);
-        two[1].location.device_uuid = two[0].location.device_uuid;
-        assert_eq!(exact_max(&two), [0; 3], "on one GPU it has not been measured");
+    }
+
+    #[test]
+    fn by_default_sums_are_exact_up_to_where_compressed_ones_are_faster_as_measured() {
+        let ranges = |facts: &[Blob]| [Peer, Host].map(|kind| ranges(facts, kind)).map(|x| (x.exact_max, x.compress_min));
+        for (world, peer, host) in [(2, 2 << 20, 320 << 10), (3, 1280 << 10, 160 << 10), (4, 1280 << 10, 160 << 10)] {
+            assert_eq!(ranges(&ranks(world, "auto")), [(peer, peer), (host, host)], "{world} ranks");
+        }
+        assert_eq!(ranges(&ranks(5, "auto")), [(0, 4 << 20), (0, 256 << 10)], "not measured");
+        for (world, peer, host) in [(2, 2 << 20, 320 << 10), (4, 4 << 20, 256 << 10)] {
+            let mut facts = ranks(world, "auto");
+            facts[1].location.device_uuid = facts[0].location.device_uuid;
+            assert_eq!(ranges(&facts), [(0, peer), (0, host)], "two of {world} ranks on a GPU");
+        }
     }
 }

@@ -38,7 +38,7 @@ pub struct Args {
     /// Numbers of ranks [default: 2,4,8; with --quick 2]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u64).range(2..=16))]
     worlds: Option<Vec<u64>>,
-    /// Widths, or reduce:gather as in 4:8; with a code as in 4-plain; exact: in one hop, uncompressed [default: 8,4; with --quick 4]
+    /// Widths, or reduce:gather as in 4:8; with a code as in 4-plain; exact: uncompressed [default: 8,4; with --quick 4]
     #[arg(long, value_delimiter = ',')]
     bits: Option<Vec<String>>,
     /// Bytes that each rank sums; A..B doubles from A to B [default: 256K..64M; with --quick 1M,16M,64M]
@@ -111,7 +111,7 @@ enum KernelsToo {
     Only,
 }
 
-/// In the place of a width: summed exactly in one hop.
+/// In the place of a width: summed exactly.
 const EXACT: &str = "exact";
 
 /// A way to do an all-reduce.

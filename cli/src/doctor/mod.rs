@@ -96,7 +96,7 @@ struct Exchanges {
 struct Possible {
     possible: bool,
     why_not: Option<String>,
-    /// Bytes up to which other all-reduces are summed exactly in one hop by default; absent: none is.
+    /// Bytes up to which other all-reduces are summed exactly by default; absent: none is.
     exact_max_bytes: Option<u64>,
     /// Bytes from which on all-reduces are compressed by default; absent: never.
     min_bytes_on_one_host: Option<u64>,
@@ -259,7 +259,7 @@ fn choice_is_free(facts: &[Blob]) -> bool {
 }
 
 fn possible(kind: ExchangeKind, world: usize, why_not: Option<String>) -> Possible {
-    let from = |one_host| Some(default_min_bytes(kind, world, one_host)).filter(|n_bytes| *n_bytes != u64::MAX);
+    let from = |one_host| Some(default_min_bytes(kind, world, 1, one_host)).filter(|n_bytes| *n_bytes != u64::MAX);
     Possible {
         possible: why_not.is_none(),
         why_not,
