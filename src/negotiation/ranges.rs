@@ -182,7 +182,8 @@ mod tests {
 
     #[test]
     fn by_default_sums_are_exact_up_to_where_compressed_ones_are_faster_as_measured() {
-        let ranges = |facts: &[Blob]| [Peer, Host].map(|kind| ranges(facts, kind)).map(|x| (x.exact_max, x.compress_min));
+        let ranges =
+            |facts: &[Blob]| [Peer, Host].map(|kind| ranges(facts, kind)).map(|x| (x.exact_max, x.compress_min));
         for (world, peer, host) in [(2, 2 << 20, 320 << 10), (3, 1280 << 10, 160 << 10), (4, 1280 << 10, 160 << 10)] {
             assert_eq!(ranges(&ranks(world, "auto")), [(peer, peer), (host, host)], "{world} ranks");
         }
