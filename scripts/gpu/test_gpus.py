@@ -68,6 +68,15 @@ def test_memory(runner, packed_nccl, several, exchange):
         runner.run([sys.executable, JOBS / "memory_job.py"], 100, **settings, FLASHCOMM_SCRATCH=folder)
 
 
+def test_checkpoint(runner, packed_nccl, several):
+    """The driver's, between two communicators, where plain NCCL comes through it."""
+    with scratch() as folder:
+        settings = {"FLASHCOMM_NCCL_LIB": packed_nccl, "FLASHCOMM_SCRATCH": folder}
+        output = runner.run([sys.executable, JOBS / "checkpoint_job.py"], 150, **settings)
+    if "CANNOT" in output:
+        pytest.skip(output.splitlines()[-1])
+
+
 def test_random_operations(runner, several):
     torchrun(runner, several, "4:8", "auto", "soak_job.py", 20_000)
 
