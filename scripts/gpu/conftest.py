@@ -62,8 +62,11 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="session")
 def n_gpus():
-    """How many GPUs there are: a skip where there is none, a failure with FLASHCOMM_REQUIRE_GPU=1."""
+    """How many GPUs jobs see: a skip where there is none, a failure with FLASHCOMM_REQUIRE_GPU=1."""
     n = len(harness.gpu_names())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        n = min(n, len([name for name in visible.split(",") if name.strip()]))
     if n == 0 and os.environ.get("FLASHCOMM_REQUIRE_GPU") == "1":
         pytest.fail("FLASHCOMM_REQUIRE_GPU is set and there is no GPU", pytrace=False)
     return n or pytest.skip("no GPU on this machine")

@@ -22,7 +22,7 @@ NCCL = "#000000"
 COLORS = {"8": "#0072b2", "4": "#d55e00"}  # as in cli/src/plot.rs
 OTHERS = ["#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 MARKS = {"exact": "s", "compressed": "o", "forwarded": "x", None: "."}
-WHAT = {"exact": "exact, in one hop", "compressed": "compressed", "forwarded": "goes to NCCL"}
+WHAT = {"exact": "exact", "compressed": "compressed", "forwarded": "goes to NCCL"}
 FINE, COARSE = [0.5, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5], [0.1, 0.25, 0.5, 1, 2, 4, 8, 16]
 
 

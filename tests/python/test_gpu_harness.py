@@ -33,6 +33,9 @@ def test_fails(runner):
 def test_goes_on(runner):
     assert runner.run(["sh", "-c", "echo $FLASHCOMM_BITS"], 30, FLASHCOMM_BITS=4) == "4\\n"
 
+def test_sees(runner, n_gpus):
+    runner.run(["echo", "sees", n_gpus], 30)
+
 @pytest.mark.measures
 def test_measures(runner, out):
     write = 'echo measured; echo {} > "$1"'
@@ -96,7 +99,8 @@ def outcomes(out):
 
 def test_a_check_that_fails_or_hangs_reports_and_the_others_go_on(run):
     status, printed, out = run(2)
-    expected = {"test_hangs": "failure", "test_fails": "failure", "test_goes_on": "passed", "test_measures": "passed"}
+    expected = {"test_hangs": "failure", "test_fails": "failure"}
+    expected |= dict.fromkeys(["test_goes_on", "test_sees", "test_measures"], "passed")
     assert (status, outcomes(out)) == (1, expected), printed
     assert "not done after 1 s" in printed and "the reason" in printed and "exit status 3" in printed
     assert re.search(r"test_goes_on ok, \d", printed) and re.search(r"test_fails FAILED, after \d", printed), printed
@@ -108,6 +112,13 @@ def test_a_check_that_fails_or_hangs_reports_and_the_others_go_on(run):
     for name in ["run.json", "measured.json"]:
         facts = json.loads((out / name).read_text())["run"]
         assert facts["machine"] == ["NVIDIA Stub"] * 2 and facts["command"] and facts["date"] and facts["commit"]
+
+
+@pytest.mark.parametrize("visible, seen", [("1,3", 2), ("", None)])
+def test_only_the_gpus_that_jobs_see_count(run, visible, seen):
+    status, printed, out = run(4, CUDA_VISIBLE_DEVICES=visible, FLASHCOMM_TEST_BUDGET_S="20", FLASHCOMM_REQUIRE_GPU="0")
+    assert outcomes(out)["test_sees"] == ("passed" if seen else "skipped"), printed
+    assert seen is None or (out / "logs/test_sees.txt").read_text().endswith(f"\nsees {seen}\n")
 
 
 def test_without_a_gpu_checks_are_skipped_or_where_one_is_required_fail(run):
