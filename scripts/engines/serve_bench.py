@@ -31,6 +31,7 @@ import urllib.request
 from datetime import datetime, timezone
 
 METRICS = ["ttft", "itl"]
+PERCENTILES = ["p50", "p99"]
 COUNTS = ["all_reduces_compressed", "all_reduces_exact", "all_reduces_forwarded", "bytes_in", "bytes_wire"]
 LAST_LINES = 15  # of a log, where something went wrong
 STOP_S = 30  # from SIGTERM to SIGKILL
@@ -56,9 +57,8 @@ def parse(arguments):
     parser.add_argument("--flashcomm", default="flashcomm", help="the command")
     parser.add_argument("--start-seconds", type=int, default=300, help="a server may take to start (%(default)s)")
     parser.add_argument("--client-seconds", type=int, default=300, help="a run of the client may take (%(default)s)")
-    own, _, serve = "\0".join(arguments).partition("\0--\0")
-    args = parser.parse_args(own.split("\0") if own else [])
-    args.serve = serve.split("\0") if serve else []
+    parser.add_argument("serve", nargs="*", metavar="-- OPTIONS", help="options of vllm serve")
+    args = parser.parse_args(arguments)
     if not args.earlier and not (args.model and args.out):
         parser.error("--model and --out are wanted, or --from")
     for way in args.ways.split(","):
@@ -170,10 +170,10 @@ def client(args, folder, port, concurrency):
     return result
 
 
-def row_of(way, round, concurrency, result):
-    row = {"way": way, "round": round, "concurrency": concurrency}
+def row_of(way, number, concurrency, result):
+    row = {"way": way, "round": number, "concurrency": concurrency}
     for metric in METRICS:
-        row[f"{metric}_ms"] = {p: result[f"p{p}_{metric}_ms"] for p in (50, 99)}
+        row[f"{metric}_ms"] = {p: result[f"{p}_{metric}_ms"] for p in PERCENTILES}
     row["output_tokens_per_s"] = result["output_throughput"]
     return row
 
@@ -187,9 +187,9 @@ def counted(folder):
     return dict(totals)
 
 
-def measure(args, way, round):
+def measure(args, way, number):
     """Rows, and what is to be told of the server."""
-    folder = args.out / f"{way.replace(':', '-')}-{round}"
+    folder = args.out / f"{way.replace(':', '-')}-{number}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     port = free_port()
@@ -199,11 +199,11 @@ def measure(args, way, round):
     try:
         say(f"{way}: ready after {server.start_s:.0f} s")
         for concurrency in map(int, args.concurrency.split(",")):
-            rows.append(row_of(way, round, concurrency, client(args, folder, port, concurrency)))
+            rows.append(row_of(way, number, concurrency, client(args, folder, port, concurrency)))
             say(f"{way}, {concurrency} at once: {line(rows[-1])}")
     finally:
         stop_s, status = server.stop()
-    told = {"way": way, "round": round, "start_s": round_s(server.start_s), "stop_s": stop_s, "status": status}
+    told = {"way": way, "round": number, "start_s": round(server.start_s, 1), "stop_s": stop_s, "status": status}
     if way != "plain":
         told["counts"] = counted(folder)
         log = (folder / "server.log").read_text(errors="replace")
@@ -213,13 +213,10 @@ def measure(args, way, round):
     return rows, told
 
 
-def round_s(seconds):
-    return round(seconds, 1)
-
-
 def line(row):
-    return (f"first token {row['ttft_ms'][50]:.1f} ms (p99 {row['ttft_ms'][99]:.1f}), between tokens {row['itl_ms'][50]:.2f} ms "
-            f"(p99 {row['itl_ms'][99]:.2f}), {row['output_tokens_per_s']:.0f} tokens/s")
+    ttft, itl = row["ttft_ms"], row["itl_ms"]
+    return (f"first token {ttft['p50']:.1f} ms (p99 {ttft['p99']:.1f}), between tokens {itl['p50']:.2f} ms (p99 {itl['p99']:.2f}), "
+            f"{row['output_tokens_per_s']:.0f} tokens/s")
 
 
 def medians(rows):
@@ -229,16 +226,11 @@ def medians(rows):
         cells[row["way"], row["concurrency"]].append(row)
     return {
         case: {
-            **{f"{metric} p{p}": statistics.median(float(at(row, metric, p)) for row in of) for metric in METRICS for p in (50, 99)},
+            **{f"{metric} {p}": statistics.median(row[f"{metric}_ms"][p] for row in of) for metric in METRICS for p in PERCENTILES},
             "tokens/s": statistics.median(row["output_tokens_per_s"] for row in of),
         }
         for case, of in cells.items()
     }
-
-
-def at(row, metric, p):
-    values = row[f"{metric}_ms"]
-    return values.get(p, values.get(str(p)))  # JSON has names for keys
 
 
 def table(rows):
@@ -312,10 +304,10 @@ def main(arguments):
     args.out.mkdir(parents=True, exist_ok=True)
     results = {"run": facts(args), "rows": [], "servers": []}
     failed = 0
-    for round in range(1, args.rounds + 1):
+    for number in range(1, args.rounds + 1):
         for way in args.ways.split(","):
             try:
-                rows, told = measure(args, way, round)
+                rows, told = measure(args, way, number)
             except Failure as failure:
                 say(f"{way}: {failure}")
                 failed += 1

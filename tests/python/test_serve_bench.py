@@ -76,7 +76,7 @@ def test_each_way_is_served_driven_and_told_in_turn(bench):
     assert [(row["way"], row["concurrency"]) for row in results["rows"]] == [
         (way, load) for way in ["plain", "8", "engine-4"] for load in [1, 8]
     ]
-    assert results["rows"][1]["ttft_ms"] == {"50": 80.0, "99": 160.0} and results["rows"][1]["output_tokens_per_s"] == 800
+    assert results["rows"][1]["ttft_ms"] == {"p50": 80.0, "p99": 160.0} and results["rows"][1]["output_tokens_per_s"] == 800
     plain, eight, four = results["servers"]
     assert "counts" not in plain and eight["counts"]["all_reduces_exact"] == 5 and eight["counts"]["processes"] == 1
     assert all(server["status"] == 0 for server in results["servers"])
