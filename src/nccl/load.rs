@@ -2,8 +2,9 @@
 //!
 //! In order: `FLASHCOMM_NCCL_LIB`; the first library in symbol lookup, if that is not ourselves; the next one after us; a
 //! `libnccl.so.2` that the process has loaded already (Python extensions bring theirs in locally, where the lookup does
-//! not see it); the `libnccl.so.2` that the loader finds; and the directories of `LD_LIBRARY_PATH` one by one, for when
-//! the loader finds *us* under that name. A candidate that is ourselves, or another flashcomm, is refused.
+//! not see it); what the process' libraries would find ([`search_path`]), for when the loader finds *us* under that name;
+//! and the `libnccl.so.2` that the loader finds. A candidate that is ourselves, or another flashcomm, is refused. So is
+//! `libflashcomm_soname.so`, which has NCCL's name and our functions.
 //!
 //! So an NCCL that the user has preloaded, before us or behind us, is the one: the lookup is the loader's own record of
 //! `LD_PRELOAD`. One before us may as well be a tool's layer, which calls the next library, us; to call it would be a
@@ -20,10 +21,8 @@ use std::ptr;
 
 use once_cell::sync::OnceCell;
 
+use super::search_path::{self, SONAME};
 use super::symbols::Version;
-
-/// The name that NCCL goes by.
-const SONAME: &CStr = c"libnccl.so.2";
 
 /// The real library, open for good.
 #[derive(Debug)]
@@ -57,11 +56,10 @@ impl RealLibrary {
             None => Err(Refusal::NotLoaded("no library there has it".into())),
         };
         let name = OsStr::from_bytes(SONAME.to_bytes());
-        let ways: [(&str, &dyn Fn() -> Result<RealLibrary, Refusal>); 4] = [
+        let ways: [(&str, &dyn Fn() -> Result<RealLibrary, Refusal>); 3] = [
             ("the first library in symbol lookup", &|| in_lookup(libc::RTLD_DEFAULT)),
             ("the next library in symbol lookup", &|| in_lookup(libc::RTLD_NEXT)),
             ("libnccl.so.2, already loaded", &|| open(name, libc::RTLD_NOLOAD).and_then(identify)),
-            ("libnccl.so.2", &|| open(name, 0).and_then(identify)),
         ];
         let mut tried = Vec::new();
         for (way, candidate) in ways {
@@ -70,8 +68,7 @@ impl RealLibrary {
                 Err(refusal) => tried.push(format!("{way}: {refusal}")),
             }
         }
-        let directories = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-        for path in env::split_paths(&directories).map(|directory| directory.join(name)).filter(|path| path.exists()) {
+        for path in search_path::candidates().into_iter().chain([name.into()]) {
             match open(path.as_os_str(), 0).and_then(identify) {
                 Ok(library) => return Ok(library),
                 Err(refusal) => tried.push(format!("{}: {refusal}", path.display())),

@@ -1,6 +1,7 @@
 //! The real NCCL: its types, its symbols, and how it is found. Calls into it are in [`crate::real`].
 
 pub(crate) mod load;
+mod search_path;
 pub(crate) mod symbols;
 pub(crate) mod types;
 

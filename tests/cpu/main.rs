@@ -7,4 +7,5 @@ mod header; // include/flashcomm.h is generated, compiles, and agrees with nccl.
 mod lookup; // whose NCCL is behind the shim where others are preloaded beside it
 mod map; // the map of the library is true; no circles; long files and functions say why
 mod passthrough; // forwarded calls answer as the real NCCL does, however the shim is loaded
+mod soname; // who opens NCCL by its name meets the shim, and the shim finds what they would have
 mod untrusted; // settings and blobs of whatever kind

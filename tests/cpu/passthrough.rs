@@ -16,7 +16,8 @@ fn required(variable: &str) -> PathBuf {
         .into()
 }
 
-fn new_nccl() -> PathBuf {
+/// The real NCCL, the newer one.
+pub(super) fn new_nccl() -> PathBuf {
     required("FLASHCOMM_TEST_NCCL")
 }
 
