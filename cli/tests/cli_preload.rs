@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use command::{COMMAND, built, run};
+use command::{COMMAND, built, preloads, run};
 
 /// A library of this name with a function that answers 1, as a layer over NCCL does where there is none under it.
 fn library(dir: &Path, name: &str, function: &str) -> String {
@@ -35,27 +35,26 @@ fn a_preloaded_nccl_is_kept_in_its_place_and_is_the_one_whatever_the_python_has(
     std::fs::write(&python, job).unwrap();
     std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
 
-    let shim = built("libflashcomm.so").canonicalize().unwrap();
-    let shim = shim.to_str().unwrap();
-    let start = |preloads: String, named: Option<&str>| {
+    let [shim, soname] = preloads();
+    let start = |given: String, named: Option<&str>| {
         let mut command = Command::new(COMMAND);
         command.args(["run", "--"]).arg(&python).arg("x.py").env_clear().env("PATH", "/usr/bin:/bin");
-        command.env("LD_PRELOAD", preloads).env("LD_LIBRARY_PATH", dir.path());
+        command.env("LD_PRELOAD", given).env("LD_LIBRARY_PATH", dir.path());
         run(command.envs(named.map(|path| ("FLASHCOMM_NCCL_LIB", path))))
     };
-    for (preloads, kept, found) in [
+    for (given, kept, found) in [
         (format!("{custom} {other}"), format!("{custom}:{other}"), format!("in front of NCCL 2.28.7 at {custom}")),
         (format!("{other}:{shim}:{custom}"), format!("{other}:{custom}"), format!("2.28.7 at {custom}")),
         ("libcustom.so".into(), "libcustom.so".into(), "in front of NCCL 2.28.7 at ".into()),
         (layer.clone(), layer, "in front of NCCL of LD_PRELOAD at ".into()),
     ] {
-        let (stdout, stderr, code) = start(preloads, None);
-        assert_eq!((stdout, code), (format!("{shim}:{kept},\n"), 0), "{stderr}");
+        let (stdout, stderr, code) = start(given, None);
+        assert_eq!((stdout, code), (format!("{shim}:{soname}:{kept},\n"), 0), "{stderr}");
         assert!(stderr.contains(&found), "{stderr}");
     }
     // What is no NCCL changes nothing, and what is named comes first.
     let (stdout, ..) = start(other.clone(), None);
-    assert_eq!(stdout, format!("{shim}:{other},{of_python}\n"));
+    assert_eq!(stdout, format!("{shim}:{soname}:{other},{of_python}\n"));
     let (stdout, ..) = start(custom.clone(), Some(&of_python));
-    assert_eq!(stdout, format!("{shim}:{custom},{of_python}\n"));
+    assert_eq!(stdout, format!("{shim}:{soname}:{custom},{of_python}\n"));
 }

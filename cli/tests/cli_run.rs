@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use command::{COMMAND, built, is_of_this_commit_and_today, run, script, source, with_driver};
+use command::{COMMAND, built, is_of_this_commit_and_today, preloads, run, script, source, with_driver};
 
 /// A clean environment, and the simulated NCCL as the real one.
 fn flashcomm(arguments: &[&str]) -> Command {
@@ -76,7 +76,7 @@ fn torch(dir: &Path, needs_nccl: bool) -> PathBuf {
 
 #[test]
 fn a_job_gets_the_settings_and_the_command_is_the_process() {
-    let shim = built("libflashcomm.so").canonicalize().unwrap();
+    let [shim, soname] = preloads();
     let show =
         "echo $$; echo $LD_PRELOAD; echo $VLLM_NCCL_SO_PATH; echo $SGLANG_NCCL_SO_PATH; echo $FLASHCOMM_BITS; exit 7";
     let arguments = ["run", "--bits", "4:8", "--min-bytes=0", "--", "sh", "-c", show];
@@ -86,8 +86,7 @@ fn a_job_gets_the_settings_and_the_command_is_the_process() {
     let pid = child.id();
     let output = child.wait_with_output().unwrap();
     let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
-    let shim = shim.display();
-    assert_eq!(stdout, format!("{pid}\n{shim}:/nowhere/other.so\n{shim}\n{shim}\n4:8\n"), "{stderr}");
+    assert_eq!(stdout, format!("{pid}\n{shim}:{soname}:/nowhere/other.so\n{shim}\n{shim}\n4:8\n"), "{stderr}");
     assert_eq!(output.status.code(), Some(7));
     for said in ["FLASHCOMM_BITS=4:8", "FLASHCOMM_MIN_BYTES=0", "in front of NCCL 2.28.7"] {
         assert!(stderr.contains(said), "{said}: {stderr}");
@@ -202,9 +201,8 @@ fn another_flashcomm_that_is_preloaded_already_is_refused() {
     let (_, stderr, code) = run(bare(&["run", "true"]).env("SGLANG_NCCL_SO_PATH", &other));
     assert!(code == 125 && stderr.contains("is another flashcomm"), "{stderr}");
     // This one twice is once.
-    let shim = built("libflashcomm.so").canonicalize().unwrap();
-    let (stdout, ..) = run(flashcomm(&["run", "-q", "sh", "-c", "echo $LD_PRELOAD"]).env("LD_PRELOAD", &shim));
-    assert_eq!(stdout.trim(), shim.to_str().unwrap());
+    let (stdout, ..) = run(flashcomm(&["run", "-q", "sh", "-c", "echo $LD_PRELOAD"]).env("LD_PRELOAD", &preloads()[0]));
+    assert_eq!(stdout.trim(), preloads().join(":"));
 }
 
 #[test]

@@ -216,10 +216,12 @@ pub fn version(code: u32) -> String {
     format!("{}.{}.{}", code / 10000, code / 100 % 100, code % 100)
 }
 
-/// A value of `LD_PRELOAD` without the shim.
+/// A value of `LD_PRELOAD` without the shim and its other name.
 fn without_flashcomm(preloads: &str) -> String {
-    let is_shim = |path: &&str| Path::new(path).file_name().is_some_and(|name| name == "libflashcomm.so");
-    preloads.split([':', ' ']).filter(|path| !is_shim(path)).collect::<Vec<_>>().join(":")
+    let is_ours = |path: &&str| {
+        Path::new(path).file_name().is_some_and(|name| [SHIM_FILE, SONAME_FILE].iter().any(|ours| name == *ours))
+    };
+    preloads.split([':', ' ']).filter(|path| !is_ours(path)).collect::<Vec<_>>().join(":")
 }
 
 /// The real NCCL at `named`, or the one that the shim finds by itself, or why it cannot be used. A child process opens
@@ -270,8 +272,17 @@ pub fn probe(told: Assignment) -> Result<()> {
     party.answer_alone(&Found { gpus: gpus().map_err(in_words), nccl: nccl().map_err(in_words) })
 }
 
+/// Whether the shim has a function of NCCL's.
+pub fn is_known(function: &str) -> bool {
+    SYMBOLS.iter().any(|(name, ..)| *name == function)
+}
+
 /// The name that NCCL goes by.
 const NCCL: &str = "libnccl.so.2";
+/// The shim's file.
+pub const SHIM_FILE: &str = "libflashcomm.so";
+/// The file of its other name, which the crate `soname/` makes.
+pub const SONAME_FILE: &str = "libflashcomm_soname.so";
 
 /// The NCCL that is named; or that of the Python that a user has at hand; or what the loader finds.
 fn nccl(paths: &LibraryPaths) -> PathBuf {
@@ -286,9 +297,14 @@ pub fn find_shim(named: Option<&Path>) -> Result<PathBuf> {
         // A name without a slash would be looked up elsewhere by the loader.
         return path.canonicalize().with_context(|| format!("no shim at --shim {}", path.display()));
     }
-    beside("libflashcomm.so").map_err(|looked| {
+    beside(SHIM_FILE).map_err(|looked| {
         anyhow!("no libflashcomm.so in {looked}; build it with cargo build --lib, or name it by --shim")
     })
+}
+
+/// The file that gives a shim NCCL's name, which stands beside it.
+pub fn soname_of(shim: &Path) -> Option<PathBuf> {
+    Some(shim.with_file_name(SONAME_FILE)).filter(|path| path.exists())
 }
 
 /// A library beside this command or in ../lib; otherwise where it was looked for.
@@ -353,6 +369,7 @@ mod tests {
 
     #[test]
     fn a_preloaded_shim_does_not_reach_the_children() {
-        assert_eq!(without_flashcomm("/a/libflashcomm.so:/b/other.so /c/libflashcomm.so"), "/b/other.so");
+        let preloads = "/a/libflashcomm.so:/a/libflashcomm_soname.so:/b/other.so /c/libflashcomm.so";
+        assert_eq!(without_flashcomm(preloads), "/b/other.so");
     }
 }

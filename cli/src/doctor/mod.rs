@@ -20,7 +20,7 @@ use serde::Serialize;
 use self::attempt::{Gpu, Tried};
 use super::bench::report::{Earlier, earlier};
 use super::client::job::{Job, Start};
-use super::client::machine::{LibraryPaths, Machine, NoGpu, RealNccl};
+use super::client::machine::{LibraryPaths, Machine, NoGpu, RealNccl, soname_of};
 use super::client::party::Role;
 use super::provenance::Provenance;
 
@@ -50,6 +50,8 @@ struct Findings {
     #[serde(flatten)]
     provenance: Provenance,
     shim: PathBuf,
+    /// What `run` preloads with the shim, for who opens NCCL by its name; absent where it is missing.
+    soname: Option<PathBuf>,
     simulated: bool,
     fit: bool,
     /// What keeps it from being fit, each with what helps.
@@ -110,6 +112,7 @@ pub fn run(args: &Args) -> Result<bool> {
     let mut report = Findings {
         provenance: Provenance::at(SystemTime::now()),
         shim: machine.shim.clone(),
+        soname: soname_of(&machine.shim),
         simulated: machine.is_simulated(),
         fit: false,
         problems: vec![],

@@ -54,6 +54,13 @@ fn of_the_machine(findings: &Findings, text: &mut String) {
         }
         None => say(text, "NCCL", "none found"),
     }
+    let by_name = match &findings.soname {
+        Some(_) => "who opens libnccl.so.2 by its name, as JAX does, is reached by flashcomm run",
+        None => {
+            "who opens libnccl.so.2 by its name, as JAX does, is NOT reached: no libflashcomm_soname.so beside the shim"
+        }
+    };
+    say(text, "by name", &format!("{by_name}\nflashcomm run --check -- COMMAND says at its end whether its NCCL was"));
     say(text, "driver", &findings.driver.as_ref().map_or("none".into(), |driver| format!("CUDA {driver}")));
     for Gpu { ordinal, name, memory_bytes, capability, numa_node, .. } in &findings.gpus {
         let numa = numa_node.map_or(String::new(), |node| format!(", NUMA node {node}"));

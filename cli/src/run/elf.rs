@@ -56,6 +56,19 @@ pub fn defines(path: &Path, symbol: &str) -> bool {
     file.dynamic_symbols().any(|known| known.is_definition() && known.name() == Ok(symbol))
 }
 
+/// NCCL's functions that the library at `path` defines; none where it cannot be read.
+pub fn functions_of_nccl(path: &Path) -> Vec<String> {
+    let Ok(file) = File::open(path) else { return vec![] };
+    let cache = ReadCache::new(file);
+    let Ok(file) = ElfFile64::<Endianness, _>::parse(&cache) else { return vec![] };
+    let is_nccls = |name: &&str| {
+        let rest = name.strip_prefix('p').unwrap_or(name).strip_prefix("nccl");
+        rest.is_some_and(|rest| rest.starts_with(char::is_uppercase))
+    };
+    let names = file.dynamic_symbols().filter(ObjectSymbol::is_definition).filter_map(|known| known.name().ok());
+    names.filter(is_nccls).map(String::from).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,10 +2,12 @@
 //!
 //! It looks at what would run, refuses what cannot work with the reason and the cure, sets the environment, says what it
 //! set, and becomes the command: signals, output and exit code are the command's own. `--print-env` prints the
-//! environment instead, for a container or a unit file.
+//! environment instead, for a container or a unit file; `--check` waits for the command's end and says what came to the shim.
 
+mod check;
 mod elf;
 mod engine;
+mod preload;
 mod print;
 pub mod python;
 mod settings;
@@ -21,6 +23,7 @@ use anyhow::{Result, bail};
 
 use self::elf::NcclOf;
 use self::engine::Engine;
+use self::preload::{Preload, is_flashcomm, is_same, preloaded_nccl};
 use self::print::Format;
 use self::settings::Settings;
 use super::client::machine::{self, RealNccl};
@@ -49,6 +52,9 @@ pub struct Args {
     /// Start it although no real NCCL was found, or PyTorch brings one that cannot be replaced
     #[arg(long)]
     force: bool,
+    /// Wait for the command's end, and say then whether its NCCL was reached
+    #[arg(long, conflicts_with = "print_env")]
+    check: bool,
     /// Say nothing but errors
     #[arg(long, short)]
     quiet: bool,
@@ -72,8 +78,10 @@ struct Launch {
 
 impl Launch {
     fn set(&mut self, name: &str, value: impl Into<String>) {
-        self.variables.retain(|(known, _)| known != name);
-        self.variables.push((name.into(), value.into()));
+        match self.variables.iter_mut().find(|(known, _)| known == name) {
+            Some((_, known)) => *known = value.into(),
+            None => self.variables.push((name.into(), value.into())),
+        }
     }
 }
 
@@ -89,7 +97,7 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// Becomes the command; comes back only where it could not.
+/// Becomes the command; comes back only where it could not, or is to wait for its end.
 pub fn run(args: &Args) -> ExitCode {
     let job = match prepare(args) {
         Ok(job) => job,
@@ -116,7 +124,12 @@ pub fn run(args: &Args) -> ExitCode {
     }
     let mut command = Command::new(&program);
     command.arg0(&job.command[0]).args(&job.command[1..]).envs(job.variables);
-    let error = command.exec();
+    let error = match args.check.then(|| check::run(&mut command)) {
+        None => command.exec(),
+        Some(Ok(Ok(code))) => return code,
+        Some(Ok(Err(error))) => error,
+        Some(Err(error)) => return fail(&format!("{error:#}"), REFUSED),
+    };
     fail(&format!("cannot start {}: {error}", program.display()), NOT_STARTED)
 }
 
@@ -129,10 +142,13 @@ fn prepare(args: &Args) -> Result<Launch> {
     let config = args.settings.check()?;
     let shim = machine::find_shim(args.shim.as_deref())?;
     let shim = shim.canonicalize().unwrap_or(shim);
-    let preload = preload(&shim)?;
+    let mut preload = Preload::new(&shim)?;
+    if args.check && args.settings.value(check::STATISTICS).is_some() {
+        bail!("--check reads the statistics itself; leave {} out", check::STATISTICS);
+    }
 
     let mut job = Launch { command: args.command.clone(), variables: vec![], notes: vec![] };
-    job.set("LD_PRELOAD", preload);
+    job.set("LD_PRELOAD", preload.value());
     for name in PATH_VARIABLES {
         job.set(name, shim.to_string_lossy());
     }
@@ -169,7 +185,10 @@ fn prepare(args: &Args) -> Result<Launch> {
 
     let of_torch = if let NcclOf::Loader(path) = torch_nccl { path } else { None };
     let of_python = of_torch.or_else(|| packages?.nccl);
-    match find_nccl(&args.settings, &shim, of_python.as_deref(), certain.is_some())? {
+    let found = find_nccl(&args.settings, &shim, of_python.as_deref(), certain.is_some())?;
+    job.notes.extend(preload.without_soname(found.as_ref().ok().map(|(nccl, _)| nccl)));
+    job.set("LD_PRELOAD", preload.value());
+    match found {
         Ok((nccl, is_to_be_set)) => {
             if is_to_be_set {
                 // The command may go to another directory.
@@ -218,45 +237,6 @@ fn prepare_engine(engine: Engine, job: &mut Launch) {
     if engine == Engine::Torch {
         job.notes.push("torch.distributed's backend nccl needs nothing set".into());
     }
-}
-
-/// What else a text as of `LD_PRELOAD` has the loader load first.
-fn others(preloads: &str, shim: &Path) -> Vec<String> {
-    let paths = preloads.split([':', ' ', '\n']).filter(|path| !path.is_empty() && !is_same(Path::new(path), shim));
-    paths.map(String::from).collect()
-}
-
-/// All that is preloaded beside the shim: by the user, and by the system.
-fn preloaded(shim: &Path) -> [Vec<String>; 2] {
-    let by_user = env::var("LD_PRELOAD").unwrap_or_default();
-    let by_system = std::fs::read_to_string("/etc/ld.so.preload").unwrap_or_default();
-    [by_user, by_system].map(|preloads| others(&preloads, shim))
-}
-
-/// `LD_PRELOAD` with the shim in front.
-fn preload(shim: &Path) -> Result<String> {
-    let Some(text) = shim.to_str().filter(|text| !text.contains([':', ' '])) else {
-        bail!(
-            "LD_PRELOAD takes no path with a space or a colon, as {} has. Install flashcomm elsewhere",
-            shim.display()
-        );
-    };
-    let [by_user, by_system] = preloaded(shim);
-    let foreign = by_user.iter().chain(&by_system).find(|path| is_flashcomm(Path::new(path)));
-    if let Some(path) = foreign {
-        let reason = format!("another flashcomm is preloaded already: {path}; this one is {text}");
-        let cure = "Take it out of LD_PRELOAD (or /etc/ld.so.preload), or start the job by its own flashcomm".into();
-        bail!("{}", Refusal { reason, cure });
-    }
-    Ok([text.to_string()].into_iter().chain(by_user).collect::<Vec<_>>().join(":"))
-}
-
-fn is_same(path: &Path, shim: &Path) -> bool {
-    path.canonicalize().is_ok_and(|path| path == shim)
-}
-
-fn is_flashcomm(path: &Path) -> bool {
-    path.file_name().is_some_and(|name| name == "libflashcomm.so") || elf::defines(path, "flashcommGetVersion")
 }
 
 /// The real NCCL of the job, and whether the shim must be told.
@@ -310,20 +290,6 @@ fn find_nccl(
                    /path/to/libnccl.so.2, or start anyway with --force if the command finds one by itself"
                 .into(),
         }),
-    })
-}
-
-/// The NCCL, or the layer over one, that is preloaded. The shim finds it behind itself.
-fn preloaded_nccl(shim: &Path) -> Option<RealNccl> {
-    preloaded(shim).concat().into_iter().map(PathBuf::from).find_map(|path| {
-        let opened = || machine::real_nccl(Some(&path)).ok().and_then(Result::ok);
-        // What a name without a slash means is the loader's to say.
-        if !path.to_string_lossy().contains('/') {
-            return opened();
-        }
-        // A layer tells no version where there is nothing under it.
-        let untold = || RealNccl { path: path.clone(), version: "of LD_PRELOAD".into(), lacks: vec![] };
-        elf::defines(&path, "ncclGetVersion").then(|| opened().unwrap_or_else(untold))
     })
 }
 

@@ -23,6 +23,12 @@ pub fn built(name: &str) -> PathBuf {
     library
 }
 
+/// What `run` preloads: the shim, and its other name behind it.
+pub fn preloads() -> [String; 2] {
+    let path = |name: &str| built(name).canonicalize().unwrap().to_str().unwrap().to_string();
+    [path("libflashcomm.so"), path("libflashcomm_soname.so")]
+}
+
 /// That a file of results names the commit that this was built from, as git knows it, and the time of now.
 pub fn is_of_this_commit_and_today(json: &Value) {
     let git = Command::new("git").args(["-C", env!("CARGO_MANIFEST_DIR"), "rev-parse", "HEAD"]).output();
