@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds flashcomm and installs it under a prefix: command, library, header, pkg-config file, manual pages, completions.
+# Builds flashcomm and installs it under a prefix: command, library (and its other name), header, pkg-config file, manual
+# pages, completions.
 #
 #   ./scripts/install.sh PREFIX                 for example /usr/local, or $HOME/.local
 #   ./scripts/install.sh PREFIX --simulators    also the simulators, for `flashcomm demo` on a machine without a GPU
@@ -22,7 +23,7 @@ esac
 mkdir -p "$prefix"
 prefix=$(cd "$prefix" && pwd)
 
-packages=(-p flashcomm -p flashcomm-cli)
+packages=(-p flashcomm -p flashcomm-soname -p flashcomm-cli)
 $simulators && packages+=(-p flashcomm-sim-cuda -p flashcomm-sim-nccl)
 cargo build --release "${packages[@]}"
 
@@ -40,7 +41,7 @@ library() {
 
 put 755 target/release/flashcomm bin/flashcomm
 strip "$prefix/bin/flashcomm"
-library libflashcomm.so lib/libflashcomm.so
+for name in libflashcomm.so libflashcomm_soname.so; do library $name lib/$name; done
 if $simulators; then
     for name in libflashcomm_sim_cuda.so libflashcomm_sim_nccl.so; do library $name lib/flashcomm/$name; done
 fi

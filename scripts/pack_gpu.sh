@@ -25,7 +25,7 @@ ln -s "$PWD/target/release/libflashcomm_sim_cuda.so" .gpu/link/libcuda.so.1
 make -C examples/cpp OUT="$PWD/.gpu" FLASHCOMM_LIB="$PWD/target/release" CUDA_INCLUDE="${CUDA_HOME:-$PWD/.toolkit/cuda}/include" \
     NCCL_INCLUDE="$PWD/.toolkit/nccl-2.32.3/include" LDFLAGS="-L$PWD/.gpu/link -static-libstdc++ -static-libgcc"
 rm -r .gpu/link
-cp target/release/libflashcomm.so target/release/flashcomm target/release/examples/reference .gpu/
+cp target/release/libflashcomm.so target/release/libflashcomm_soname.so target/release/flashcomm target/release/examples/reference .gpu/
 git describe --always --dirty --abbrev=10 >.gpu/commit 2>/dev/null || echo unknown >.gpu/commit # for the results
 # vLLM's own wrapper of NCCL, and what of its source that needs.
 vllm=.toolkit/vllm-0.33.0

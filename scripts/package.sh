@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes dist/flashcomm-VERSION-py3-none-manylinux_*.whl: the command on PATH, the library, the simulators, header, manual
-# pages and completions, and the plugins of vLLM and SGLang. FLASHCOMM_CUDA_ARCHS narrows the architectures.
+# Makes dist/flashcomm-VERSION-py3-none-manylinux_*.whl: the command on PATH, the library and its other name, the simulators,
+# header, manual pages and completions, and the plugins of vLLM and SGLang. FLASHCOMM_CUDA_ARCHS narrows the architectures.
 #
 # The tag is the oldest glibc that auditwheel finds the files to need, so it depends on the machine that builds.
 set -euo pipefail

@@ -47,7 +47,7 @@ user flashcomm doctor --simulator >/dev/null || fail "doctor is not content with
 
 echo "- run"
 shim=$(user flashcomm run --quiet --bits 4 --nccl-lib "$nccl" -- sh -c 'echo "$LD_PRELOAD $FLASHCOMM_BITS $FLASHCOMM_NCCL_LIB"')
-[[ $shim == "$work/venv/lib/libflashcomm.so 4 $nccl" ]] || fail "run gives $shim"
+[[ $shim == "$work/venv/lib/libflashcomm.so:$work/venv/lib/libflashcomm_soname.so 4 $nccl" ]] || fail "run gives $shim"
 # The exports win the lookup of a Python, and answer with the real library's version.
 answer=$(user flashcomm run -q --nccl-lib "$nccl" -- python3 -c '
 import ctypes
@@ -56,6 +56,15 @@ process = ctypes.CDLL(None)
 assert process.flashcommGetVersion(ctypes.byref(version)) == 0 and process.ncclGetVersion(ctypes.byref(version)) == 0
 print(version.value)')
 [[ $answer == 23203 ]] || fail "a Python under run sees NCCL $answer"
+# Who opens NCCL by its name meets the shim, too, and that is told.
+answer=$(user flashcomm run -q --check --nccl-lib "$nccl" -- python3 -c '
+import ctypes
+version = ctypes.c_int()
+opened = ctypes.CDLL("libnccl.so.2")
+assert opened.flashcommGetVersion(ctypes.byref(version)) == 0 and opened.ncclGetVersion(ctypes.byref(version)) == 0
+print(version.value)' 2>&1)
+[[ $answer == 23203* ]] || fail "a Python that opens libnccl.so.2 under run sees NCCL $answer"
+has "NCCL was reached by 1 process" "$answer"
 # An NCCL that is installed in the same environment is found without being named.
 site=$(user python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 mkdir -p "$site/nvidia/nccl/lib"

@@ -4,6 +4,7 @@ A world is `all` of the GPUs, or `fewer`: one less, where that leaves two. The m
 first, so that a run that is cut short has them.
 """
 
+import importlib.util
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 import never_slower
 from harness import FLASHCOMM, JOBS, PACK, need_program, scratch
+from jobs import expected
 
 pytestmark = pytest.mark.gpus
 HOST_ONLY = {"NCCL_P2P_DISABLE": 1}  # as where GPUs cannot reach each other's memory
@@ -50,6 +52,18 @@ def test_doctor(runner, several):
 @pytest.mark.parametrize("exchange", ["auto", "host"])
 def test_torch_job(runner, several, exchange):
     torchrun(runner, several, 4, exchange, "torch_job.py")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_jax(runner, several, bits):
+    """XLA opens NCCL by its name, which libflashcomm_soname.so answers."""
+    if not any(importlib.util.find_spec(name) for name in ["jax_cuda13_plugin", "jax_cuda12_plugin"]):
+        pytest.skip("no JAX for CUDA on this machine")
+    with scratch() as folder:
+        run = [FLASHCOMM, "run", "--bits", bits, "--stats-file", folder / "stats.%p.json", "--"]
+        settings = {"FLASHCOMM_SCRATCH": folder, "FLASHCOMM_BITS": bits, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        runner.run([*run, sys.executable, JOBS / "jax_job.py", several], 150, **settings)
+        expected.check_devices(folder)
 
 
 def test_groups_with_other_calls(runner, packed_nccl, several):

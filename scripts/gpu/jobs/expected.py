@@ -50,3 +50,18 @@ def check(folder, ranks, bits):
         assert abs(bytes_wire / bytes_in - share) < 0.05 * share, f"{bytes_wire / bytes_in:.4f} of the bytes, not {share:.4f}"
     print(f"{ranks} ranks: {compressed} all-reduces compressed each, {bytes_wire / bytes_in:.3f} of their bytes on the wire, "
           f"{others} not compressed; as issued")
+
+
+def check_devices(folder):
+    """Wants one process, whose devices are the ranks, to have issued no more than the shim counted: its library may
+    sum for itself, too."""
+    folder = pathlib.Path(folder)
+    issued = json.loads((folder / "issued.0.json").read_text())
+    path = folder / f"stats.{issued['pid']}.json"
+    assert path.exists(), "no call of NCCL came to the shim"
+    compressed, bytes_in, bytes_wire, others = counted(path)
+    said = (compressed, bytes_in, others)
+    expected = (issued["compressed"], issued["bytes_in"], issued["others"])
+    assert all(s >= e for s, e in zip(said, expected)), f"the shim counted {said}, the client issued {expected}"
+    print(f"{issued['world']} devices: {compressed} all-reduces compressed, {bytes_wire / bytes_in:.3f} of their bytes on the "
+          f"wire, {others} not compressed")
