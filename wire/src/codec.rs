@@ -144,6 +144,12 @@ impl Legs {
         Self::new(codec(reduce), codec(gather))
     }
 
+    /// The codec of the one hop that is enough for `world` ranks, or `None`: two ranks send each other all they have, if both
+    /// legs are coded alike. (Uncompressed, two hops and one are the same sum.)
+    pub fn one_hop(self, world: usize) -> Option<Codec> {
+        (world == 2 && self.reduce == self.gather && !self.reduce.width.is_uncompressed()).then_some(self.reduce)
+    }
+
     /// The code of both legs.
     pub const fn code(self) -> Code {
         self.reduce.code
@@ -293,6 +299,24 @@ impl Codec {
             match self.code {
                 Code::Plain => self.decode_plain_to(payload, start, group),
                 Code::Blocks => self.decode_blocks_to(payload, start, group),
+            }
+        }
+    }
+
+    /// Decodes the first `output.len()` elements of one tile of two ranks and adds them: what one hop ends with. The sum is
+    /// multiplied with `scale`, 1 or 1/2. Where it is rounded each code says.
+    ///
+    /// # Panics
+    /// As [`Codec::decode_tile`], and of the width 16.
+    pub fn decode_both_to<E: Element>(self, payloads: [&[u8]; 2], scale: f32, output: &mut [E]) {
+        assert!(output.len() <= TILE_ELEMS, "a tile has at most {TILE_ELEMS} elements");
+        assert!(!self.width.is_uncompressed(), "16 bits go in two hops");
+        payloads.iter().for_each(|payload| assert_eq!(payload.len(), self.tile_bytes(), "payload of one tile"));
+        for (g, group) in output.chunks_mut(self.group.n_elems()).enumerate() {
+            let start = g * self.group.n_elems();
+            match self.code {
+                Code::Plain => self.decode_both_plain(payloads, start, scale, group),
+                Code::Blocks => self.decode_both_blocks(payloads, start, scale, group),
             }
         }
     }

@@ -23,6 +23,10 @@ pub trait Element: Copy + PartialEq + std::fmt::Debug + Send + Sync + 'static {
     /// fp32 first.
     fn fused(q: f32, scale: f32, zero: f32) -> Self;
 
+    /// `a[0] * b[0] + a[1] * b[1]`, as the output has it: the first product rounded, then the sum. fp16 rounds the `b` to fp16,
+    /// then to fp16 each time; bf16 rounds to fp32, and at the end to bf16.
+    fn sum_of_products(a: [f32; 2], b: [f32; 2]) -> Self;
+
     /// Rounds toward negative infinity; NaN to [`Element::CANONICAL_NAN`].
     fn from_f32_down(x: f32) -> Self {
         let nearest = Self::from_f32_nearest(x);
@@ -97,6 +101,10 @@ impl Element for f16 {
         let exact = f64::from(q) * f64::from(scale) + f64::from(zero);
         Self::from_f32_nearest(to_f32_odd(exact))
     }
+    fn sum_of_products(a: [f32; 2], b: [f32; 2]) -> Self {
+        let [first, second] = b.map(|b| f16::from_f32(b).to_f32());
+        Self::fused(a[1], second, Self::fused(a[0], first, 0.0).to_f32())
+    }
 }
 
 impl Element for bf16 {
@@ -118,6 +126,9 @@ impl Element for bf16 {
     }
     fn fused(q: f32, scale: f32, zero: f32) -> Self {
         Self::from_f32_nearest(q.mul_add(scale, zero))
+    }
+    fn sum_of_products(a: [f32; 2], b: [f32; 2]) -> Self {
+        Self::from_f32_nearest(a[1].mul_add(b[1], a[0].mul_add(b[0], 0.0)))
     }
 }
 

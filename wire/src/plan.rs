@@ -5,6 +5,9 @@
 //! of at most `slice_tiles` tiles, so that the staging buffers stay within their bound whatever the count. Chunks are
 //! cut before slices and both at tiles, hence the result does not depend on the buffers' size (invariant I1).
 //!
+//! Where two ranks need one hop ([`Legs::one_hop`]), nobody owns anything: the operation is one chunk, that of rank 0, and rank 1
+//! has an empty one.
+//!
 //! # Staging
 //!
 //! Two areas of slots, a slot being `slice_tiles` payload tiles of the wider leg:
@@ -14,12 +17,13 @@
 //! * `incoming`, a slot per rank: hop 1's payloads by sender (this rank's own slot is not read); afterwards hop 2's,
 //!   by owner.
 //!
-//! The slots of one slice are contiguous, as an all-gather wants them.
+//! The slots of one slice are contiguous, as an all-gather wants them. In one hop there is no `outgoing`: each rank puts its
+//! payloads into its own slot of `incoming`, from where the all-gather takes them.
 
 use std::fmt;
 use std::ops::Range;
 
-use crate::codec::{Legs, TILE_ELEMS};
+use crate::codec::{Codec, Legs, TILE_ELEMS};
 
 /// The cut of one all-reduce; see the [module](self).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -62,15 +66,21 @@ impl Plan {
         if max_slice_tiles == 0 {
             return Err(BufferTooSmall { needed_bytes });
         }
-        let chunk_tiles = count.div_ceil(TILE_ELEMS).div_ceil(world);
+        let n_chunks = if legs.one_hop(world).is_some() { 1 } else { world };
+        let chunk_tiles = count.div_ceil(TILE_ELEMS).div_ceil(n_chunks);
         let n_slices = chunk_tiles.div_ceil(max_slice_tiles);
         let slice_tiles = chunk_tiles.div_ceil(n_slices); // slices of equal size, not one small remainder
         Ok(Plan { count, world, legs, chunk_tiles, slice_tiles, n_slices: chunk_tiles.div_ceil(slice_tiles) })
     }
 
     /// Staging bytes that a slice of one tile takes: the slots of both areas.
-    pub const fn staging_bytes_per_tile(world: usize, legs: Legs) -> usize {
-        (2 * world - 1) * slot_tile_bytes(legs)
+    pub fn staging_bytes_per_tile(world: usize, legs: Legs) -> usize {
+        (Self::n_outgoing(world, legs) + world) * slot_tile_bytes(legs)
+    }
+
+    /// Slots of the `outgoing` area.
+    fn n_outgoing(world: usize, legs: Legs) -> usize {
+        if legs.one_hop(world).is_some() { 0 } else { world - 1 }
     }
 
     /// Elements of the whole operation.
@@ -132,12 +142,12 @@ impl Plan {
     }
 
     /// Bytes of the `outgoing` area when the buffer has `buffer_bytes`, a multiple of 128; `incoming` follows it.
-    pub const fn outgoing_bytes(world: usize, legs: Legs, buffer_bytes: usize) -> usize {
-        buffer_bytes / Self::staging_bytes_per_tile(world, legs) * (world - 1) * slot_tile_bytes(legs)
+    pub fn outgoing_bytes(world: usize, legs: Legs, buffer_bytes: usize) -> usize {
+        buffer_bytes / Self::staging_bytes_per_tile(world, legs) * Self::n_outgoing(world, legs) * slot_tile_bytes(legs)
     }
 
     /// Bytes of both areas together, at most `buffer_bytes`; 0 where not even one tile per rank fits.
-    pub const fn staging_bytes(world: usize, legs: Legs, buffer_bytes: usize) -> usize {
+    pub fn staging_bytes(world: usize, legs: Legs, buffer_bytes: usize) -> usize {
         let per_tile = Self::staging_bytes_per_tile(world, legs);
         buffer_bytes / per_tile * per_tile
     }
@@ -152,9 +162,18 @@ impl Plan {
         self.world
     }
 
-    /// Bytes that this operation puts on the wire from one rank, both hops (the longest chunks' sizes).
+    /// The codec of the one hop, where that is enough.
+    pub fn one_hop(&self) -> Option<Codec> {
+        self.legs.one_hop(self.world)
+    }
+
+    /// Bytes that this operation puts on the wire from one rank, all hops (the longest chunks' sizes).
     pub fn wire_bytes(&self) -> usize {
-        (self.world - 1) * self.chunk_tiles * (self.legs.reduce.tile_bytes() + self.legs.gather.tile_bytes())
+        let tile_bytes = match self.one_hop() {
+            Some(codec) => codec.tile_bytes(),
+            None => self.legs.reduce.tile_bytes() + self.legs.gather.tile_bytes(),
+        };
+        (self.world - 1) * self.chunk_tiles * tile_bytes
     }
 
     fn elements(&self, tiles: Range<usize>) -> Range<usize> {
@@ -219,7 +238,8 @@ mod tests {
             prop_assert_eq!(outgoing % 128, 0);
             for slice in 0..plan.n_slices() {
                 let (reduce_slot, gather_slot) = (plan.reduce_slot_bytes(slice), plan.gather_slot_bytes(slice));
-                prop_assert!((world - 1) * reduce_slot <= outgoing && gather_slot <= outgoing);
+                let n_outgoing = if plan.one_hop().is_some() { 0 } else { world - 1 };
+                prop_assert!(n_outgoing * reduce_slot <= outgoing && n_outgoing.min(1) * gather_slot <= outgoing);
                 prop_assert!(world * reduce_slot.max(gather_slot) <= incoming);
                 for owner in 0..world {
                     prop_assert!(plan.slice_tiles(owner, slice) * legs.reduce.tile_bytes() <= reduce_slot);
@@ -252,8 +272,15 @@ mod tests {
     }
 
     #[test]
+    fn in_one_hop_there_is_one_chunk() {
+        let plan = Plan::new(5 * TILE_ELEMS + 3, 2, legs(4, 4), 2 * 2176 * 3).unwrap();
+        assert_eq!((plan.chunk(0), plan.chunk(1).len(), plan.n_slices()), (0..plan.count(), 0, 2));
+        assert_eq!(Plan::new(5 * TILE_ELEMS, 2, legs(4, 8), 64 << 20).unwrap().chunk(0), 0..3 * TILE_ELEMS);
+    }
+
+    #[test]
     fn the_default_buffer_takes_64_mib_of_fp16_at_8_bits_in_one_slice() {
-        for world in [2, 4, 8] {
+        for world in [3, 4, 8] {
             assert_eq!(Plan::new(32 << 20, world, legs(8, 8), 64 << 20).unwrap().n_slices(), 1, "{world} ranks");
         }
     }

@@ -1,6 +1,6 @@
 //! The all-reduce as a pure function: what every rank of every exchange must hold, bit for bit (invariant I1).
 
-use crate::codec::{Legs, TILE_ELEMS};
+use crate::codec::{Codec, Legs, TILE_ELEMS};
 use crate::element::{Element, Summand};
 use crate::plan::Plan;
 
@@ -25,7 +25,8 @@ impl Op {
 
 /// The compressed sum, or average, of `inputs`, one slice of equal length per rank, in rank order.
 ///
-/// Each chunk's owner adds, in fp32 and in rank order, what it decodes of the others and its own input unquantized (where
+/// Between two ranks, if both legs are coded alike, each quantizes its input, and both decode and add the two
+/// ([`crate::Codec::decode_both_to`]). Otherwise each chunk's owner adds, in fp32 and in rank order, what it decodes of the others and its own input unquantized (where
 /// the legs are batch invariant, as it would decode, too);
 /// the sum is quantized for the gather leg, and everyone (the owner, too) keeps what that decodes to. All of it happens
 /// in the domain of the code: each input enters it once, the result leaves it once.
@@ -47,7 +48,11 @@ pub fn all_reduce<E: Element>(inputs: &[&[E]], op: Op, legs: Legs) -> Vec<E> {
             rest = after;
             scope.spawn(move || {
                 for (i, out) in mine.chunks_mut(TILE_ELEMS).enumerate() {
-                    reduce_tile(inputs, scale, owner, chunk.start + i * TILE_ELEMS, legs, out);
+                    let start = chunk.start + i * TILE_ELEMS;
+                    match plan.one_hop() {
+                        Some(codec) => add_tile([inputs[0], inputs[1]], scale, start, codec, out),
+                        None => reduce_tile(inputs, scale, owner, start, legs, out),
+                    }
                 }
             });
         }
@@ -66,6 +71,16 @@ pub fn exact<S: Summand>(inputs: &[&[S]], op: Op) -> Vec<S> {
     let scale = op.scale(inputs.len());
     let sum = |i: usize| others.iter().fold(first[i].widen(), |sum, input| sum + input[i].widen());
     (0..first.len()).map(|i| S::round(sum(i) * scale)).collect()
+}
+
+/// One tile in one hop, the elements from `start` on, into `out`.
+fn add_tile<E: Element>(inputs: [&[E]; 2], scale: f32, start: usize, codec: Codec, out: &mut [E]) {
+    let [first, second] = inputs.map(|input| {
+        let mut payload = vec![0; codec.tile_bytes()];
+        codec.encode_tile::<E>(&codec.enter(&input[start..start + out.len()]), &mut payload);
+        payload
+    });
+    codec.decode_both_to([&first, &second], scale, out);
 }
 
 /// One tile of the chunk of rank `owner`, the elements from `start` on, into `out`.
@@ -95,7 +110,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::codec::{Code, Codec, GroupSize, Width};
+    use crate::codec::{Code, GroupSize, Width};
 
     fn legs(reduce: u8, gather: u8) -> Legs {
         let codec = |bits| Codec::plain(Width::new(bits).unwrap(), GroupSize::new(32).unwrap());

@@ -4,8 +4,12 @@
 //! word for each sender; behind them, for each channel, hop and sender, a *ring* of [`slots`] slots of one tile's payload.
 //! The rings are as many and as long whatever the size of an operation, so an area is small enough for a GPU's L2 cache.
 //! `kernels/all_reduce.cu` computes the same offsets.
+//!
+//! Where two ranks need one hop ([`Legs::one_hop`]), a channel has one ring, for what the peer sends: [`TURNS`] rounds of
+//! [`ROUND_TILES`] slots. A round takes the next turn whatever operation it belongs to, so the count of signals says which.
+//! `kernels/one_hop.cu` computes those offsets.
 
-use crate::codec::Legs;
+use crate::codec::{Codec, Legs};
 
 /// Ranks that a fused all-reduce takes at most.
 pub const MAX_WORLD: usize = 16;
@@ -25,6 +29,12 @@ pub const fn lag(world: usize) -> usize {
 pub const fn slots(world: usize) -> usize {
     1 + 2 * lag(world)
 }
+
+/// Rounds that a ring holds in one hop.
+pub const TURNS: usize = 4;
+
+/// Tiles of a round in one hop at most.
+pub const ROUND_TILES: usize = 2;
 
 /// Bytes of a cache line, at which rows of signals and slots begin.
 pub const LINE_BYTES: usize = 128;
@@ -52,9 +62,19 @@ impl Rings {
         Some(Rings { world, legs, channels: channels.min(fit) }).filter(|rings| rings.channels > 0)
     }
 
+    /// The codec of the one hop, where that is enough.
+    pub fn one_hop(&self) -> Option<Codec> {
+        self.legs.one_hop(self.world)
+    }
+
     /// Bytes of the area, a multiple of 128.
     pub fn area_bytes(&self) -> usize {
-        self.channels * (SIGNAL_BYTES + 2 * self.world * slots(self.world) * self.slot_bytes())
+        self.channels * (SIGNAL_BYTES + self.channel_slots() * self.slot_bytes())
+    }
+
+    /// Slots of a channel.
+    fn channel_slots(&self) -> usize {
+        if self.one_hop().is_some() { TURNS * ROUND_TILES } else { 2 * self.world * slots(self.world) }
     }
 
     /// Bytes of a slot: a tile's payload in the wider leg, and the rest of its last cache line.
@@ -71,6 +91,12 @@ impl Rings {
     pub fn slot(&self, channel: usize, hop: usize, sender: usize, round: usize) -> usize {
         let ring = (channel * 2 + hop) * self.world + sender;
         self.channels * SIGNAL_BYTES + (ring * slots(self.world) + round % slots(self.world)) * self.slot_bytes()
+    }
+
+    /// The same in one hop, of tile `part` of a round before which the sender has signalled `n_signals` times.
+    pub fn one_hop_slot(&self, channel: usize, n_signals: u32, part: usize) -> usize {
+        let slot = (channel * TURNS + n_signals as usize % TURNS) * ROUND_TILES + part;
+        self.channels * SIGNAL_BYTES + slot * self.slot_bytes()
     }
 }
 
@@ -106,6 +132,19 @@ mod tests {
             let (at, n_bytes) = ranges[ranges.len() - 1];
             assert_eq!(at + n_bytes, rings.area_bytes());
         }
+    }
+
+    #[test]
+    fn in_one_hop_slots_fill_the_area_too() {
+        let rings = Rings { world: 2, legs: legs(4, 4), channels: 3 };
+        let mut at: Vec<usize> = (0..3)
+            .flat_map(|channel| (7..7 + TURNS as u32).map(move |n_signals| (channel, n_signals)))
+            .flat_map(|(channel, n_signals)| [0, 1].map(|part| rings.one_hop_slot(channel, n_signals, part)))
+            .collect();
+        at.sort_unstable();
+        let first = rings.signal(3, 0);
+        assert!(at.iter().enumerate().all(|(i, at)| *at == first + i * rings.slot_bytes()));
+        assert_eq!(first + at.len() * rings.slot_bytes(), rings.area_bytes());
     }
 
     #[test]
@@ -176,8 +215,27 @@ mod protocol {
         steps
     }
 
+    /// The same in one hop. Its rounds are numbered through all operations, and what is written is told of in hop 0.
+    fn one_hop_program(operations: &[usize]) -> Vec<Step> {
+        let (mut steps, mut turn) = (Vec::new(), 0);
+        for &n_rounds in operations {
+            for i in 0..=n_rounds {
+                let tag = |round: usize| (round + 1) as u8;
+                steps.extend((i < n_rounds).then(|| Write { hop: 0, round: turn, tag: tag(turn) }));
+                steps.extend((i > 0).then_some(Hear(turn as u8)));
+                if i < n_rounds {
+                    turn += 1;
+                    steps.push(Tell(turn as u8));
+                }
+                let told = turn - usize::from(i < n_rounds); // what peers wrote in the round before
+                steps.extend((i > 0).then(|| Read { hop: 0, round: told - 1, tag: tag(told - 1) }));
+            }
+        }
+        steps
+    }
+
     /// Of any lag.
-    const MAX_SLOTS: usize = 3;
+    const MAX_SLOTS: usize = 4;
 
     /// Where each rank is, and its memory: signals by sender, and by sender, hop and slot what was written last.
     #[derive(Clone, PartialEq, Eq, Hash)]
@@ -257,6 +315,17 @@ mod protocol {
             }
             assert_eq!(explore(4, &program(&[2, 3], lag), 1 + 2 * lag), Ok(()), "of 4 ranks, lag {lag}");
         }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "thousands of states")]
+    fn no_slot_of_the_one_hop_is_written_before_it_has_been_read() {
+        for operations in [vec![1], vec![9], vec![1, 1, 1, 1, 1, 1, 1], vec![1, 4, 2], vec![7, 6], vec![2, 1, 5, 3]] {
+            assert_eq!(explore(2, &one_hop_program(&operations), super::TURNS), Ok(()), "{operations:?}");
+        }
+        assert!(explore(2, &one_hop_program(&[9]), super::TURNS - 1).is_err());
+        let deaf: Vec<Step> = one_hop_program(&[9]).into_iter().filter(|step| *step != Hear(4)).collect();
+        assert!(explore(2, &deaf, super::TURNS).is_err());
     }
 
     #[test]

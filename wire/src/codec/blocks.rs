@@ -36,6 +36,17 @@
 //! The margins see to it that k is 1 to 15 and q within its bits without a clamp, and that L = U * k is exact in the
 //! storage type: `least` is 2^-17 in fp16, 2^-100 in bf16.
 //!
+//! # Two ranks' octets
+//!
+//! In one hop, where a and b are those of ranks 0 and 1, and J = I * 2^(2-b), h = L / 2 * scale:
+//!
+//! ```text
+//! x' = fma(J_b, h_b or -h_b, fma(J_a, h_a or -h_a, +0))
+//! ```
+//!
+//! in fp16 with h rounded to it (which it is, but for averages of the very smallest); in bf16 in fp32, rounded at the end.
+//! Where one of the two is constant, x' is (c_a + c_b) * scale in fp32, of both as elements, rounded to the storage type.
+//!
 //! # Constant octets
 //!
 //! The level 0 says that all 8 elements are the same one, c, which stands in the octet's quants as it is stored: quant e
@@ -137,18 +148,59 @@ impl Codec {
     pub(super) fn decode_blocks_to<E: Element>(self, payload: &[u8], start: usize, group: &mut [E]) {
         let unit = stored::<E>(payload, self.unit_at(start)).to_f32();
         for (n, octet) in group.chunks_mut(LANE_ELEMS).enumerate() {
+            self.decode_octet_to(payload, start + n * LANE_ELEMS, unit, octet);
+        }
+    }
+
+    /// The octet that starts at element `at`.
+    fn decode_octet_to<E: Element>(self, payload: &[u8], at: usize, unit: f32, octet: &mut [E]) {
+        let level = self.read_level(at, payload);
+        if level == 0 {
+            octet.fill(self.read_constant(at, payload));
+            return;
+        }
+        let (step, integers) = (self.step(unit, level), self.integers(at, payload));
+        for (e, x) in octet.iter_mut().enumerate() {
+            let step = if e % 4 == 3 { -step } else { step };
+            *x = E::from_f32_nearest(integers[e].mul_add(step, 0.0));
+        }
+    }
+
+    /// I of the octet that starts at element `at`.
+    fn integers(self, at: usize, payload: &[u8]) -> [f32; LANE_ELEMS] {
+        let mut integers = std::array::from_fn(|e| self.middle(at + e, payload));
+        hadamard(&mut integers);
+        integers
+    }
+
+    pub(super) fn decode_both_blocks<E: Element>(
+        self,
+        payloads: [&[u8]; 2],
+        start: usize,
+        scale: f32,
+        group: &mut [E],
+    ) {
+        let unit = |payload| stored::<E>(payload, self.unit_at(start)).to_f32();
+        let units = payloads.map(unit);
+        for (n, octet) in group.chunks_mut(LANE_ELEMS).enumerate() {
             let at = start + n * LANE_ELEMS;
-            let level = self.read_level(at, payload);
-            if level == 0 {
-                octet.fill(self.read_constant(at, payload));
+            let levels = payloads.map(|payload| self.read_level(at, payload));
+            if levels.contains(&0) {
+                let elements = payloads.map(|payload| {
+                    let mut elements = [E::from_bits(0); LANE_ELEMS];
+                    self.decode_octet_to(payload, at, unit(payload), &mut elements);
+                    elements.map(E::to_f32)
+                });
+                for (e, x) in octet.iter_mut().enumerate() {
+                    *x = E::from_f32_nearest((elements[0][e] + elements[1][e]) * scale);
+                }
                 continue;
             }
-            let step = self.step(unit, level);
-            let mut integers: Vec<f32> = (0..LANE_ELEMS).map(|e| self.middle(at + e, payload)).collect();
-            hadamard(&mut integers);
+            let integers = payloads.map(|payload| self.integers(at, payload).map(|i| i * 2.0 / self.half_range()));
+            let halves = [0, 1].map(|rank| units[rank] * f32::from(levels[rank]) / 2.0 * scale);
             for (e, x) in octet.iter_mut().enumerate() {
-                let step = if e % 4 == 3 { -step } else { step };
-                *x = E::from_f32_nearest(integers[e].mul_add(step, 0.0));
+                let sign = if e % 4 == 3 { -1.0 } else { 1.0 };
+                *x = E::sum_of_products([integers[0][e], integers[1][e]], halves.map(|half| half * sign));
             }
         }
     }

@@ -58,6 +58,17 @@ impl Codec {
         }
     }
 
+    /// In fp32: both values, their sum, its product with `scale`; rounded to the storage type at the end.
+    pub(super) fn decode_both_plain<E: Element>(self, payloads: [&[u8]; 2], start: usize, scale: f32, group: &mut [E]) {
+        let mut values = [(); 2].map(|()| vec![0.0; group.len()]);
+        for (payload, values) in payloads.into_iter().zip(&mut values) {
+            self.decode_plain::<E>(payload, start, values);
+        }
+        for (i, x) in group.iter_mut().enumerate() {
+            *x = E::from_f32_nearest((values[0][i] + values[1][i]) * scale);
+        }
+    }
+
     fn group_params<E: Element>(self, values: impl Iterator<Item = f32>) -> GroupParams {
         let (mut min, mut max, mut all_finite) = (f32::INFINITY, f32::NEG_INFINITY, true);
         for x in values {
