@@ -34,59 +34,18 @@
 
 #include <type_traits>
 
-#include "codec.cuh"
-#include "signals.cuh"
+#include "channel.cuh"
 
 namespace flashcomm {
 
-// Shared memory of a channel.
-struct ChannelMemory {
-  Vec16 stages[kStages][kRows][kTileThreads];  // of the input
-  Vec16 params[kMaxParamsBytes / 16];          // of a tile, where they travel in bundles
-};
-static_assert(sizeof(ChannelMemory) == kChannelSharedBytes, "the host asks for as much");
-// This thread's channel's. (Found anew where it is needed, it takes no register elsewhere.)
-__device__ __forceinline__ ChannelMemory& memory() {
-  extern __shared__ ChannelMemory channels[];
-  return channels[threadIdx.y];
-}
-
-// Tiles of the input on their way through shared memory, each fetched one ahead of the one that is taken. Each thread
-// fetches and reads its own elements, so nothing here synchronizes.
-struct InputStream {
-  unsigned stage = 0;
-
-  // Starts to fetch a whole tile at a multiple of 16 bytes; null: nothing, but the turn passes.
-  __device__ void fetch(const void* tile_ptr) {
-    if (tile_ptr != nullptr) {
-      const Vec16* vecs = static_cast<const Vec16*>(tile_ptr);
-      const uint64_t policy = policy_evict_first();
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        cp_async_16(&memory().stages[stage][row][threadIdx.x], vecs + lane_first(row) / kLaneElems, policy);
-      }
-    }
-    cp_async_commit();
-    stage ^= 1;
-  }
-
-  // The tile that was fetched before the last. The next fetch takes its place.
-  __device__ void wait() const { cp_async_wait<1>(); }
-  __device__ Vec16 row(int row) const { return memory().stages[stage][row][threadIdx.x]; }
-};
-
-// kBundles: what a payload has for each group goes through shared memory, so that few large requests carry it instead of
-// many small ones, of which a link to the host takes no more a second than of large ones.
 template <class T, class Reduce, class Gather, bool kBundles>
 struct AllReduce {
-
   const AllReduceArgs& args;
-  const T* input;
   T* output;
   uint32_t slot_bytes;
   unsigned channel;
   unsigned n_rounds;
-  InputStream stream;
+  Caller<T, ChannelMemory> caller;
 
   // Another rank: the step-th after this one, so that not all ranks turn to the same one at once.
   __device__ unsigned other(unsigned step) const {
@@ -126,7 +85,6 @@ struct AllReduce {
     const uint64_t rest = args.count - start;
     return {size_t(start), rest < kTileElems ? int(rest) : kTileElems};
   }
-  __device__ static bool is_whole(const Tile& tile) { return tile.n_elems == kTileElems; }
 
   // Behind the signals an area has, for each channel, hop and sender, a ring.
   __device__ uint8_t* slot(unsigned at_rank, unsigned hop, unsigned from, unsigned round) const {
@@ -135,33 +93,10 @@ struct AllReduce {
     return args.areas[at_rank] + (args.max_channels * kSignalWords * 4 + slot * slot_bytes);
   }
 
-  // ---- the input ------------------------------------------------------------------------------------------------
-
-  // Starts to fetch a tile, always the one that is taken after the next: whoever takes a tile names its successor first.
-  __device__ void fetch(const Tile& t) {
-    stream.fetch(is_aligned16(args.input) && is_whole(t) ? input + t.start : nullptr);
-  }
-
-  // Waits until this thread's elements of tile t, whose turn it is, are in the stream.
-  __device__ void take(const Tile& t) const {
-    if (is_aligned16(args.input) && is_whole(t)) {
-      stream.wait();
-    } else {
-      fill_slowly(memory().stages[stream.stage], input + t.start, t.n_elems);
-    }
-  }
-  // Kept out of the way of the usual case, which then fits the instruction cache.
-  __device__ __noinline__ static void fill_slowly(Vec16 (&rows)[kRows][kTileThreads], const T* tile_ptr, int n_elems) {
-    ThreadVecs v;
-    load_vecs(tile_ptr, n_elems, v);
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) rows[row][threadIdx.x] = v[row];
-  }
-
   // ---- the output -----------------------------------------------------------------------------------------------
 
   __device__ void write(const typename Gather::Thread& encoded, const Tile& t) const {
-    if (is_aligned16(args.output) && is_whole(t)) {
+    if (is_aligned16(args.output) && caller.is_whole(t)) {
       decode_to(encoded, output + t.start, kTileElems, true);
     } else {
       write_slowly(encoded, output + t.start, t.n_elems);
@@ -186,39 +121,11 @@ struct AllReduce {
 
   template <class C>
   __device__ void send(uint8_t* payload, const typename C::Thread& encoded) const {
-    if constexpr (kBundles) {
-      C::store_params(params(), args.group_shift, encoded);
-      copy_params<C>(payload + C::kQuantsBytes, params());
-      C::store_quants(payload, encoded);
-    } else {
-      store_payload<C>(payload, args.group_shift, encoded);
-    }
+    Payloads<C, ChannelMemory, kBundles>::send(payload, args.group_shift, encoded);
   }
-
   template <class C>
   __device__ typename C::Thread receive(const uint8_t* payload) const {
-    if constexpr (kBundles) {
-      copy_params<C>(params(), payload + C::kQuantsBytes);
-      typename C::Thread encoded;
-      C::load_quants(payload, encoded);
-      C::load_params(params(), args.group_shift, encoded);
-      return encoded;
-    } else {
-      return load_payload<C>(payload, args.group_shift);
-    }
-  }
-
-  __device__ static uint8_t* params() { return reinterpret_cast<uint8_t*>(memory().params); }
-
-  // To or from shared memory, 16 bytes a thread.
-  template <class C>
-  __device__ void copy_params(void* to, const void* from) const {
-    channel_barrier(true);  // what is there has been written, and what was there has been read
-    const unsigned at = threadIdx.x;
-    if (at * 16 < C::params_bytes(args.group_shift)) {
-      store_vec16(static_cast<Vec16*>(to) + at, load_vec16(static_cast<const Vec16*>(from) + at));
-    }
-    channel_barrier(true);
+    return Payloads<C, ChannelMemory, kBundles>::receive(payload, args.group_shift);
   }
 
   // ---- phase 1, push: this rank's tiles of the chunks, to their owners ------------------------------------------
@@ -226,14 +133,13 @@ struct AllReduce {
   __device__ void push(unsigned round) {
 #pragma unroll 1
     for (unsigned step = 0; step < n_pushes(); ++step) {
-      fetch(step + 1 < n_pushes() ? tile(other(step + 1), round) : after_pushes(round));
+      caller.fetch(step + 1 < n_pushes() ? tile(other(step + 1), round) : after_pushes(round));
       const unsigned owner = other(step);
       const Tile t = tile(owner, round);
       if (t.n_elems != 0) {
-        take(t);
+        caller.take(t);
         ThreadVecs x;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) x[row] = stream.row(row);
+        caller.rows(x);
         send<Reduce>(slot(owner, 0, args.rank, round), Reduce::encode_input(x, args.group_shift));
       }
     }
@@ -247,7 +153,7 @@ struct AllReduce {
   // ---- phase 2, reduce: the tile of this rank's chunk, its sum to everyone --------------------------------------
 
   __device__ void reduce(unsigned round) {
-    if (batch_invariant() == 0) fetch(tile(other(0), round + lag() + 1));
+    if (batch_invariant() == 0) caller.fetch(tile(other(0), round + lag() + 1));
     const Tile t = tile(args.rank, round);
     if (t.n_elems != 0) {
       ThreadElems sum;
@@ -255,9 +161,9 @@ struct AllReduce {
 #pragma unroll 1
       for (unsigned rank = 0; rank < args.rank + batch_invariant(); ++rank) add_hop1(rank, round, sum);
       if (batch_invariant() == 0) {
-        take(t);
+        caller.take(t);
 #pragma unroll
-        for (int row = 0; row < kRows; ++row) Reduce::add_input(stream.row(row), sum[row]);
+        for (int row = 0; row < kRows; ++row) Reduce::add_input(caller.row(row), sum[row]);
       }
 #pragma unroll 1
       for (unsigned rank = args.rank + 1; rank < args.world; ++rank) add_hop1(rank, round, sum);
@@ -299,7 +205,7 @@ struct AllReduce {
   __device__ void run() {
     const Signals signals = {args, channel};
     uint32_t n_signals = args.signals[channel];
-    fetch(tile(other(0), 0));
+    caller.fetch(tile(other(0), 0));
 #pragma unroll 1
     for (unsigned i = 0; i < n_rounds + 2 * lag(); ++i) {
       push(i);
@@ -320,19 +226,18 @@ struct AllReduce {
 
 template <class T, class Reduce, class Gather, bool kBundles>
 __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
-  // A payload, and the rest of its last cache line.
-  const uint32_t payload = max(payload_bytes<Reduce>(args.group_shift), payload_bytes<Gather>(args.group_shift));
-  const uint32_t slot_bytes = (payload + kLineBytes - 1) / kLineBytes * kLineBytes;
+  const uint32_t slot_bytes =
+      slot_bytes_of(max(payload_bytes<Reduce>(args.group_shift), payload_bytes<Gather>(args.group_shift)));
   using Self = AllReduce<T, Reduce, Gather, kBundles>;
   const unsigned channel = blockIdx.x * blockDim.y + threadIdx.y;
   if (channel >= args.chunk_tiles) return;
   Self self = {
       args,
-      static_cast<const T*>(args.input),
       static_cast<T*>(args.output),
       slot_bytes,
       channel,
-      unsigned((args.chunk_tiles + Self::n_channels() - 1 - channel) / Self::n_channels())};
+      unsigned((args.chunk_tiles + Self::n_channels() - 1 - channel) / Self::n_channels()),
+      {args}};
   self.run();
 }
 

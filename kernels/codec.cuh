@@ -10,6 +10,7 @@
 //   encode(sum, shift)              sum: may be overwritten
 //   add(thread, sum)                adds what they decode to
 //   decode_row(thread, row)         a row as the output has it
+//   decode_both_row(first, second, row, scale)   the same of the sum of two ranks' tiles (where elements are coded)
 //   load_quants(payload, thread), store_quants(payload, thread)
 //   load_params(params, shift, thread), store_params(params, shift, thread)   where either part is: 16-byte aligned
 //

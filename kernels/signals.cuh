@@ -75,6 +75,23 @@ struct Signals {
   // n_signals: how often it has signalled, this time included.
   __device__ __forceinline__ void tell(uint32_t n_signals) const {
     channel_barrier(true);
+    signal(n_signals);
+  }
+
+  // Waits until each peer has signalled so often. False where the channel gives up.
+  __device__ __forceinline__ bool hear(uint32_t n_signals, unsigned iteration) const {
+    return channel_barrier(wait(n_signals, iteration));
+  }
+
+  // Hears what belongs to the iteration before, and tells of this one if there is something to tell: one barrier for both.
+  __device__ __forceinline__ bool hear_and_tell(bool hears, bool tells, uint32_t n_signals, unsigned iteration) const {
+    if (!channel_barrier(!hears || wait(n_signals, iteration))) return false;
+    if (tells) signal(n_signals + 1);
+    return true;
+  }
+
+ private:
+  __device__ void signal(uint32_t n_signals) const {
     const unsigned peer = threadIdx.x % 32;
     if (threadIdx.x / 32 == kTellingWarp && peer < args.world && peer != args.rank) {
       fence_acq_rel_sys();
@@ -82,8 +99,7 @@ struct Signals {
     }
   }
 
-  // Waits until each peer has signalled so often. False where the channel gives up.
-  __device__ __forceinline__ bool hear(uint32_t n_signals, unsigned iteration) const {
+  __device__ bool wait(uint32_t n_signals, unsigned iteration) const {
     const unsigned peer = threadIdx.x % 32;
     bool is_heard = true;
     if (threadIdx.x / 32 == kHearingWarp && peer < args.world && peer != args.rank) {
@@ -93,10 +109,9 @@ struct Signals {
         if (spins % 1024 == 0) is_heard = !gives_up(args, peer, channel, iteration, start);
       }
     }
-    return channel_barrier(is_heard);
+    return is_heard;
   }
 
- private:
   // An area begins with a row of signals for each channel, one from each sender.
   __device__ uint32_t* word(unsigned at_rank, unsigned from) const {
     return reinterpret_cast<uint32_t*>(args.areas[at_rank]) + channel * kSignalWords + from;

@@ -1,7 +1,8 @@
 //! An all-reduce of ours, top to bottom.
 //!
 //! Where the ranks share memory, one kernel does all of it, launched on the caller's stream: `kernels/exact.cu` a small one,
-//! uncompressed, `kernels/all_reduce.cu` a large one. Over the real NCCL a large one takes five steps:
+//! uncompressed, `kernels/all_reduce.cu` a large one in two hops, `kernels/one_hop.cu` one of two ranks. Over the real NCCL
+//! a large one takes five steps:
 //!
 //! ```text
 //! quantize      each other rank's chunk of my input                      -> outgoing, a slot per owner
@@ -11,6 +12,8 @@
 //! dequantize    all chunks                                               -> the caller's output
 //! ```
 //!
+//! or three, between two ranks: quantize all of my input, an all-gather, combine what both sent.
+//!
 //! Operations come in batches: one alone, or all of a group. Fused ones are launched in order. The others run in *waves*;
 //! a wave takes the next slice of one operation of each communicator through all five steps together, so that one
 //! thread that drives several ranks has all their transfers in one NCCL group (alone, the first would wait for the
@@ -19,6 +22,8 @@
 
 mod aside;
 mod operation;
+
+use std::ffi::c_void;
 
 use flashcomm_wire::Plan;
 
@@ -178,14 +183,15 @@ fn run_wave(batch: &[Operation], wave: usize) -> Result<()> {
     // SAFETY: the plans' areas and the application's streams.
     let result = unsafe { over_nccl::all_to_all(steps().map(|step| step.hop1())) };
     Error::check("hop 1 over the real NCCL", result)?;
-    steps().try_for_each(|step| step.reduce())?;
+    let two_hops = || steps().filter(|step| step.plan.one_hop().is_none());
+    two_hops().try_for_each(|step| step.reduce())?;
     // SAFETY: as for hop 1.
-    let result = unsafe { over_nccl::all_gather(steps().map(|step| step.hop2())) };
+    let result = unsafe { over_nccl::all_gather(two_hops().map(|step| step.hop2())) };
     Error::check("hop 2 over the real NCCL", result)?;
-    steps().try_for_each(|step| step.dequantize())
+    steps().try_for_each(|step| step.decode())
 }
 
-/// One slice of one operation, on its way through the five steps.
+/// One slice of one operation, on its way through the five steps, or three if one hop is enough.
 struct Step<'a> {
     operation: &'a Operation,
     attached: &'a Attached,
@@ -211,10 +217,19 @@ impl<'a> Step<'a> {
         // SAFETY: the application's stream, of the context just entered.
         unsafe { self.attached.order.begin(stream, self.capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
         // SAFETY: the application vouches for its input, the plan for the staging area.
-        unsafe {
-            self.attached.kernels.quantize(self.piece(), self.attached.rank, input, self.staging.outgoing(), stream)
+        unsafe { self.attached.kernels.quantize(self.piece(), self.attached.rank, input, self.outgoing(), stream) }
+            .map_err(Error::cuda("launching quantize"))
+    }
+
+    /// Where this rank's payloads are. In one hop that is its slot of what comes in.
+    fn outgoing(&self) -> *mut c_void {
+        match self.plan.one_hop() {
+            Some(_) => {
+                let slot = self.attached.rank * self.plan.reduce_slot_bytes(self.slice);
+                self.staging.incoming().wrapping_byte_add(slot)
+            }
+            None => self.staging.outgoing(),
         }
-        .map_err(Error::cuda("launching quantize"))
     }
 
     /// To each other owner its payload, from each other rank mine.
@@ -253,19 +268,25 @@ impl<'a> Step<'a> {
             comm: self.operation.comm.handle(),
             rank: self.attached.rank,
             world: self.attached.world,
-            outgoing: self.staging.outgoing(),
+            outgoing: self.outgoing(),
             incoming: self.staging.incoming(),
             slot_bytes,
             stream: self.operation.stream(),
         }
     }
 
-    fn dequantize(&self) -> Result<()> {
+    /// What came in, to elements.
+    fn decode(&self) -> Result<()> {
         let (output, stream) = (self.operation.output, self.operation.stream());
+        let (kernels, incoming) = (&self.attached.kernels, self.staging.incoming());
         let _entered = enter(self.attached)?;
         // SAFETY: the application vouches for its output, the plan for the staging area.
-        unsafe { self.attached.kernels.dequantize(self.piece(), self.staging.incoming(), output, stream) }
-            .map_err(Error::cuda("launching dequantize"))?;
+        let launched = match self.plan.one_hop() {
+            Some(_) => unsafe { kernels.combine(self.piece(), incoming, output, stream) },
+            // SAFETY: as above.
+            None => unsafe { kernels.dequantize(self.piece(), incoming, output, stream) },
+        };
+        launched.map_err(Error::cuda("launching the last kernel of an all-reduce"))?;
         // SAFETY: the application's stream, of the context just entered.
         unsafe { self.attached.order.end(stream, self.capture) }.map_err(Error::cuda("ordering the all-reduce"))
     }

@@ -122,7 +122,7 @@ pub fn run(args: &Args) -> Result<bool> {
     println!("{}\n", table.trim_fmt());
     if problems.is_empty() {
         println!(
-            "sent: by a rank in both hops, as the shim counts; first row: in a ring all-reduce\n\
+            "sent: by a rank in all hops, as the shim counts; first row: in a ring all-reduce\n\
              rel. L2, SQNR, max abs: the error against the sum taken in fp64\n\
              same bits: on all {} ranks; reference: bit for bit what the specification (wire/) gives\n\
              compressed, forwarded: calls of a rank; forwarded here: an fp32 sum, which stayed exact",

@@ -43,7 +43,7 @@ fn demo_shows_each_width_with_its_bytes_and_its_error() {
     assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
     assert!(stdout.contains("the simulator"), "{stdout}");
     // Of 16 bits an element: blocks carry 0.5 bits of levels and 2 bytes for each 64, the plain code 4 bytes for each 64.
-    let rows = [("8", "1.83x", 44.0..47.0), ("4", "3.37x", 20.0..22.0), ("4-plain", "3.56x", 16.0..20.0)];
+    let rows = [("8", "1.83x", 46.0..48.0), ("4", "3.37x", 22.0..24.0), ("4-plain", "3.56x", 19.0..22.0)];
     for (bits, smaller, sqnr_db) in rows {
         let cells = row(&stdout, bits);
         // bits, number, MiB, smaller, relative L2, SQNR, max abs, same bits, reference, compressed, forwarded

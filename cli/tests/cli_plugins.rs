@@ -59,7 +59,7 @@ const TORCH: (&str, bool) = ("in place", false);
 
 #[test]
 fn vllm_gives_the_shim_what_it_compresses_and_keeps_the_rest() {
-    // Two ranks over `peer`: from 2 MiB on. Its own kernel would take all up to 8 MiB.
+    // Two ranks over `peer`: from 1.25 MiB on. Its own kernel would take all up to 8 MiB.
     let (said, _) = job("vllm", &[], &[ASKED]);
     let shim = built("libflashcomm.so").canonicalize().unwrap();
     assert_eq!((&said["wraps"], &said["path"]), (&true.into(), &shim.to_str().unwrap().into()));

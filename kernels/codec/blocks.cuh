@@ -156,27 +156,9 @@ struct Blocks {
   }
 
   __device__ static Vec16 decode_row(const Thread& in, int row) {
-    // In fp16 whatever the type: 2^(12 - b) + 2^(2 - b) * quant. What is transformed is 2^(2 - b) times the middles.
     using H = Element<__half>;
-    constexpr uint32_t kExponent = (12 - kBits + 15) << 2, kPattern = kExponent * 0x01010101u;
-    constexpr uint32_t kZero = kExponent << 24 | kExponent << 8, kLast = kZero + (2 * kHalfRange - 1) * 0x00010001u;
-    __half2 w[4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t quants = P::get_half(in.quants, row * 2 + half);
-      w[half * 2] = H::pair(__byte_perm(quants, kPattern, 0x4140));
-      w[half * 2 + 1] = H::pair(__byte_perm(quants, kPattern, 0x4342));
-    }
-    __half2 a[4];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      a[n] = __hadd2_rn(__hsub2_rn(w[n], H::pair(kLast)), __hsub2_rn(w[n + 2], H::pair(kZero)));
-      a[n + 2] = __hsub2_rn(w[n], w[n + 2]);
-    }
-    const uint32_t integers[4] = {Pairs<__half>::butterfly(H::word(__hadd2_rn(a[0], a[1]))),
-                                  Pairs<__half>::butterfly(H::word(__hsub2_rn(a[0], a[1]))),
-                                  Pairs<__half>::butterfly(H::word(__hadd2_rn(a[2], a[3]))),
-                                  Pairs<__half>::butterfly(H::word(__hsub2_rn(a[2], a[3])))};
+    uint32_t integers[4];
+    transform_back(in, row, integers);
     const float half = half_bound(in, row);
     Vec16 out;
     if constexpr (std::is_same_v<T, __half>) {
@@ -199,6 +181,47 @@ struct Blocks {
     return out;
   }
 
+  __device__ static Vec16 decode_both_row(const Thread& first, const Thread& second, int row, float scale) {
+    using H = Element<__half>;
+    uint32_t a[4], b[4];
+    transform_back(first, row, a);
+    transform_back(second, row, b);
+    const float bound_a = half_bound(first, row), bound_b = half_bound(second, row);
+    const float half_a = __fmul_rn(bound_a, scale), half_b = __fmul_rn(bound_b, scale);
+    Vec16 out;
+    if constexpr (std::is_same_v<T, __half>) {
+      const uint32_t even_a = H::word(__float2half2_rn(half_a)), odd_a = even_a ^ 0x80000000u;
+      const uint32_t even_b = H::word(__float2half2_rn(half_b)), odd_b = even_b ^ 0x80000000u;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const uint32_t product = Pairs<__half>::fma(a[n], n % 2 == 0 ? even_a : odd_a, 0);
+        out.words[n] = Pairs<__half>::fma(b[n], n % 2 == 0 ? even_b : odd_b, product);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float high_a = n % 2 == 0 ? half_a : -half_a, high_b = n % 2 == 0 ? half_b : -half_b;
+        const float low = __fmaf_rn(__low2float(H::pair(a[n])), half_a, 0.0f);
+        const float high = __fmaf_rn(__high2float(H::pair(a[n])), high_a, 0.0f);
+        out.words[n] = Element<T>::word(__floats2bfloat162_rn(__fmaf_rn(__low2float(H::pair(b[n])), half_b, low),
+                                                              __fmaf_rn(__high2float(H::pair(b[n])), high_b, high)));
+      }
+    }
+    const bool is_constant = bound_a == 0.0f || bound_b == 0.0f;
+    if (__any_sync(kAllLanes, is_constant)) {
+      float sum[kLaneElems];
+      widen<T>(decode_row(first, row), sum);
+      add_vec<T>(decode_row(second, row), sum);
+#pragma unroll
+      for (int e = 0; e < kLaneElems; ++e) sum[e] = __fmul_rn(sum[e], scale);
+      Vec16 both;
+      narrow<T>(sum, both);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) out.words[n] = is_constant ? both.words[n] : out.words[n];
+    }
+    return out;
+  }
+
   __device__ static void load_quants(const uint8_t* payload, Thread& t) { P::load(payload, t.quants); }
   __device__ static void store_quants(uint8_t* payload, const Thread& t) { P::store(payload, t.quants); }
   __device__ static void load_params(const uint8_t* params, unsigned group_shift, Thread& t) {
@@ -212,6 +235,32 @@ struct Blocks {
 
  private:
   static constexpr unsigned kUnitsAt = kTileThreads * 2;  // behind the levels
+
+  // The elements of a row over half of its bound, but for the signs of 3 and 7: integers times 2^(2 - b). In fp16 whatever
+  // the type.
+  __device__ static void transform_back(const Thread& in, int row, uint32_t (&integers)[4]) {
+    // 2^(12 - b) + 2^(2 - b) * quant. What is transformed is 2^(2 - b) times the middles.
+    using H = Element<__half>;
+    constexpr uint32_t kExponent = (12 - kBits + 15) << 2, kPattern = kExponent * 0x01010101u;
+    constexpr uint32_t kZero = kExponent << 24 | kExponent << 8, kLast = kZero + (2 * kHalfRange - 1) * 0x00010001u;
+    __half2 w[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t quants = P::get_half(in.quants, row * 2 + half);
+      w[half * 2] = H::pair(__byte_perm(quants, kPattern, 0x4140));
+      w[half * 2 + 1] = H::pair(__byte_perm(quants, kPattern, 0x4342));
+    }
+    __half2 a[4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      a[n] = __hadd2_rn(__hsub2_rn(w[n], H::pair(kLast)), __hsub2_rn(w[n + 2], H::pair(kZero)));
+      a[n + 2] = __hsub2_rn(w[n], w[n + 2]);
+    }
+    integers[0] = Pairs<__half>::butterfly(H::word(__hadd2_rn(a[0], a[1])));
+    integers[1] = Pairs<__half>::butterfly(H::word(__hsub2_rn(a[0], a[1])));
+    integers[2] = Pairs<__half>::butterfly(H::word(__hadd2_rn(a[2], a[3])));
+    integers[3] = Pairs<__half>::butterfly(H::word(__hsub2_rn(a[2], a[3])));
+  }
 
   __device__ static void enter(Vec16& x) {
     using X = Pairs<T>;

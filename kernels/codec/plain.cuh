@@ -95,6 +95,18 @@ struct Plain {
     return out;
   }
 
+  __device__ static Vec16 decode_both_row(const Thread& first, const Thread& second, int row, float scale) {
+    float sum[kLaneElems], term[kLaneElems];
+    values(first, row, sum);
+    values(second, row, term);
+    add_row(term, sum);
+#pragma unroll
+    for (int e = 0; e < kLaneElems; ++e) sum[e] = __fmul_rn(sum[e], scale);
+    Vec16 out;
+    narrow<T>(sum, out);
+    return out;
+  }
+
   __device__ static void load_quants(const uint8_t* payload, Thread& t) { P::load(payload, t.quants); }
   __device__ static void store_quants(uint8_t* payload, const Thread& t) { P::store(payload, t.quants); }
   __device__ static void load_params(const uint8_t* params, unsigned group_shift, Thread& t) {

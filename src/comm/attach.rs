@@ -242,7 +242,7 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
         return Ok(refused(comm, rank, Disagreement::TooManyWidths));
     }
 
-    let loaded = load(device, &context, legs, comm.mixes_graphs());
+    let loaded = load(device, &context, (legs, world), comm.mixes_graphs());
     comm.recording.prepare(device);
     if let Err(error) = &loaded {
         log::warn!("rank {rank} cannot compress: {error}");
@@ -291,8 +291,8 @@ struct Loaded {
     order: Order,
 }
 
-fn load(device: i32, context: &Context, legs: Legs, mixes_graphs: bool) -> Result<Loaded> {
-    let kernels = Kernels::load(device, legs)
+fn load(device: i32, context: &Context, (legs, world): (Legs, usize), mixes_graphs: bool) -> Result<Loaded> {
+    let kernels = Kernels::load(device, legs, world)
         .map_err(Error::cuda("loading the kernels (is the driver older than the CUDA that built flashcomm?)"))?;
     let block_channels = kernels.prepare_fused(context).map_err(Error::cuda("readying the fused kernel"))?;
     let order = Order::new(mixes_graphs).map_err(Error::cuda("creating an event"))?;

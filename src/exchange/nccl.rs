@@ -1,5 +1,5 @@
-//! The exchange over the real NCCL: grouped send and receive for hop 1, an all-gather for hop 2. Payload travels as
-//! bytes.
+//! The exchange over the real NCCL: grouped send and receive for hop 1, an all-gather for hop 2; one all-gather where one hop is
+//! enough. Payload travels as bytes.
 
 use std::ffi::c_void;
 

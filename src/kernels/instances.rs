@@ -19,18 +19,33 @@ pub enum Verb {
     Reduce,
     /// Hop 2's payloads to elements.
     Dequantize,
-    /// The whole all-reduce, over areas in GPU memory.
+    /// Both ranks' payloads of one hop to elements.
+    Combine,
+    /// The whole all-reduce in two hops, over areas in GPU memory.
     AllReduce,
     /// The same over areas in host memory.
     HostAllReduce,
+    /// The whole all-reduce of two ranks in one hop, over areas in GPU memory.
+    OneHop,
+    /// The same over areas in host memory.
+    HostOneHop,
     /// The whole all-reduce, uncompressed.
     Exact,
 }
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Verb; 6] =
-        [Verb::Quantize, Verb::Reduce, Verb::Dequantize, Verb::AllReduce, Verb::HostAllReduce, Verb::Exact];
+    pub const ALL: [Verb; 9] = [
+        Verb::Quantize,
+        Verb::Reduce,
+        Verb::Dequantize,
+        Verb::Combine,
+        Verb::AllReduce,
+        Verb::HostAllReduce,
+        Verb::OneHop,
+        Verb::HostOneHop,
+        Verb::Exact,
+    ];
 
     /// As in kernel names.
     pub const fn name(self) -> &'static str {
@@ -38,8 +53,11 @@ impl Verb {
             Verb::Quantize => "quantize",
             Verb::Reduce => "reduce",
             Verb::Dequantize => "dequantize",
+            Verb::Combine => "combine",
             Verb::AllReduce => "allreduce",
             Verb::HostAllReduce => "hostallreduce",
+            Verb::OneHop => "onehop",
+            Verb::HostOneHop => "hostonehop",
             Verb::Exact => "exact",
         }
     }
@@ -75,7 +93,8 @@ impl Instance {
             Verb::Reduce | Verb::AllReduce => vec![reduce, gather],
             Verb::HostAllReduce if reduce == gather && !reduce.is_uncompressed() => vec![reduce, gather],
             Verb::HostAllReduce if (reduce.bits(), gather.bits()) == (4, 8) => vec![reduce, gather],
-            Verb::HostAllReduce | Verb::Exact => return None,
+            Verb::Combine | Verb::OneHop | Verb::HostOneHop if legs.one_hop(2).is_some() => vec![reduce],
+            Verb::HostAllReduce | Verb::Combine | Verb::OneHop | Verb::HostOneHop | Verb::Exact => return None,
         };
         Some(Self::named(verb, element, widths.into_iter().map(|width| (code, width)).collect()))
     }

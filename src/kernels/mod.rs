@@ -14,7 +14,8 @@ use parking_lot::Mutex;
 
 use self::instances::{Instance, Verb};
 use self::shared::{
-    CHANNEL_SHARED_BYTES, DequantizeArgs, EXACT_THREADS, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS,
+    CHANNEL_SHARED_BYTES, CombineArgs, DequantizeArgs, EXACT_THREADS, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS,
+    one_hop_shared_bytes,
 };
 use crate::cuda::{Context, CudaError, CudaResult, Function, Module, Shape, StreamHandle};
 use crate::element::ElementType;
@@ -45,7 +46,9 @@ struct Entries {
     quantize: Function,
     reduce: Function,
     dequantize: Function,
-    /// By [`Areas`].
+    /// Of one hop.
+    combine: Option<Function>,
+    /// By [`Areas`]: of one hop, where that is enough, or of two.
     all_reduce: [Function; 2],
 }
 
@@ -81,24 +84,27 @@ impl Piece<'_> {
 /// The kernels for one pair of codecs, ready in one context.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
+    /// Shared memory of a channel of the fused kernels.
+    channel_bytes: usize,
     entries: [Entries; ElementType::CODED.len()],
     /// By element type.
     exact: [Function; ElementType::ALL.len()],
 }
 
 impl Kernels {
-    /// The kernels for `legs` in the primary context of device `ordinal`, loaded at the first call.
+    /// The kernels for `legs` among `world` ranks, in the primary context of device `ordinal`, loaded at the first call.
     ///
     /// Loading may wait for all work of the context, some of which may wait for another rank of this very process;
     /// whoever comes second must find the kernels loaded. Hence the one lock around it all.
     ///
     /// # Errors
     /// The driver's, when the fatbin has no code for this GPU or the driver is older than the compiler.
-    pub fn load(ordinal: i32, legs: Legs) -> CudaResult<Self> {
+    pub fn load(ordinal: i32, legs: Legs, world: usize) -> CudaResult<Self> {
         static LOADED: Lazy<Mutex<Loaded>> = Lazy::new(Default::default);
         let mut loaded = LOADED.lock();
         let Loaded { modules, kernels } = &mut *loaded;
-        if let Some(kernels) = kernels.get(&(ordinal, legs)) {
+        let one_hop = legs.one_hop(world);
+        if let Some(kernels) = kernels.get(&(ordinal, legs, one_hop.is_some())) {
             return Ok(*kernels);
         }
         if let Entry::Vacant(vacant) = modules.entry(ordinal) {
@@ -110,12 +116,12 @@ impl Kernels {
         }
         let (context, module) = &modules[&ordinal];
         let _entered = context.enter()?;
-        let found = Self::find(module, legs)?;
-        kernels.insert((ordinal, legs), found);
+        let found = Self::find(module, legs, one_hop)?;
+        kernels.insert((ordinal, legs, one_hop.is_some()), found);
         Ok(found)
     }
 
-    fn find(module: &Module, legs: Legs) -> CudaResult<Self> {
+    fn find(module: &Module, legs: Legs, one_hop: Option<Codec>) -> CudaResult<Self> {
         let named =
             |instance: Instance| module.function(&CString::new(instance.name()).expect("kernel names hold no NUL"));
         let entries = |element: ElementType| -> CudaResult<Entries> {
@@ -123,16 +129,22 @@ impl Kernels {
                 |verb: Verb| -> Option<CudaResult<Function>> { Instance::new(verb, element, legs).map(named) };
             let not_found = CudaError(cudarc::driver::sys::CUresult::CUDA_ERROR_NOT_FOUND);
             let of_all_legs = |verb| function(verb).unwrap_or(Err(not_found));
-            let all_reduce = of_all_legs(Verb::AllReduce)?;
+            let [in_gpu_memory, in_host_memory] = match one_hop {
+                Some(_) => [Verb::OneHop, Verb::HostOneHop],
+                None => [Verb::AllReduce, Verb::HostAllReduce],
+            };
+            let all_reduce = of_all_legs(in_gpu_memory)?;
             Ok(Entries {
                 quantize: of_all_legs(Verb::Quantize)?,
                 reduce: of_all_legs(Verb::Reduce)?,
                 dequantize: of_all_legs(Verb::Dequantize)?,
-                all_reduce: [all_reduce, function(Verb::HostAllReduce).unwrap_or(Ok(all_reduce))?],
+                combine: one_hop.map(|_| of_all_legs(Verb::Combine)).transpose()?,
+                all_reduce: [all_reduce, function(in_host_memory).unwrap_or(Ok(all_reduce))?],
             })
         };
         let exact = |element| named(Instance::exact(element));
         Ok(Self {
+            channel_bytes: one_hop.map_or(CHANNEL_SHARED_BYTES, one_hop_shared_bytes),
             entries: [entries(ElementType::Fp16)?, entries(ElementType::Bf16)?],
             exact: [exact(ElementType::Fp16)?, exact(ElementType::Bf16)?, exact(ElementType::Fp32)?],
         })
@@ -144,14 +156,14 @@ impl Kernels {
     /// The driver's, when not even one channel fits.
     pub fn prepare_fused(&self, context: &Context) -> CudaResult<usize> {
         let optin = cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        let mut channels = context.attribute(optin)? / CHANNEL_SHARED_BYTES;
+        let mut channels = context.attribute(optin)? / self.channel_bytes;
         let fused = || self.entries.iter().flat_map(|entries| entries.all_reduce);
         for function in fused() {
             channels = channels.min(function.max_threads()? / TILE_THREADS);
         }
         for function in fused() {
-            function.allow_shared(channels * CHANNEL_SHARED_BYTES)?;
-            let shape = fused_shape(1, channels);
+            function.allow_shared(channels * self.channel_bytes)?;
+            let shape = self.fused_shape(1, channels);
             if function.occupancy(shape.block.0 * shape.block.1, shape.shared_bytes as usize)? == 0 {
                 return Ok(0);
             }
@@ -174,7 +186,7 @@ impl Kernels {
     ) -> CudaResult<()> {
         let function = self.entries(element).all_reduce[areas as usize];
         // SAFETY: as the caller vouches; the struct is the kernel's.
-        unsafe { function.launch(fused_shape(n_blocks, block_channels), stream, args) }
+        unsafe { function.launch(self.fused_shape(n_blocks, block_channels), stream, args) }
     }
 
     /// The whole all-reduce over mailboxes, uncompressed, by `n_blocks` blocks.
@@ -195,7 +207,7 @@ impl Kernels {
         unsafe { self.exact[element as usize].launch(shape, stream, args) }
     }
 
-    /// Quantizes the chunks of all ranks but `rank` into the slots of `outgoing`.
+    /// Quantizes the chunks of all ranks but `rank` into the slots of `outgoing`; where one hop is enough, all of the operation.
     ///
     /// # Safety
     /// `input` holds the operation's elements and `outgoing` is a staging area of the plan, both until the kernel
@@ -213,7 +225,7 @@ impl Kernels {
             input,
             outgoing: outgoing.cast(),
             slot_bytes: piece.plan.reduce_slot_bytes(piece.slice) as u64,
-            rank: rank as u32,
+            rank: if piece.plan.one_hop().is_some() { 1 } else { rank as u32 }, // the chunk of rank 0 is all there is
             slice: piece.args(piece.plan.legs().reduce),
         };
         let shape = tiles(piece.n_tiles(), n_owners);
@@ -272,22 +284,48 @@ impl Kernels {
         unsafe { self.entries(piece.element).dequantize.launch(shape, stream, &args) }
     }
 
+    /// Decodes both ranks' payloads of one hop into `output`, added.
+    ///
+    /// # Safety
+    /// As for [`Kernels::dequantize`].
+    ///
+    /// # Panics
+    /// Where one hop is not enough.
+    pub unsafe fn combine(
+        &self,
+        piece: Piece<'_>,
+        gathered: *const c_void,
+        output: *mut c_void,
+        stream: StreamHandle,
+    ) -> CudaResult<()> {
+        let args = CombineArgs {
+            payload: gathered.cast(),
+            output,
+            slot_bytes: piece.plan.gather_slot_bytes(piece.slice) as u64,
+            slice: piece.args(piece.plan.legs().gather),
+            scale: piece.scale,
+        };
+        let combine = self.entries(piece.element).combine.expect("one hop is enough");
+        // SAFETY: as the caller vouches; the struct is the kernel's.
+        unsafe { combine.launch(tiles(piece.n_tiles(), 1), stream, &args) }
+    }
+
     fn entries(&self, element: ElementType) -> &Entries {
         &self.entries[element as usize]
+    }
+
+    const fn fused_shape(&self, n_blocks: usize, block_channels: usize) -> Shape {
+        Shape {
+            grid: (n_blocks as u32, 1),
+            block: (TILE_THREADS as u32, block_channels as u32),
+            shared_bytes: (block_channels * self.channel_bytes) as u32,
+        }
     }
 }
 
 /// A block for each tile.
 const fn tiles(x: u32, y: u32) -> Shape {
     Shape { grid: (x, y), block: (TILE_THREADS as u32, 1), shared_bytes: 0 }
-}
-
-const fn fused_shape(n_blocks: usize, block_channels: usize) -> Shape {
-    Shape {
-        grid: (n_blocks as u32, 1),
-        block: (TILE_THREADS as u32, block_channels as u32),
-        shared_bytes: (block_channels * CHANNEL_SHARED_BYTES) as u32,
-    }
 }
 
 /// log2 of the lanes, of 8 elements each, that hold a quantization group.
@@ -299,7 +337,8 @@ pub(crate) fn group_shift(codec: Codec) -> u32 {
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<i32, (Context, Module)>,
-    kernels: HashMap<(i32, Legs), Kernels>,
+    /// Each of one hop or of two.
+    kernels: HashMap<(i32, Legs, bool), Kernels>,
 }
 
 #[cfg(test)]
@@ -342,10 +381,10 @@ mod tests {
         let all = Instance::all();
         let of = |verb: Verb| all.iter().filter(|instance| instance.verb() == verb).count();
         // For two types each: widths 2 to 8 in two codes and 16 bits; 28 plain pairs, 8 of blocks and 16:16; 8 of each code in
-        // host memory. For three: the exact one.
-        assert_eq!(Verb::ALL.map(of), [2 * 15, 2 * 37, 2 * 15, 2 * 37, 2 * 16, 3]);
+        // host memory; one hop of widths 2 to 8 in two codes. For three: the exact one.
+        assert_eq!(Verb::ALL.map(of), [2 * 15, 2 * 37, 2 * 15, 2 * 14, 2 * 37, 2 * 16, 2 * 14, 2 * 14, 3]);
         let names: std::collections::HashSet<&str> = all.iter().map(Instance::name).collect();
-        assert_eq!((all.len(), names.len()), (243, 243));
+        assert_eq!((all.len(), names.len()), (327, 327));
         assert!(names.contains("flashcomm_allreduce_fp16_blocks4_blocks8"));
     }
 }

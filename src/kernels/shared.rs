@@ -14,7 +14,9 @@ use std::ffi::c_void;
 use flashcomm_wire::Element;
 use flashcomm_wire::codec::{Code, Codec, GroupSize, LANE_ELEMS, MAX_LEVEL, ROW_ELEMS, TILE_ELEMS, WARP_ELEMS, Width};
 use flashcomm_wire::mailboxes::{LANE_PACKETS, LANE_VECS, LANES, RENEWAL, TURNS};
-use flashcomm_wire::rings::{LAGGING_WORLD, LINE_BYTES, MAX_WORLD, SIGNAL_BYTES, slots};
+use flashcomm_wire::rings::{
+    LAGGING_WORLD, LINE_BYTES, MAX_WORLD, ROUND_TILES, SIGNAL_BYTES, TURNS as RING_TURNS, slots,
+};
 use half::{bf16, f16};
 
 /// Threads that code one tile, 32 elements each.
@@ -32,6 +34,19 @@ const MAX_PARAMS_BYTES: usize = {
 /// Shared memory of a channel of the fused kernel: its `ChannelMemory`.
 pub const CHANNEL_SHARED_BYTES: usize = STAGES * TILE_ELEMS * 2 + MAX_PARAMS_BYTES;
 
+/// Words of an encoded tile that a thread holds beside its quants, which are as many as they have bits.
+const PLAIN_WORDS: usize = 4;
+const BLOCKS_WORDS: usize = 3;
+
+/// The same of the kernel of one hop, which keeps what it has sent of two rounds: its `OneHopMemory`.
+pub const fn one_hop_shared_bytes(codec: Codec) -> usize {
+    let words = match codec.code {
+        Code::Plain => PLAIN_WORDS,
+        Code::Blocks => BLOCKS_WORDS,
+    } + codec.width.bits() as usize;
+    CHANNEL_SHARED_BYTES + 2 * ROUND_TILES * words * TILE_THREADS * 4
+}
+
 /// Threads of a block of the exact kernel at most.
 pub const EXACT_THREADS: usize = 512;
 
@@ -47,7 +62,7 @@ const fn params_bytes(code: Code) -> usize {
 }
 
 /// For `shared.cuh`: type, name and value of each constant.
-pub const CONSTANTS: [(&str, &str, usize); 23] = [
+pub const CONSTANTS: [(&str, &str, usize); 27] = [
     ("int", "kTileElems", TILE_ELEMS),
     ("int", "kTileThreads", TILE_THREADS),
     ("int", "kWarpElems", WARP_ELEMS),
@@ -63,6 +78,10 @@ pub const CONSTANTS: [(&str, &str, usize); 23] = [
     ("unsigned", "kStages", STAGES),
     ("unsigned", "kMaxParamsBytes", MAX_PARAMS_BYTES),
     ("unsigned", "kChannelSharedBytes", CHANNEL_SHARED_BYTES),
+    ("unsigned", "kRingTurns", RING_TURNS),
+    ("unsigned", "kRoundTiles", ROUND_TILES),
+    ("unsigned", "kPlainWords", PLAIN_WORDS),
+    ("unsigned", "kBlocksWords", BLOCKS_WORDS),
     ("unsigned", "kExactThreads", EXACT_THREADS),
     ("unsigned", "kTurns", TURNS),
     ("uint32_t", "kRenewal", RENEWAL as usize),
@@ -173,6 +192,20 @@ shared_structs! {
         slice: Slice,
     }
 
+    /// What `combine` gets.
+    struct CombineArgs {
+        /// Slots of both ranks, in order.
+        payload: *const u8,
+        /// The operation's elements.
+        output: *mut c_void,
+        /// Bytes from one slot to the next.
+        slot_bytes: u64,
+        /// What of the operation.
+        slice: Slice,
+        /// As in [`ReduceArgs`].
+        scale: f32,
+    }
+
     /// What a fused kernel that gives up waiting leaves for the host.
     struct GaveUp {
         /// 0: nobody has; else [`ABORTED`] or [`DEADLINE_PASSED`]. Written last.
@@ -187,7 +220,7 @@ shared_structs! {
         iteration: u32,
     }
 
-    /// What the fused kernel gets.
+    /// What the fused kernels get, of two hops and of one.
     struct AllReduceArgs {
         /// `count` elements.
         input: *const c_void,
@@ -195,7 +228,7 @@ shared_structs! {
         output: *mut c_void,
         /// Elements of the operation.
         count: u64,
-        /// Tiles of the longest chunk.
+        /// Tiles of the longest chunk. Of two hops.
         chunk_tiles: u64,
         /// Every rank's receive area ([`flashcomm_wire::Rings`]), as this rank's kernels reach it: each at a multiple of
         /// 128 bytes.
@@ -218,8 +251,10 @@ shared_structs! {
         group_shift: u32,
         /// What the sum is multiplied with: 1, or 1 / world for an average.
         scale: f32,
-        /// As in [`ReduceArgs`].
+        /// As in [`ReduceArgs`]. Of two hops.
         batch_invariant: u32,
+        /// Tiles that a channel takes in a round, at most [`ROUND_TILES`]. Of one hop.
+        round_tiles: u32,
     }
 
     /// What the exact kernel gets.

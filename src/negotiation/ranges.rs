@@ -24,18 +24,16 @@ pub(super) fn exact_max_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
 /// The same by default, of ranks with a GPU each: none where that has not been measured.
 pub const fn default_exact_max_bytes(kind: ExchangeKind, world: usize) -> u64 {
     match (kind, world) {
-        (ExchangeKind::Peer | ExchangeKind::Host, 2..=4) => crossover(kind, world),
+        (ExchangeKind::Peer | ExchangeKind::Host, 2..=4) => crossover(kind),
         _ => 0,
     }
 }
 
-/// From how many bytes on 8 bits are faster than an exact sum, of ranks with a GPU each.
-const fn crossover(kind: ExchangeKind, world: usize) -> u64 {
-    match (kind, world) {
-        (ExchangeKind::Host, ..3) => 320 << 10,
-        (ExchangeKind::Host, _) => 160 << 10,
-        (_, ..3) => 2 << 20,
-        (_, _) => 1280 << 10,
+/// From how many bytes on 8 bits are faster than an exact sum, of two to four ranks with a GPU each.
+const fn crossover(kind: ExchangeKind) -> u64 {
+    match kind {
+        ExchangeKind::Host => 160 << 10,
+        _ => 1280 << 10,
     }
 }
 
@@ -101,7 +99,7 @@ pub const fn default_min_bytes(kind: ExchangeKind, world: usize, sharing: usize,
     match kind {
         ExchangeKind::Nccl if one_host => u64::MAX,
         ExchangeKind::Nccl => 1 << 20,
-        _ if world == 2 || world <= 4 && sharing == 1 => crossover(kind, world),
+        _ if world == 2 || world <= 4 && sharing == 1 => crossover(kind),
         // Between more GPUs it has not been measured, hence a reserve.
         ExchangeKind::Peer => 4 << 20,
         ExchangeKind::Host => 256 << 10,
@@ -118,7 +116,7 @@ mod tests {
     #[test]
     fn a_threshold_that_is_set_holds_whatever_the_exchange() {
         let mut facts = ranks(2, "auto");
-        assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [2 << 20, 320 << 10, u64::MAX]);
+        assert_eq!(ExchangeKind::ALL.map(|kind| min_bytes(&facts, kind)), [1280 << 10, 160 << 10, u64::MAX]);
         (facts[1].location.host, facts[1].location.nccl_host) = (8, 8);
         assert_eq!(min_bytes(&facts, Nccl), 1 << 20);
         let default = facts[0].agreement.legs;
@@ -184,11 +182,12 @@ mod tests {
     fn by_default_sums_are_exact_up_to_where_compressed_ones_are_faster_as_measured() {
         let ranges =
             |facts: &[Blob]| [Peer, Host].map(|kind| ranges(facts, kind)).map(|x| (x.exact_max, x.compress_min));
-        for (world, peer, host) in [(2, 2 << 20, 320 << 10), (3, 1280 << 10, 160 << 10), (4, 1280 << 10, 160 << 10)] {
-            assert_eq!(ranges(&ranks(world, "auto")), [(peer, peer), (host, host)], "{world} ranks");
+        for world in 2..=4 {
+            let each = [1280 << 10, 160 << 10].map(|n_bytes| (n_bytes, n_bytes));
+            assert_eq!(ranges(&ranks(world, "auto")), each, "{world} ranks");
         }
         assert_eq!(ranges(&ranks(5, "auto")), [(0, 4 << 20), (0, 256 << 10)], "not measured");
-        for (world, peer, host) in [(2, 2 << 20, 320 << 10), (4, 4 << 20, 256 << 10)] {
+        for (world, peer, host) in [(2, 1280 << 10, 160 << 10), (4, 4 << 20, 256 << 10)] {
             let mut facts = ranks(world, "auto");
             facts[1].location.device_uuid = facts[0].location.device_uuid;
             assert_eq!(ranges(&facts), [(0, peer), (0, host)], "two of {world} ranks on a GPU");

@@ -45,7 +45,8 @@ fn the_cpp_example_changes_widths_on_the_simulators() {
     ]));
     assert_eq!(code, Some(0), "{stdout}{stderr}");
 
-    for (ranks, min_bytes) in [("2", 2 << 20), ("3", 1280 << 10)] {
+    let min_bytes = 1280 << 10;
+    for ranks in ["2", "3"] {
         let mut example = Command::new(dir.path().join("control"));
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("FLASHCOMM_") {

@@ -82,7 +82,7 @@ fn reduce(kernels: &Kernels, ranks: &[Rank; WORLD], count: usize, block_stripes:
 fn no_flag_is_old_when_epochs_wrap_around() {
     let Some((context, _alone)) = gpu() else { return };
     let _entered = context.enter().unwrap();
-    let kernels = Kernels::load(0, legs(Code::Plain, 16, 16, 64)).unwrap();
+    let kernels = Kernels::load(0, legs(Code::Plain, 16, 16, 64), WORLD).unwrap();
     for first_epoch in [1, RENEWAL - 4, u32::MAX - 4] {
         let ranks = [(); WORLD].map(|()| Rank::new(first_epoch));
         // A large one, small ones, and a large one again: of a stripe each block, or all that there is room for.

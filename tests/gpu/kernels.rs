@@ -127,6 +127,16 @@ fn decode_to<E: Element>(payload: &[u8], codec: Codec, count: usize) -> Vec<E> {
     decoded
 }
 
+/// The same of both ranks' in one hop.
+fn decode_both_to<E: Element>(payloads: &[Vec<u8>; 2], codec: Codec, scale: f32, count: usize) -> Vec<E> {
+    let mut decoded = vec![E::from_bits(0); count];
+    let tiles = |rank: usize| payloads[rank].chunks(codec.tile_bytes());
+    for (x, (first, second)) in decoded.chunks_mut(TILE_ELEMS).zip(tiles(0).zip(tiles(1))) {
+        codec.decode_both_to([first, second], scale, x);
+    }
+    decoded
+}
+
 /// One operation as one rank sees it, each kernel on given inputs, compared byte for byte.
 #[derive(Debug)]
 struct Case {
@@ -139,26 +149,67 @@ struct Case {
     seed: u64,
 }
 
+/// One slice where one hop is enough.
+#[allow(clippy::too_many_arguments, reason = "the case of `check`, taken apart")]
+fn check_one_hop<E: Element>(
+    kernels: &Kernels,
+    piece: Piece<'_>,
+    inputs: &[Vec<E>],
+    rank: usize,
+    (user, offset): (&DeviceMemory, usize),
+    incoming: &DeviceMemory,
+    stream: &Stream,
+    about: &dyn Fn() -> String,
+) {
+    let Piece { plan, slice, scale, .. } = piece;
+    let codec = plan.one_hop().unwrap();
+    let range = plan.slice(0, slice);
+    let slots = [0, 1].map(|rank| rank * plan.reduce_slot_bytes(slice));
+    let payloads = [0, 1].map(|rank| encode::<E>(&enter(&inputs[rank][range.clone()], codec), codec));
+
+    // Quantize: all of it.
+    user.write(offset, &bytes(&inputs[rank]), stream).unwrap();
+    // SAFETY: buffers of the plan's sizes, waited for below.
+    unsafe { kernels.quantize(piece, rank, user.at(offset), incoming.at(slots[rank]), stream.handle()) }.unwrap();
+    let mut got = vec![0; payloads[rank].len()];
+    incoming.read(slots[rank], &mut got, stream).unwrap();
+    assert!(got == payloads[rank], "quantize: {}", about());
+
+    // Combine, into a buffer whose other bytes must stay.
+    incoming.write(slots[1 - rank], &payloads[1 - rank], stream).unwrap();
+    user.write(0, &vec![0xa5; user.n_bytes()], stream).unwrap();
+    let mut expected = vec![0xa5; user.n_bytes()];
+    let both = decode_both_to::<E>(&payloads, codec, scale, range.len());
+    expected[offset + range.start * 2..offset + range.end * 2].copy_from_slice(&bytes(&both));
+    // SAFETY: buffers of the plan's sizes, waited for below.
+    unsafe { kernels.combine(piece, incoming.at(0), user.at(offset), stream.handle()) }.unwrap();
+    let mut got = vec![0; user.n_bytes()];
+    user.read(0, &mut got, stream).unwrap();
+    assert!(got == expected, "combine: {}", about());
+}
+
 fn check<E: Element>(stream: &Stream, element: ElementType, case: &Case) {
     let Case { count, world, legs, buffer_bytes, misaligned, seed } = *case;
     let about = || format!("{element:?} {} of {} {case:?}", legs.code().name(), legs.reduce.group.n_elems());
     let plan = Plan::new(count, world, legs, buffer_bytes).unwrap();
-    let kernels = Kernels::load(0, legs).expect("kernels load");
+    let kernels = Kernels::load(0, legs, world).expect("kernels load");
     let outgoing_bytes = Plan::outgoing_bytes(world, legs, buffer_bytes);
-    let incoming_bytes = Plan::staging_bytes(world, legs, buffer_bytes) - outgoing_bytes;
-    let offset = misaligned * 2;
+    let (all, offset) = (Plan::staging_bytes(world, legs, buffer_bytes), misaligned * 2);
     let (user, outgoing, incoming) = (
         DeviceMemory::new(count * 2 + offset + 16).unwrap(),
-        DeviceMemory::new(outgoing_bytes).unwrap(),
-        DeviceMemory::new(incoming_bytes).unwrap(),
+        DeviceMemory::new(outgoing_bytes.max(128)).unwrap(), // in one hop there is none
+        DeviceMemory::new(all - outgoing_bytes).unwrap(),
     );
-    let inputs: Vec<Vec<E>> = (0..world).map(|rank| elements(count, seed + rank as u64)).collect();
+    let inputs: Vec<Vec<E>> = (0..world as u64).map(|rank| elements(count, seed + rank)).collect();
     let rank = seed as usize % world;
     let scale = if seed % 3 == 0 { 1.0 / world as f32 } else { 1.0 };
 
     for slice in 0..plan.n_slices() {
         let piece = Piece { plan: &plan, slice, element, scale };
-
+        if plan.one_hop().is_some() {
+            check_one_hop(&kernels, piece, &inputs, rank, (&user, offset), &incoming, stream, &about);
+            continue;
+        }
         // Quantize: every other rank's chunk.
         user.write(offset, &bytes(&inputs[rank]), stream).unwrap();
         // SAFETY: buffers of the plan's sizes, waited for below.

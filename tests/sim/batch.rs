@@ -79,7 +79,7 @@ fn is_batch_invariant(hidden: usize) -> bool {
 #[test]
 fn rows_have_the_same_bits_in_every_batch_and_place_if_that_is_asked_for() {
     for (exchange, hidden, bits) in
-        [("peer", 576, "4"), ("host", 2880, "8"), ("nccl", 576, "4:8"), ("nccl", 576, "3:5")]
+        [("peer", 576, "4"), ("host", 2880, "8"), ("nccl", 576, "4:8"), ("nccl", 576, "3:5"), ("peer", 576, "4:8")]
     {
         let part = format!("{exchange} {hidden} {bits}");
         if std::env::var("WORLD_PART").is_ok_and(|mine| mine != part) {
@@ -98,7 +98,7 @@ fn rows_have_the_same_bits_in_every_batch_and_place_if_that_is_asked_for() {
 
 #[test]
 fn and_need_not_if_it_is_not() {
-    // The owner adds its own rows unquantized: whose they are depends on where they stand.
-    let settings = [("FLASHCOMM_MIN_BYTES", "0"), ("FLASHCOMM_EXCHANGE", "peer"), ("FLASHCOMM_BITS", "4")];
+    // In two hops the owner adds its own rows unquantized: whose they are depends on where they stand.
+    let settings = [("FLASHCOMM_MIN_BYTES", "0"), ("FLASHCOMM_EXCHANGE", "peer"), ("FLASHCOMM_BITS", "4:8")];
     in_process(&settings, || assert!(!is_batch_invariant(576)));
 }

@@ -44,28 +44,28 @@ fn ends_with(
 
 #[test]
 fn without_them_ranks_whose_gpus_reach_each_other_use_gpu_memory() {
-    ends_with(&[], false, "peer", 2 << 20, "exchange peer");
+    ends_with(&[], false, "peer", 1280 << 10, "exchange peer");
 }
 
 #[test]
 fn p2p_that_is_disabled_is_not_used_and_host_memory_is() {
-    ends_with(&[("NCCL_P2P_DISABLE", "1")], false, "host", 320 << 10, "NCCL_P2P_DISABLE or NCCL_P2P_LEVEL of rank");
+    ends_with(&[("NCCL_P2P_DISABLE", "1")], false, "host", 160 << 10, "NCCL_P2P_DISABLE or NCCL_P2P_LEVEL of rank");
 }
 
 #[test]
 fn p2p_beyond_the_level_is_not_used() {
-    ends_with(&[("NCCL_P2P_LEVEL", "LOC")], false, "host", 320 << 10, "NCCL_P2P_LEVEL of rank");
+    ends_with(&[("NCCL_P2P_LEVEL", "LOC")], false, "host", 160 << 10, "NCCL_P2P_LEVEL of rank");
 }
 
 #[test]
 fn a_level_that_the_link_is_within_changes_nothing() {
-    ends_with(&[("NCCL_P2P_LEVEL", "NVL")], false, "peer", 2 << 20, "exchange peer");
+    ends_with(&[("NCCL_P2P_LEVEL", "NVL")], false, "peer", 1280 << 10, "exchange peer");
 }
 
 #[test]
 fn pcie_is_beyond_the_level_of_nvlink() {
     let variables = &[("NCCL_P2P_LEVEL", "NVL"), ("FLASHCOMM_SIM_NVLINK", "0")];
-    ends_with(variables, false, "host", 320 << 10, "NCCL_P2P_LEVEL of rank");
+    ends_with(variables, false, "host", 160 << 10, "NCCL_P2P_LEVEL of rank");
 }
 
 #[test]

@@ -107,10 +107,10 @@ fn speeds(extent: &Extent) -> Result<Speeds> {
     let mut kernels = Vec::new();
     for (bits, code) in (2..=8).flat_map(|bits| [Code::Plain, Code::Blocks].map(|code| (bits, code))) {
         let (legs, codec) = legs(bits, code);
-        let entries = Kernels::load(0, legs)?;
+        let entries = Kernels::load(0, legs, 2)?;
         let payload = n_bytes / 2 / TILE_ELEMS * codec.tile_bytes();
-        // Of two ranks' chunks, quantize sends one, of `n_bytes`.
-        let two = Plan::new(n_bytes, 2, legs, usize::MAX)?;
+        // Between two ranks, quantize sends all of the `n_bytes`.
+        let two = Plan::new(n_bytes / 2, 2, legs, usize::MAX)?;
         let one = Plan::new(n_bytes / 2, 1, legs, usize::MAX)?;
         for element in ElementType::CODED {
             let quantize = median_s(extent, &stream, || {
@@ -157,7 +157,7 @@ fn host_link(extent: &Extent, stream: &Stream, from: u64, to: u64) -> Result<Hos
         Ok(back.synchronize()?)
     })?;
     let (legs, _) = legs(16, Code::Plain);
-    let (entries, two) = (Kernels::load(0, legs)?, Plan::new(n_bytes, 2, legs, usize::MAX)?);
+    let (entries, two) = (Kernels::load(0, legs, 2)?, Plan::new(n_bytes, 2, legs, usize::MAX)?);
     let kernel = median_s(extent, stream, || {
         let piece = Piece { plan: &two, slice: 0, element: ElementType::Fp16, scale: 1.0 };
         // SAFETY: of two ranks' chunks the other's is sent, of `n_bytes`, which both buffers hold.

@@ -64,8 +64,8 @@ fn attempt(party: &Party) -> Result<Tried> {
     let context = Context::retain(ordinal as i32)?;
     let _entered = context.enter()?;
     let config = Config::global();
-    let loaded =
-        Kernels::load(ordinal as i32, config.legs).and_then(|kernels| Ok((kernels.prepare_fused(&context)?, kernels)));
+    let loaded = Kernels::load(ordinal as i32, config.legs, party.told.world)
+        .and_then(|kernels| Ok((kernels.prepare_fused(&context)?, kernels)));
     let kernels = loaded.as_ref().map(|_| ()).map_err(ToString::to_string);
     let gpu = describe(&driver, &context, ordinal, kernels)?;
 

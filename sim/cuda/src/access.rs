@@ -3,6 +3,7 @@
 use flashcomm_wire::{Codec, Element};
 
 use crate::cu_result::Result;
+use crate::device::Stores;
 use crate::memory;
 
 /// The argument struct from its bytes.
@@ -36,6 +37,22 @@ pub fn enter<E: Element>(codec: Codec, address: usize, (start, n_elems): (usize,
     Ok(codec.enter(&bytes.chunks_exact(2).map(element).collect::<Vec<E>>()))
 }
 
+/// The payload of a tile's values.
+pub fn encode<E: Element>(codec: Codec, values: &[f32]) -> Vec<u8> {
+    let mut payload = vec![0; codec.tile_bytes()];
+    codec.encode_tile::<E>(values, &mut payload);
+    payload
+}
+
+/// Writes a payload to a slot, over a link that does that to it.
+pub fn send(stores: Stores, slot: usize, payload: &[u8]) -> Result<()> {
+    match stores {
+        Stores::Arrive => store(slot, payload),
+        Stores::Lost => Ok(()),
+        Stores::Garbled => store(slot, &payload.iter().map(|byte| byte ^ 0x11).collect::<Vec<u8>>()),
+    }
+}
+
 /// Decodes a payload to the elements at `start` of `output`.
 pub fn store_decoded<E: Element>(
     codec: Codec,
@@ -45,6 +62,22 @@ pub fn store_decoded<E: Element>(
 ) -> Result<()> {
     let mut elements = vec![E::from_bits(0); n_elems];
     codec.decode_tile_to::<E>(payload, &mut elements);
-    let bytes: Vec<u8> = elements.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect();
-    store(output + start * 2, &bytes)
+    store_elements(output + start * 2, &elements)
+}
+
+/// Decodes both ranks' payloads of one hop to the elements at `start` of `output`, added.
+pub fn store_both<E: Element>(
+    codec: Codec,
+    payloads: [&[u8]; 2],
+    scale: f32,
+    output: usize,
+    (start, n_elems): (usize, usize),
+) -> Result<()> {
+    let mut elements = vec![E::from_bits(0); n_elems];
+    codec.decode_both_to::<E>(payloads, scale, &mut elements);
+    store_elements(output + start * 2, &elements)
+}
+
+fn store_elements<E: Element>(address: usize, elements: &[E]) -> Result<()> {
+    store(address, &elements.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect::<Vec<u8>>())
 }

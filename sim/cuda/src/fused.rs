@@ -1,11 +1,11 @@
-//! The fused all-reduce: the protocol of `kernels/all_reduce.cu` over the scalar codec.
+//! The fused all-reduce in two hops: the protocol of `kernels/all_reduce.cu` over the scalar codec.
 
 use std::marker::PhantomData;
 use std::sync::atomic::{Ordering, fence};
 
-use flashcomm_wire::{Codec, Element, Legs, Rings, TILE_ELEMS, rings};
+use flashcomm_wire::{Element, Legs, Rings, TILE_ELEMS, rings};
 
-use crate::access::{args, enter, load, store, store_decoded};
+use crate::access::{args, encode, enter, load, send, store_decoded};
 use crate::cu_result::{CuResult, Result};
 use crate::device::Stores;
 use crate::kernels::{Kernel, Shape};
@@ -86,11 +86,7 @@ impl Launch {
 
     /// Writes a payload to a slot in the area of `rank`.
     fn send(&self, rank: usize, slot: usize, payload: &[u8]) -> Result<()> {
-        match self.stores_to(rank) {
-            Stores::Arrive => store(slot, payload),
-            Stores::Lost => Ok(()),
-            Stores::Garbled => store(slot, &payload.iter().map(|byte| byte ^ 0x11).collect::<Vec<u8>>()),
-        }
+        send(self.stores_to(rank), slot, payload)
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
@@ -231,10 +227,4 @@ impl<E: Element> Channel<E> {
         }
         store_decoded::<E>(gather, &payload, launch.args.output as usize, tile)
     }
-}
-
-fn encode<E: Element>(codec: Codec, values: &[f32]) -> Vec<u8> {
-    let mut payload = vec![0; codec.tile_bytes()];
-    codec.encode_tile::<E>(values, &mut payload);
-    payload
 }

@@ -10,14 +10,14 @@ use flashcomm_wire::{Codec, Element, GroupSize, TILE_ELEMS};
 use half::{bf16, f16};
 use once_cell::sync::Lazy;
 
-use crate::access::{args, enter, load, store, store_decoded};
+use crate::access::{args, enter, load, store, store_both, store_decoded};
 use crate::cu_result::{CuResult, Result};
 use crate::element::ElementType;
 use crate::instances::{Instance, Verb};
 use crate::shared::{
-    AllReduceArgs, DequantizeArgs, EXACT_THREADS, ExactArgs, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS,
+    AllReduceArgs, CombineArgs, DequantizeArgs, EXACT_THREADS, ExactArgs, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS,
 };
-use crate::{exact, fused};
+use crate::{exact, fused, one_hop};
 
 /// The extent of a launch.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +76,13 @@ pub fn find(name: &str) -> Option<Kernel> {
         }
         Verb::Dequantize => {
             (by_type(Run::Blocks(dequantize::<f16>), Run::Blocks(dequantize::<bf16>)), size_of::<DequantizeArgs>(), ROW)
+        }
+        Verb::Combine => {
+            (by_type(Run::Blocks(combine::<f16>), Run::Blocks(combine::<bf16>)), size_of::<CombineArgs>(), ROW)
+        }
+        Verb::OneHop | Verb::HostOneHop => {
+            let run = by_type(Run::Grid(one_hop::run::<f16>), Run::Grid(one_hop::run::<bf16>));
+            (run, size_of::<AllReduceArgs>(), one_hop::MAX_BLOCK_CHANNELS * ROW)
         }
         Verb::AllReduce | Verb::HostAllReduce => {
             let run = by_type(Run::Grid(fused::run::<f16>), Run::Grid(fused::run::<bf16>));
@@ -185,4 +192,17 @@ fn dequantize<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result
     let Some((start, n_elems)) = args.slice.tile(owner, tile) else { return Ok(()) };
     let at = args.payload as usize + owner as usize * args.slot_bytes as usize + tile as usize * codec.tile_bytes();
     store_decoded::<E>(codec, &load(at, codec.tile_bytes())?, args.output as usize, (start, n_elems))
+}
+
+fn combine<E: Element>(kernel: &Kernel, bytes: &[u8], at: [u32; 3]) -> Result<()> {
+    let args: CombineArgs = args(bytes);
+    let codec = kernel.codec(0, args.slice.group_shift)?;
+    let Some(tile) = args.slice.tile(0, at[0]) else { return Ok(()) };
+    let payload = |rank: usize| {
+        load(
+            args.payload as usize + rank * args.slot_bytes as usize + at[0] as usize * codec.tile_bytes(),
+            codec.tile_bytes(),
+        )
+    };
+    store_both::<E>(codec, [&payload(0)?, &payload(1)?], args.scale, args.output as usize, tile)
 }

@@ -26,6 +26,7 @@ pub mod fused;
 pub mod green;
 pub mod kernels;
 pub mod memory;
+pub mod one_hop;
 pub mod stream;
 pub mod turns;
 

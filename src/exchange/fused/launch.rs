@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::time::Duration;
 
 use flashcomm_wire::mailboxes::{STRIPE_VECS, VEC_BYTES};
-use flashcomm_wire::{Mailboxes, Plan};
+use flashcomm_wire::{Mailboxes, Plan, rings};
 
 use super::Fused;
 use crate::cuda::{Stream, StreamHandle};
@@ -60,13 +60,24 @@ impl Fused {
         let Call { element, scale, input, output, is_large } = *call;
         let chunk_tiles = plan.chunk_tiles();
         let max_blocks = if is_large { self.max_blocks } else { self.usual_blocks };
-        // Few tiles rather spread over multiprocessors than share one; many take as few blocks as do with as many rounds.
-        let block_channels = chunk_tiles.div_ceil(max_blocks).min(self.block_channels);
-        let n_rounds = chunk_tiles.div_ceil(max_blocks * block_channels);
-        let n_blocks = chunk_tiles.div_ceil(n_rounds * block_channels);
-        let (count, chunk_tiles) = (plan.count() as u64, chunk_tiles as u64);
-        let timeout_ns = nanoseconds(timeout);
-        let args = AllReduceArgs { input, output, count, chunk_tiles, scale, timeout_ns, ..self.all_reduce_args() };
+        // In one hop tiles share rounds where a channel would have several of those anyway.
+        let is_shared = plan.one_hop().is_some() && chunk_tiles > max_blocks * self.block_channels;
+        let round_tiles = if is_shared { rings::ROUND_TILES } else { 1 };
+        let n_channels = chunk_tiles.div_ceil(round_tiles);
+        // Few channels rather spread over multiprocessors than share one; many take as few blocks as do with as many rounds.
+        let block_channels = n_channels.div_ceil(max_blocks).min(self.block_channels);
+        let n_rounds = n_channels.div_ceil(max_blocks * block_channels);
+        let n_blocks = n_channels.div_ceil(n_rounds * block_channels);
+        let args = AllReduceArgs {
+            input,
+            output,
+            count: plan.count() as u64,
+            chunk_tiles: chunk_tiles as u64,
+            round_tiles: round_tiles as u32,
+            scale,
+            timeout_ns: nanoseconds(timeout),
+            ..self.all_reduce_args()
+        };
         // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `residency`.
         unsafe { kernels.all_reduce(element, self.memory(), (n_blocks, block_channels), &args, stream) }
             .map_err(Error::cuda("launching the all-reduce"))
@@ -141,6 +152,7 @@ impl Fused {
             group_shift: kernels::group_shift(rings.legs.reduce),
             scale: 1.0,
             batch_invariant: rings.legs.batch_invariant.into(),
+            round_tiles: 1,
         }
     }
 
