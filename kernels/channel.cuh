@@ -1,5 +1,5 @@
-// A channel of a fused kernel: 128 threads that carry tiles between the caller's memory, shared memory and payloads.
-// kernels/all_reduce.cu and kernels/one_hop.cu say what it does with them.
+// A channel of a fused kernel: 128 threads that carry tiles between the caller's memory, shared
+// memory and payloads. all_reduce.cu and one_hop.cu say what it does with them.
 #pragma once
 
 #include "codec.cuh"
@@ -14,16 +14,17 @@ struct ChannelMemory {
 };
 static_assert(sizeof(ChannelMemory) == kChannelSharedBytes, "the host asks for as much");
 
-// This thread's channel's, where each channel of the block has a Memory. (Found anew where it is needed, it takes no register
-// elsewhere.)
+// This thread's channel's, where each channel of the block has a Memory. (Found anew where it is
+// needed, it takes no register elsewhere.)
 template <class Memory>
 __device__ __forceinline__ Memory& memory() {
   extern __shared__ uint4 channels[];
   return reinterpret_cast<Memory*>(channels)[threadIdx.y];
 }
 
-// The caller's elements. Tiles of the input are on their way through shared memory, each fetched one ahead of the one that is
-// taken. Each thread fetches and reads its own elements, so nothing here synchronizes.
+// The caller's elements. Tiles of the input are on their way through shared memory, each fetched
+// one ahead of the one that is taken. Each thread fetches and reads its own elements, so nothing
+// here synchronizes.
 template <class T, class Memory>
 struct Caller {
   const AllReduceArgs& args;
@@ -32,7 +33,8 @@ struct Caller {
   __device__ static ChannelMemory& shared() { return memory<Memory>(); }
   __device__ static bool is_whole(const Tile& tile) { return tile.n_elems == kTileElems; }
 
-  // Starts to fetch a tile, always the one that is taken after the next: whoever takes a tile names its successor first.
+  // Starts to fetch a tile, always the one that is taken after the next: whoever takes a tile names
+  // its successor first.
   __device__ void fetch(const Tile& tile) {
     if (is_aligned16(args.input) && is_whole(tile)) {
       const Vec16* vecs = reinterpret_cast<const Vec16*>(static_cast<const T*>(args.input) + tile.start);
@@ -46,7 +48,8 @@ struct Caller {
     stage ^= 1;
   }
 
-  // Waits until this thread's elements of a tile, whose turn it is, are there. The next fetch takes their place.
+  // Waits until this thread's elements of a tile, whose turn it is, are there. The next fetch takes
+  // their place.
   __device__ void take(const Tile& tile) const {
     if (is_aligned16(args.input) && is_whole(tile)) {
       cp_async_wait<1>();
@@ -68,8 +71,9 @@ struct Caller {
   }
 };
 
-// Payloads on their way. kBundles: what a payload has for each group goes through shared memory, so that few large requests
-// carry it instead of many small ones, of which a link to the host takes no more a second than of large ones.
+// Payloads on their way. kBundles: what a payload has for each group goes through shared memory, so
+// that few large requests carry it instead of many small ones, of which a link to the host takes no
+// more a second than of large ones.
 template <class C, class Memory, bool kBundles>
 struct Payloads {
   __device__ static void send(uint8_t* payload, unsigned group_shift, const typename C::Thread& encoded) {

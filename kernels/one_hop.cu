@@ -1,27 +1,32 @@
-// The whole all-reduce of two ranks in one kernel and one hop, over memory that both can write: each quantizes its input for the
-// other, and both decode the two payloads and add them.
+// The whole all-reduce of two ranks in one kernel and one hop, over memory that both can write:
+// each quantizes its input for the other, and both decode the two payloads and add them.
 //
-//   grid   (blocks), all resident at once, beside those of the other rank if it shares the GPU (invariant I6)
-//   block  (128 threads, channels): each row is a channel    dynamic shared memory: a OneHopMemory for each
-//   reads  input   count elements of T, 2-byte aligned       writes  output  the same; may be the input
+//   grid   (blocks), all resident at once, beside the other rank's if it shares the GPU (I6)
+//   block  (128 threads, channels): each row is a channel
+//   shared a OneHopMemory for each channel
+//   reads  input   count elements of T, 2-byte aligned
+//   writes output  the same; may be the input
 //   both   areas   one of each rank, 128-byte aligned: signals, then rings of slots
 //
-// Channels are as in all_reduce.cu. One serves round_tiles tiles in a row, one or two, in a round, and works in iterations; iteration i
+// Channels are as in all_reduce.cu. A channel serves round_tiles tiles in a row, one or two, in a
+// round. It works in iterations; iteration i
 //
 //     pushes    the tiles of round i to the peer, and keeps what it has pushed,
 //     signals   that they are there, having heard that the peer's of round i - 1 are,
 //     decodes   the tiles of round i - 1, the peer's and its own.
 //
-// So the way of a signal is hidden by the work of an iteration, and two tiles share a signal and its fence where there are enough.
-// A ring has four turns: when a channel pushes round i it has heard the signal of round i - 2, which the peer gave when it had
-// decoded round i - 4. Rounds take turns by the count of signals, which goes on from operation to operation: at the end of one the
-// peer may not have decoded its last round when the next one begins.
+// So the work of an iteration hides the way of a signal, and two tiles share a signal and its fence
+// where there are enough of them. A ring has four turns: when a channel pushes round i it has heard
+// the signal of round i - 2, which the peer gave when it had decoded round i - 4. Rounds take turns
+// by the count of signals. That goes on from operation to operation: when one begins, the peer may
+// not have decoded the last round of the one before.
 //
-// No credits travel. A test in wire/src/rings.rs goes through every interleaving of the steps. signals.cuh has the signals
-// and their memory order.
+// No credits travel. A test in wire/src/rings.rs goes through every interleaving of the steps.
+// signals.cuh has the signals and their memory order.
 //
-// Bytes through memory per element: 2 read, 2 written, and the payload, b/8 + 4/g, written and read, which stays in L2 where the
-// ring is small. 64 MiB of fp16 at 4 bits: 20 MB each way over the link, 50 us at the 400 GB/s of an H100's NVLink.
+// Bytes through memory per element: 2 read, 2 written, and the payload, b/8 and the parameters,
+// written and read, which stays in L2 where the ring is small. 64 MiB of fp16 at 4 bits: 20 MB each
+// way over the link, 50 us at the 400 GB/s of an H100's NVLink.
 
 #include <type_traits>
 
@@ -65,7 +70,7 @@ struct OneHop {
     return args.areas[at_rank] + (args.max_channels * kSignalWords * 4 + slot * slot_bytes);
   }
 
-  // ---- phase 1, push: this rank's tiles of a round, which begins after so many signals ---------------------------------
+  // ---- phase 1, push: this rank's tiles of a round, which begins after so many signals ----------
 
   __device__ void push(unsigned round, uint32_t n_signals) {
 #pragma unroll
@@ -98,7 +103,7 @@ struct OneHop {
     return encoded;
   }
 
-  // ---- phase 2, decode: both ranks' tiles of a round ----------------------------------------------------------------
+  // ---- phase 2, decode: both ranks' tiles of a round --------------------------------------------
 
   __device__ void decode(unsigned round, uint32_t n_signals) const {
 #pragma unroll
@@ -131,7 +136,7 @@ struct OneHop {
     }
   }
 
-  // ---- the operation --------------------------------------------------------------------------------------------
+  // ---- the operation ----------------------------------------------------------------------------
 
   __device__ void run() {
     const Signals signals = {args, channel};
@@ -168,7 +173,8 @@ __device__ __forceinline__ void one_hop(const AllReduceArgs& args) {
   self.run();
 }
 
-// Channels of a block at most: as many as share the registers of an SM without spilling, and its memory. (Tried out on sm_90.)
+// Channels of a block at most: as many as share the registers of an SM without spilling, and its
+// memory. (Tried out on sm_90.)
 constexpr unsigned one_hop_channels([[maybe_unused]] Code code, [[maybe_unused]] int bits) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   return bits == 8 ? 5 : bits <= 4 && code == Code::blocks ? 7 : 6;

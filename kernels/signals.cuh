@@ -83,8 +83,10 @@ struct Signals {
     return channel_barrier(wait(n_signals, iteration));
   }
 
-  // Hears what belongs to the iteration before, and tells of this one if there is something to tell: one barrier for both.
-  __device__ __forceinline__ bool hear_and_tell(bool hears, bool tells, uint32_t n_signals, unsigned iteration) const {
+  // Hears what belongs to the iteration before, and tells of this one if there is something to tell:
+  // one barrier for both. n_signals: given so far.
+  __device__ __forceinline__ bool hear_and_tell(bool hears, bool tells, uint32_t n_signals,
+                                                unsigned iteration) const {
     if (!channel_barrier(!hears || wait(n_signals, iteration))) return false;
     if (tells) signal(n_signals + 1);
     return true;

@@ -1,13 +1,15 @@
 //! Where the libraries of this process would find an NCCL.
 //!
-//! Where `libflashcomm_soname.so` is loaded, the loader answers the name `libnccl.so.2` with us, and has loaded no other.
-//! So we look where it would have looked for whoever needs NCCL. First comes an NCCL that somebody has opened by its path
-//! all the same, as JAX does. Then come, in the loader's order: `DT_RPATH`, `LD_LIBRARY_PATH`, `DT_RUNPATH`, and the
-//! loader's cache. PyTorch finds the NCCL of its packages by such an entry (`$ORIGIN/../../nvidia/nccl/lib`).
+//! Where `libflashcomm_soname.so` is loaded, the loader answers the name `libnccl.so.2` with us,
+//! and has loaded no other. So we look where it would have looked for whoever needs NCCL. First
+//! comes an NCCL that somebody has opened by its path all the same, as JAX does. Then come, in the
+//! loader's order: `DT_RPATH`, `LD_LIBRARY_PATH`, `DT_RUNPATH`, and the loader's cache. PyTorch
+//! finds the NCCL of its packages by such an entry (`$ORIGIN/../../nvidia/nccl/lib`).
 //!
-//! Which library has called is not known. Those that say they need `libnccl.so.2` come first, then all others, since who
-//! opens it with `dlopen` does not say so; each in the order in which they were loaded. The loader's own list says what is
-//! in their files, so nothing is read or opened for it but the cache.
+//! Which library has called is not known. Those that say they need `libnccl.so.2` come first, then
+//! all others, since who opens it with `dlopen` does not say so; each in the order in which they
+//! were loaded. The loader's own list says what is in their files, so nothing is read or opened for
+//! it but the cache.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -38,7 +40,8 @@ pub(super) fn candidates() -> Vec<PathBuf> {
     all.filter(|path| path.is_absolute() && path.exists() && seen.insert(path.clone())).collect()
 }
 
-/// The paths of NCCLs in a cache of the loader's. Whatever its form, it has them as strings that end with a NUL.
+/// The paths of NCCLs in a cache of the loader's. Whatever its form, it has them as strings that
+/// end with a NUL.
 fn in_cache(cache: &[u8]) -> Vec<PathBuf> {
     let texts = cache.split(|byte| *byte == 0).filter(|text| text.starts_with(b"/"));
     let paths = texts.map(|text| Path::new(OsStr::from_bytes(text)));
@@ -67,7 +70,8 @@ impl Object {
     }
 }
 
-/// An entry with the object's directory for `$ORIGIN`. What else may be in one (`$LIB`, `$PLATFORM`) nobody uses for NCCL.
+/// An entry with the object's directory for `$ORIGIN`. What else may be in one (`$LIB`,
+/// `$PLATFORM`) nobody uses for NCCL.
 fn expand(entry: &[u8], origin: &[u8]) -> Vec<u8> {
     for token in [&b"${ORIGIN}"[..], b"$ORIGIN"] {
         if let Some(at) = entry.windows(token.len()).position(|part| part == token) {

@@ -1,7 +1,8 @@
 //! `flashcomm run --check`: the command as a child, and at its end whether its NCCL was reached.
 //!
-//! The shim itself cannot say that it was never called: it does nothing before the first call. But each process that has
-//! called it leaves statistics at its end, so the folder that they are to come to says who has.
+//! The shim itself cannot say that it was never called: it does nothing before the first call. But
+//! each process that has called it leaves statistics at its end, so the folder that they are to
+//! come to says who has.
 
 use std::fs;
 use std::io;
@@ -15,7 +16,8 @@ use serde_json::Value;
 /// Where the shim writes what a process has called.
 pub const STATISTICS: &str = "FLASHCOMM_STATS_FILE";
 
-/// Runs the command to its end, and says on standard error what came to the shim. The inner error: it could not be started.
+/// Runs the command to its end, and says on standard error what came to the shim. The inner error:
+/// it could not be started.
 ///
 /// # Errors
 /// Where there is no folder for the statistics, or the child is lost.

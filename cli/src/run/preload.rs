@@ -39,8 +39,9 @@ impl Preload {
         Ok(Preload { shim: text.into(), soname: machine::soname_of(shim), by_user })
     }
 
-    /// Leaves the other name out where it would do harm, or is not there: what is to be told of that. With it nobody loads
-    /// the real NCCL but the shim, so a function that the shim has not got would be had by nobody.
+    /// Leaves the other name out where it would do harm, or is not there: what is to be told of
+    /// that. With it nobody loads the real NCCL but the shim, so a function that the shim has not
+    /// got would be had by nobody.
     pub fn without_soname(&mut self, nccl: Option<&RealNccl>) -> Option<String> {
         const LOST: &str = "Who opens NCCL by its name, as JAX does, does not meet the shim";
         let file = machine::SONAME_FILE;

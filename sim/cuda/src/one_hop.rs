@@ -1,4 +1,5 @@
-//! The fused all-reduce of two ranks in one hop: the protocol of `kernels/one_hop.cu` over the scalar codec.
+//! The fused all-reduce of two ranks in one hop: the protocol of `kernels/one_hop.cu` over the
+//! scalar codec.
 
 use std::marker::PhantomData;
 use std::sync::atomic::{Ordering, fence};
