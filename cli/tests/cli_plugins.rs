@@ -69,6 +69,9 @@ fn vllm_gives_the_shim_what_it_compresses_and_keeps_the_rest() {
     assert_eq!(said["sums"], sums([OWN, OUT, OUT, OWN, OUT, OWN, OUT]));
     let (said, _) = job("vllm", &[], &[ASKED, ("FLASHCOMM_DTYPES", "bf16")]);
     assert_eq!(said["sums"], sums([OWN, OWN, OWN, OWN, OUT, OWN, ("out of place", false)]));
+    // Over memory of the host a kernel of its own is faster at all that it takes.
+    let (said, _) = job("vllm", &[], &[ASKED, ("FLASHCOMM_EXCHANGE", "host")]);
+    assert_eq!(said["sums"], sums([OWN, OWN, OWN, OWN, OWN, OWN, OUT]));
     // What compresses nothing gets nothing.
     let (said, _) = job("vllm", &[], &[ASKED, ("FLASHCOMM_ENABLE", "0")]);
     assert_eq!(said["sums"], sums([OWN, OWN, OWN, OWN, OWN, OWN, ("out of place", false)]));
@@ -83,6 +86,8 @@ fn sglang_gives_the_shim_what_it_compresses_and_keeps_the_rest_and_the_places() 
     assert_eq!(said["sums"]["eager"], sums([TORCH, TORCH, IN, TORCH, IN, TORCH, IN]));
     assert_eq!(said["sums"]["compiled"], sums([OWN, OWN, OUT, OWN, OUT, OWN, OUT]));
     assert_eq!(said["sums"]["no pynccl"], json!(TORCH));
+    let (said, _) = job("sglang", &[], &[ASKED, ("FLASHCOMM_EXCHANGE", "host")]);
+    assert_eq!(said["sums"]["own"], sums([OWN, OWN, OWN, OWN, OWN, OWN, IN]));
     let (said, _) = job("sglang", &[], &[ASKED, ("FLASHCOMM_MIN_BYTES", "1M")]);
     assert_eq!(said["sums"]["own"], sums([OWN, OUT, OUT, OWN, OUT, OWN, IN]));
 }

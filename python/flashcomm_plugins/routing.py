@@ -22,30 +22,36 @@ class Routing:
         names = names if set(names) <= set(NAMES) else NAMES
         self.dtypes = {getattr(torch, NAMES[name]) for name in names}
 
-    def takes(self, pynccl, tensor):
-        """Whether the sum of `tensor` is for the shim, which `pynccl` has open."""
+    def takes(self, pynccl, tensor, engine_would=lambda: False):
+        """Whether the sum of `tensor` is for the shim, which `pynccl` has open.
+
+        engine_would(): whether a kernel of the engine's own would take it. Such kernels write to other
+        GPUs' memory. Where the shim does not, they are faster at any size that they take.
+        """
         if pynccl is None or not pynccl.available or tensor.dtype not in self.dtypes:
             return False
+        limit, is_peer = self.about(pynccl)
         n_bytes = tensor.numel() * tensor.element_size()
-        return n_bytes >= self.limit_of(pynccl) and tensor.is_contiguous()
+        return n_bytes >= limit and tensor.is_contiguous() and (is_peer or not engine_would())
 
-    def limit_of(self, pynccl):
-        """Asked once for each NCCL communicator, not for each sum."""
-        comm, limit = getattr(pynccl, "flashcomm_limit", (None, shim.NEVER))
-        if comm is not pynccl.comm:
-            limit = self.ask(pynccl)
-            pynccl.flashcomm_limit = (pynccl.comm, limit)
-        return limit
+    def about(self, pynccl):
+        """What the shim says, asked once for each NCCL communicator, not for each sum."""
+        comm, about = getattr(pynccl, "flashcomm_about", (None, None))
+        if about is None or comm is not pynccl.comm:
+            about = self.ask(pynccl)
+            pynccl.flashcomm_about = (pynccl.comm, about)
+        return about
 
     def ask(self, pynccl):
         try:
-            limit = shim.min_bytes(pynccl.nccl.lib, pynccl.comm)
+            limit, is_peer = shim.about(pynccl.nccl.lib, pynccl.comm)
         except AttributeError:
             why = "its NCCL is %s, not libflashcomm.so" % os.environ.get(self.path_variable)
             cure = "Unset %s, and name that library in FLASHCOMM_NCCL_LIB"
             asked.stay_out(self.engine, why, cure % self.path_variable)
-            return shim.NEVER
+            return shim.NEVER, False
         if limit != shim.NEVER:
-            text = "plugin for %s: all-reduces from %d bytes on are the shim's"
-            asked.say("INFO", text % (self.engine, limit))
-        return limit
+            but = "" if is_peer else ", but for those that a kernel of its own takes"
+            text = "plugin for %s: all-reduces from %d bytes on are the shim's%s"
+            asked.say("INFO", text % (self.engine, limit, but))
+        return limit, is_peer

@@ -79,13 +79,14 @@ class Hooks:
         else:
             os.environ[PATH] = self.library
 
-    def takes(self, group, tensor):
-        return self.is_on and self.routing.takes(group.pynccl_comm, tensor)
+    def takes(self, group, tensor, method=None):
+        own = method not in (None, "pynccl")
+        return self.is_on and self.routing.takes(group.pynccl_comm, tensor, lambda: own)
 
     def resolve(self, theirs, group, input_, *args, **options):
         method = theirs(group, input_, *args, **options)
         # None is left alone: pynccl where that is a graph, and in place otherwise.
-        return "pynccl" if method is not None and self.takes(group, input_) else method
+        return "pynccl" if method is not None and self.takes(group, input_, method) else method
 
     def in_place(self, theirs, group, input_):
         if not self.takes(group, input_):

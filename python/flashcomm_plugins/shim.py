@@ -25,11 +25,12 @@ def path():
     return next(filter(os.path.exists, found), None)
 
 
-def min_bytes(library, comm):
-    """From how many bytes on all-reduces of `comm`, an ncclComm_t, are compressed; NEVER: none is.
+def about(library, comm):
+    """Of `comm`, an ncclComm_t: from how many bytes on all-reduces are compressed, NEVER if none is,
+    and whether they go through the GPUs' own memory.
 
     AttributeError where `library`, of ctypes, is not the shim.
     """
     info = CommInfo(size=ctypes.sizeof(CommInfo))
     answered = library.flashcommGetCommInfo(comm, ctypes.byref(info)) == 0
-    return info.minBytes if answered else NEVER
+    return (info.minBytes, info.exchange == b"peer") if answered else (NEVER, False)

@@ -55,12 +55,31 @@ def install():
     return None
 
 
+# vLLM's own kernels over NVLink or PCIe, each with the method that says whether it takes a sum.
+OWN = [
+    ("ca_comm", "should_custom_ar"),
+    ("fi_ar_comm", "should_use_fi_ar"),
+    ("fi_pcie_ipc_ar_comm", "should_use"),
+    ("symm_mem_comm", "should_use_symm_mem"),
+]
+
+
+def own_takes(communicator, tensor):
+    for name, method in OWN:
+        own = getattr(communicator, name, None)
+        asks = getattr(own, method, None)
+        if asks is not None and not getattr(own, "disabled", False) and asks(tensor):
+            return True
+    return False
+
+
 def routed(theirs, routing):
     @functools.wraps(theirs)
     def all_reduce(self, input_):
         pynccl = self.pynccl_comm
-        if pynccl is not None and not pynccl.disabled and routing.takes(pynccl, input_):
-            return pynccl.all_reduce(input_)
+        if pynccl is not None and not pynccl.disabled:
+            if routing.takes(pynccl, input_, lambda: own_takes(self, input_)):
+                return pynccl.all_reduce(input_)
         return theirs(self, input_)
 
     all_reduce.flashcomm = True
