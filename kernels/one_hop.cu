@@ -161,14 +161,14 @@ __device__ __forceinline__ void one_hop(const AllReduceArgs& args) {
   static_assert(Self::kWords == kBits + (kCode == Code::plain ? kPlainWords : kBlocksWords), "the host asks for as much");
   const unsigned channel = blockIdx.x * blockDim.y + threadIdx.y;
   const uint64_t n_tiles = (args.count + kTileElems - 1) / kTileElems;
-  const uint64_t n_groups = (n_tiles + args.round_tiles - 1) / args.round_tiles;
-  if (channel >= n_groups) return;
+  const uint64_t all_rounds = (n_tiles + args.round_tiles - 1) / args.round_tiles;
+  if (channel >= all_rounds) return;
   Self self = {
       args,
       static_cast<T*>(args.output),
       slot_bytes_of(payload_bytes<C>(args.group_shift)),
       channel,
-      unsigned((n_groups + Self::n_channels() - 1 - channel) / Self::n_channels()),
+      unsigned((all_rounds + Self::n_channels() - 1 - channel) / Self::n_channels()),
       {args}};
   self.run();
 }
