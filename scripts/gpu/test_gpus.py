@@ -28,9 +28,9 @@ def fewer_than(several):
     return several - 1 if several > 2 else pytest.skip("two GPUs are the smallest world")
 
 
-def torchrun(runner, ranks, bits, exchange, program, *arguments):
+def torchrun(runner, ranks, bits, exchange, program, *arguments, min_bytes=0):
     """A PyTorch job as users start it."""
-    run = [FLASHCOMM, "run", "--quiet", "--engine", "torch", "--bits", bits, "--exchange", exchange, "--min-bytes", 0]
+    run = [FLASHCOMM, "run", "--quiet", "--engine", "torch", "--bits", bits, "--exchange", exchange, "--min-bytes", min_bytes]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     with scratch() as folder:
         command = [*run, "--", *torchrun, JOBS / program, *arguments]
@@ -91,8 +91,11 @@ def test_checkpoint(runner, packed_nccl, several):
         pytest.skip(output.splitlines()[-1])
 
 
-def test_random_operations(runner, several):
-    torchrun(runner, several, "4:8", "auto", "soak_job.py", 20_000)
+@pytest.mark.parametrize("exchange", ["auto", "host"])
+@pytest.mark.parametrize("bits", ["4", "4:8"])
+def test_random_operations(runner, several, bits, exchange):
+    """Exact and compressed ones mixed. Between two GPUs 4 bits go in one hop, 4:8 in two."""
+    torchrun(runner, several, bits, exchange, "soak_job.py", 20_000, min_bytes=64 << 10)
 
 
 def test_green_contexts(runner, packed_nccl, several):

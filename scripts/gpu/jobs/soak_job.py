@@ -1,5 +1,6 @@
 """One rank of a long random PyTorch job: all-reduces of many sizes and both types over two communicators, eager, coalesced and in
-graphs that are replayed between them, each result compared on the GPU with the reference's bits.
+graphs that are replayed between them, each result compared on the GPU with the reference's bits. Below FLASHCOMM_MIN_BYTES, a number,
+they are to be exact.
 
 usage: soak_job.py N [SEED]      N operations or a few more; every rank draws the same ones
 
@@ -20,6 +21,7 @@ from torch_job_tools import RANK, SCRATCH, WORLD, raw, say, stats
 
 N, SEED = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+MIN_BYTES = int(os.environ["FLASHCOMM_MIN_BYTES"])
 
 
 class Case:
@@ -29,16 +31,29 @@ class Case:
         generator = torch.Generator(device="cuda").manual_seed(1000 * number + RANK)
         self.input = (torch.randn(count, device="cuda", generator=generator) * 3).to(dtype)
         self.buffers = [torch.empty_like(self.input) for _ in range(2)]
+        self.is_exact = 2 * count < MIN_BYTES
         path = f"{SCRATCH}/case{number}"
         raw(self.input).cpu().numpy().tofile(f"{path}.{RANK}")
         dist.barrier()
+        inputs = [f"{path}.{rank}" for rank in range(WORLD)]
+        if self.is_exact:
+            self.expected = raw(exact_sum(inputs, dtype)).cuda()
+            return
         if RANK == 0:
-            inputs = [f"{path}.{rank}" for rank in range(WORLD)]
             reference = [os.environ["FLASHCOMM_REFERENCE"], "sum", NAMES[dtype], os.environ["FLASHCOMM_BITS"], "auto", "64"]
             subprocess.run([*reference, path, *inputs], check=True)
         dist.barrier()
         expected = bytearray(open(path, "rb").read())
         self.expected = torch.frombuffer(expected, dtype=torch.int16).cuda()
+
+
+def exact_sum(paths, dtype):
+    """Of raw files: added in float and in this order, rounded once."""
+    terms = [torch.frombuffer(bytearray(open(path, "rb").read()), dtype=dtype).float() for path in paths]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total.to(dtype)
 
 
 def main():
@@ -78,18 +93,21 @@ def main():
         graphs.append((graph, len(some)))
     dist.barrier()
 
-    before, issued, replays, begun = stats().compressed, 0, 0, time.monotonic()
+    before, issued, replays, begun = stats(), [], 0, time.monotonic()
     n_ops, next_check = 0, 0
     while n_ops < N:
         kind = draw.random()
         if kind < 0.6:
-            eager(draw.choice(cases), draw.randrange(2))
-            n_ops, issued = n_ops + 1, issued + 1
+            case = draw.choice(cases)
+            eager(case, draw.randrange(2))
+            issued.append(case.is_exact)
+            n_ops += 1
         elif kind < 0.7:
             one = draw.randrange(2)  # PyTorch coalesces what is of one type
             some = draw.sample(cases[one::2], draw.randint(2, 4))
             coalesced(some, draw.randrange(2))
-            n_ops, issued = n_ops + len(some), issued + len(some)
+            issued += [case.is_exact for case in some]
+            n_ops += len(some)
         else:
             graph, length = draw.choice(graphs)
             for _ in range(draw.randint(1, 3)):
@@ -100,8 +118,9 @@ def main():
             next_check = n_ops + 5000
     torch.cuda.synchronize()
     assert bad.item() == 0, f"rank {RANK}: {bad.item()} differences, seed {SEED}"
-    assert stats().compressed == before + issued, "not all were compressed"
-    say(f"{n_ops} random operations, {replays} replays among them, {WORLD} ranks, seed {SEED}: no difference, "
+    counted = (stats().exact - before.exact, stats().compressed - before.compressed)
+    assert counted == (sum(issued), len(issued) - sum(issued)), f"counted {counted} of {len(issued)}"
+    say(f"{n_ops} random operations, {counted[0]} exact and {counted[1]} compressed calls, {replays} replays among them, {WORLD} ranks, seed {SEED}: no difference, "
         f"{time.monotonic() - begun:.0f} s")
     graph = graphs = None  # NCCL's destroy waits for graphs that hold its kernels
     dist.barrier()
