@@ -1,6 +1,7 @@
 """PyTorch jobs and jobs of bare NCCL calls through the shim, whose ranks share one GPU."""
 
 import itertools
+import json
 import sys
 
 import pytest
@@ -49,6 +50,29 @@ def test_random_operations_of_4_ranks(runner):
 def test_world(runner, ranks, exchange):
     """A thousand graphs replayed amid eager operations, each with the reference's bits."""
     soak(runner, ranks, "4:8", exchange, 8, 5000)
+
+
+@part("worlds")
+@pytest.mark.mps
+@pytest.mark.measures
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_error_of_exact_sums_beside_nccl(runner, ranks):
+    """Not larger than NCCL's, against the sum in fp64."""
+    exact = {"LD_PRELOAD": SHIM, "FLASHCOMM_EXCHANGE": "peer", "FLASHCOMM_MIN_BYTES": "1G", "FLASHCOMM_EXACT_MAX_BYTES": "1M"}
+    found = []
+    for settings in [{}, exact]:
+        with scratch() as folder:
+            command = launch(ranks, LAUNCH_S, "exact_error_job.py")
+            # Every rank reads the width, which none of these sums has.
+            output = runner.run(command, LAUNCH_S + SLACK_S, FLASHCOMM_BITS=8, FLASHCOMM_SCRATCH=folder, **settings)
+        found.append(json.loads(next(line for line in output.splitlines() if line.startswith("{"))))
+    plain, ours = found
+    assert ours["exact"] == 3 * 6, "not all were exact"
+    for dtype in ["fp16", "bf16"]:
+        assert ours["errors"][dtype]["rms"] <= plain["errors"][dtype]["rms"], (dtype, found)
+        assert ours["errors"][dtype]["largest"] <= plain["errors"][dtype]["largest"], (dtype, found)
+    # As many roundings of float in another order.
+    assert ours["errors"]["fp32"]["rms"] <= 1.02 * plain["errors"]["fp32"]["rms"], found
 
 
 @part("settings")
