@@ -280,8 +280,8 @@ impl<'a> Step<'a> {
         let (output, stream) = (self.operation.output, self.operation.stream());
         let (kernels, incoming) = (&self.attached.kernels, self.staging.incoming());
         let _entered = enter(self.attached)?;
-        // SAFETY: the application vouches for its output, the plan for the staging area.
         let launched = match self.plan.one_hop() {
+            // SAFETY: the application vouches for its output, the plan for the staging area.
             Some(_) => unsafe { kernels.combine(self.piece(), incoming, output, stream) },
             // SAFETY: as above.
             None => unsafe { kernels.dequantize(self.piece(), incoming, output, stream) },
