@@ -241,20 +241,23 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
   self.run();
 }
 
-// Channels of a block at most: as many as share the registers of an SM without spilling. (Tried out on sm_90; on every
-// other architecture 5 leave the plain code enough room, and 4 blocks and elements that travel as they are.)
-constexpr unsigned block_channels([[maybe_unused]] Code code, [[maybe_unused]] int bits) {
+// Channels of a block at most: as many as share the registers of an SM without spilling. (Tried out
+// on sm_90, where bundles of 3 bits have room for one less; on every other architecture 5 leave the
+// plain code enough room, and 4 blocks and elements that travel as they are.)
+constexpr unsigned block_channels([[maybe_unused]] Code code, [[maybe_unused]] int bits,
+                                  [[maybe_unused]] bool bundles) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-  return code == Code::blocks ? 7 : 6;
+  return code == Code::blocks && !(bundles && bits == 3) ? 7 : 6;
 #else
   return code == Code::plain && bits < 16 ? 5 : 4;
 #endif
 }
 
-#define FLASHCOMM_ENTRY(name, T, code, in, out, bundles)                                        \
-  extern "C" __global__ void __launch_bounds__(kTileThreads* block_channels(Code::code, in), 1) \
-      name(const __grid_constant__ AllReduceArgs args) {                                        \
-    all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>, bundles>(args);          \
+#define FLASHCOMM_ENTRY(name, T, code, in, out, bundles)                                         \
+  extern "C" __global__ void __launch_bounds__(                                                  \
+      kTileThreads* block_channels(Code::code, in, bundles), 1)                                  \
+      name(const __grid_constant__ AllReduceArgs args) {                                         \
+    all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>, bundles>(args);           \
   }
 
 // One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
