@@ -62,7 +62,11 @@ impl Operation {
 
     /// Issues it to `stream`, which has the whole GPU.
     fn launch_on(&self, stream: StreamHandle, attached: &Attached, fused: &Fused) -> Result<()> {
-        let plan = if self.is_exact() { None } else { Some(self.plan(attached, usize::MAX)?) };
+        let route = self.route();
+        let plan = match route {
+            Route::Exact { .. } => None,
+            _ => Some(self.plan(attached, usize::MAX)?),
+        };
         let call = Call {
             element: self.element,
             scale: self.scale(attached),
@@ -79,9 +83,9 @@ impl Operation {
             // SAFETY: the application vouches for its buffers.
             Some(plan) => unsafe { fused.all_reduce(&attached.kernels, plan, &call, stream) }?,
             None => {
-                let count = self.request.count;
+                let (count, two_hops) = (self.request.count, route == Route::Exact { two_hops: true });
                 // SAFETY: as above.
-                unsafe { fused.exact(&attached.kernels, count, &call, stream) }?;
+                unsafe { fused.exact(&attached.kernels, (count, two_hops), &call, stream) }?;
                 thread::current().counters(self.comm.handle()).count_exact(self.request.n_bytes());
             }
         }
@@ -127,7 +131,7 @@ pub(crate) fn discard(batch: &mut Vec<Operation>) {
 /// Answers `ncclInProgress` where a communicator that does not block says so: the application must wait for it.
 fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
     let reason = |operation: &Operation| match operation.route() {
-        Route::Exact | Route::Compress => None,
+        Route::Exact { .. } | Route::Compress => None,
         Route::Forward(reason) => Some(reason),
     };
     if batch.iter().all(|operation| reason(operation).is_none()) {

@@ -57,6 +57,36 @@ impl ExchangeKind {
     }
 }
 
+/// Whether the ranks measure how sums go best.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tune {
+    /// They take what was measured on other machines.
+    Off,
+    /// Where they have not done so before.
+    Cache,
+    /// Whenever a process starts.
+    Always,
+}
+
+impl Tune {
+    /// Every one.
+    pub(crate) const ALL: [Tune; 3] = [Tune::Off, Tune::Cache, Tune::Always];
+
+    /// As in settings.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Tune::Off => "off",
+            Tune::Cache => "cache",
+            Tune::Always => "always",
+        }
+    }
+
+    /// That of a name.
+    fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|tune| tune.name() == name)
+    }
+}
+
 /// The settings, typed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Config {
@@ -80,6 +110,8 @@ pub struct Config {
     pub buffer_bytes: usize,
     /// `FLASHCOMM_MAX_CTAS`.
     pub max_ctas: u32,
+    /// `FLASHCOMM_TUNE`.
+    pub tune: Tune,
     /// `FLASHCOMM_PLUGIN`: whether a plugin of the engine routes all-reduces here by size, so all ranks' must.
     pub plugin: bool,
     /// `FLASHCOMM_TIMEOUT_S`; `None`: until aborted.
@@ -145,6 +177,7 @@ impl Config {
             }),
             buffer_bytes: reader.read("FLASHCOMM_BUFFER_MIB", |text| parse_within(text, 1, 16384)) as usize * (1 << 20),
             max_ctas: reader.read("FLASHCOMM_MAX_CTAS", |text| parse_within(text, 0, 1024)) as u32,
+            tune: reader.read("FLASHCOMM_TUNE", Tune::by_name),
             plugin: reader.read("FLASHCOMM_PLUGIN", parse_switch),
             timeout: match reader.read("FLASHCOMM_TIMEOUT_S", |text| parse_within(text, 0, 86400)) {
                 0 => None,

@@ -8,7 +8,7 @@ use std::ffi::CStr;
 use crate::config::Config;
 use crate::element::ElementType;
 use crate::nccl::{DataType, RedOp};
-use crate::verdict::{Ranges, Verdict};
+use crate::verdict::{Verdict, Way};
 
 /// What one call asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,8 +33,8 @@ impl Request {
 pub(crate) enum Route {
     /// To the real NCCL, unchanged.
     Forward(Reason),
-    /// Uncompressed.
-    Exact,
+    /// Uncompressed, in one hop or in two.
+    Exact { two_hops: bool },
     /// Through the two hops.
     Compress,
 }
@@ -131,30 +131,41 @@ pub(crate) fn candidate(request: &Request, config: &Config) -> Result<ElementTyp
 
 /// Where a candidate goes.
 pub(crate) fn route(element: ElementType, request: &Request, verdict: Verdict, config: &Config) -> Route {
-    let Ranges { exact_max, compress_min } = match verdict {
+    let ways = match verdict {
         Verdict::Off => return Route::Forward(Reason::CommunicatorOff),
         Verdict::SwitchedOff => return Route::Forward(Reason::SwitchedOff),
         Verdict::Open => return Route::Forward(Reason::Unattached),
-        Verdict::On(ranges) => ranges,
+        Verdict::On(ways) => ways,
     };
-    let n_bytes = request.n_bytes();
-    match config.compresses(element) {
-        true if compress_min != u64::MAX && n_bytes >= compress_min => Route::Compress,
-        _ if n_bytes <= exact_max => Route::Exact,
-        false => Route::Forward(Reason::DataType),
-        true if compress_min == u64::MAX => Route::Forward(Reason::NotFaster),
-        true => Route::Forward(Reason::Small),
+    let is_coded = config.compresses(element);
+    let (table, n_bytes) = (if is_coded { &ways.coded } else { &ways.plain }, request.n_bytes());
+    match table.way(n_bytes) {
+        Way::Compressed => Route::Compress,
+        Way::ExactOneHop => Route::Exact { two_hops: false },
+        Way::ExactTwoHops => Route::Exact { two_hops: true },
+        Way::Forward if !is_coded => Route::Forward(Reason::DataType),
+        Way::Forward if n_bytes < table.compress_min() && table.compress_min() != u64::MAX => {
+            Route::Forward(Reason::Small)
+        }
+        Way::Forward => Route::Forward(Reason::NotFaster),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::verdict::{Table, Ways};
 
-    const fn on(exact_max: u64, compress_min: u64) -> Verdict {
-        Verdict::On(Ranges { exact_max, compress_min })
+    /// Exact up to so many bytes, and compressed from so many on.
+    fn ways(exact_max: u64, compress_min: u64) -> Ways {
+        let plain = |n_bytes| if n_bytes <= exact_max { Way::ExactOneHop } else { Way::Forward };
+        let coded = |n_bytes| match n_bytes {
+            n_bytes if compress_min != u64::MAX && n_bytes >= compress_min => Way::Compressed,
+            n_bytes => plain(n_bytes),
+        };
+        let starts = || [compress_min.min(exact_max + 1), compress_min.max(exact_max + 1)];
+        Ways { coded: Table::new(starts(), coded), plain: Table::new(starts(), plain) }
     }
-    const ON: Verdict = on(600, 1000);
     /// `ncclInt8`.
     const INT8: DataType = DataType(0);
 
@@ -168,42 +179,57 @@ mod tests {
 
     #[test]
     fn the_table() {
-        use Route::{Compress, Exact, Forward};
+        use Route::{Compress, Forward};
+        const EXACT: Route = Route::Exact { two_hops: false };
+        // In two hops from a size on, and to the real NCCL again from another.
+        let between = |n_bytes| match n_bytes {
+            ..200 => Way::ExactTwoHops,
+            200..400 => Way::Compressed,
+            _ => Way::Forward,
+        };
+        let between = Table::new([200, 400], between);
+        let between = Ways { coded: between, plain: Table::new([], |_| Way::Forward) };
+        let usual = ways(600, 1000);
+        let (all, exact, never) = (ways(600, 0), ways(600, u64::MAX), ways(0, u64::MAX));
+        let (on, never) = (Verdict::On(&usual), Verdict::On(&never));
         let (fp16, bf16, fp32, sum) = (DataType::FLOAT16, DataType::BFLOAT16, DataType::FLOAT32, RedOp::SUM);
         let config = Config::default();
         let off = Config { enable: false, ..Config::default() };
         let bf16_only = Config { fp16: false, ..Config::default() };
-        let never = on(0, u64::MAX);
         for (count, datatype, op, verdict, config, expected) in [
-            (500, fp16, sum, ON, &config, Compress),
-            (500, bf16, sum, ON, &config, Compress),
-            (499, fp16, sum, ON, &config, Forward(Reason::Small)),
-            (301, fp16, sum, ON, &config, Forward(Reason::Small)),
-            (300, fp16, sum, ON, &config, Exact),
-            (1, bf16, RedOp::AVG, ON, &config, Exact),
-            (150, fp32, sum, ON, &config, Exact),
-            (151, fp32, sum, ON, &config, Forward(Reason::DataType)),
-            (5000, fp32, sum, ON, &config, Forward(Reason::DataType)),
-            (usize::MAX, fp32, sum, on(u64::MAX - 1, 0), &config, Forward(Reason::DataType)),
-            (1, fp16, sum, on(600, 0), &config, Compress),
-            (300, fp16, sum, on(600, u64::MAX), &config, Exact),
-            (301, fp16, sum, on(600, u64::MAX), &config, Forward(Reason::NotFaster)),
+            (500, fp16, sum, on, &config, Compress),
+            (500, bf16, sum, on, &config, Compress),
+            (499, fp16, sum, on, &config, Forward(Reason::Small)),
+            (301, fp16, sum, on, &config, Forward(Reason::Small)),
+            (300, fp16, sum, on, &config, EXACT),
+            (1, bf16, RedOp::AVG, on, &config, EXACT),
+            (150, fp32, sum, on, &config, EXACT),
+            (151, fp32, sum, on, &config, Forward(Reason::DataType)),
+            (5000, fp32, sum, on, &config, Forward(Reason::DataType)),
+            (usize::MAX, fp32, sum, Verdict::On(&all), &config, Forward(Reason::DataType)),
+            (1, fp16, sum, Verdict::On(&all), &config, Compress),
+            (300, fp16, sum, Verdict::On(&exact), &config, EXACT),
+            (301, fp16, sum, Verdict::On(&exact), &config, Forward(Reason::NotFaster)),
             (1, fp16, sum, never, &config, Forward(Reason::NotFaster)),
             (usize::MAX, fp16, sum, never, &config, Forward(Reason::NotFaster)),
-            (usize::MAX, fp16, sum, ON, &config, Compress),
+            (usize::MAX, fp16, sum, on, &config, Compress),
+            (99, fp16, sum, Verdict::On(&between), &config, Route::Exact { two_hops: true }),
+            (100, fp16, sum, Verdict::On(&between), &config, Compress),
+            (200, fp16, sum, Verdict::On(&between), &config, Forward(Reason::NotFaster)),
+            (100, fp32, sum, Verdict::On(&between), &config, Forward(Reason::DataType)),
             (500, fp16, sum, Verdict::Open, &config, Forward(Reason::Unattached)),
             (1, bf16, sum, Verdict::Open, &config, Forward(Reason::Unattached)),
             (500, fp16, sum, Verdict::Off, &config, Forward(Reason::CommunicatorOff)),
             (1, fp16, sum, Verdict::SwitchedOff, &config, Forward(Reason::SwitchedOff)),
-            (0, fp16, sum, ON, &config, Forward(Reason::Empty)),
-            (1, INT8, sum, ON, &config, Forward(Reason::DataType)),
-            (500, fp16, RedOp(1), ON, &config, Forward(Reason::Operation)),
-            (500, fp16, RedOp::AVG, ON, &config, Compress),
-            (1, fp16, RedOp(3), ON, &config, Forward(Reason::Operation)),
-            (500, fp16, RedOp(5), ON, &config, Forward(Reason::Operation)), // a user-defined one
-            (500, fp16, sum, ON, &off, Forward(Reason::Disabled)),
-            (500, fp16, sum, ON, &bf16_only, Forward(Reason::DataType)),
-            (300, fp16, sum, ON, &bf16_only, Exact),
+            (0, fp16, sum, on, &config, Forward(Reason::Empty)),
+            (1, INT8, sum, on, &config, Forward(Reason::DataType)),
+            (500, fp16, RedOp(1), on, &config, Forward(Reason::Operation)),
+            (500, fp16, RedOp::AVG, on, &config, Compress),
+            (1, fp16, RedOp(3), on, &config, Forward(Reason::Operation)),
+            (500, fp16, RedOp(5), on, &config, Forward(Reason::Operation)), // a user-defined one
+            (500, fp16, sum, on, &off, Forward(Reason::Disabled)),
+            (500, fp16, sum, on, &bf16_only, Forward(Reason::DataType)),
+            (300, fp16, sum, on, &bf16_only, EXACT),
         ] {
             let got = decide(count, datatype, op, verdict, config);
             assert_eq!(got, expected, "{count} {datatype:?} {op:?} {verdict:?}");

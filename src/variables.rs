@@ -58,6 +58,20 @@ impl Variables {
     }
 }
 
+/// Every variable of NCCL's that is set, with its value: what may change how fast it is. Not those that only log, or that
+/// are another with every start.
+pub(crate) fn of_nccl() -> Vec<u8> {
+    let matters =
+        |name: &str| name.starts_with("NCCL_") && !name.starts_with("NCCL_DEBUG") && !["NCCL_COMM_ID"].contains(&name);
+    let mut lines: Vec<String> = env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
+        .filter(|(name, _)| matters(name))
+        .map(|(name, value)| format!("{name}={}\n", value.to_string_lossy()))
+        .collect();
+    lines.sort_unstable();
+    lines.concat().into_bytes()
+}
+
 /// A level by name, or by the number that it had before NCCL 2.5 gave it one.
 fn parse_level(level: &str) -> Option<Distance> {
     match level.to_ascii_uppercase().as_str() {

@@ -347,10 +347,10 @@ fn info_of(handle: CommPtr) -> flashcommCommInfo_t {
         gatherBits: legs.gather.width.bits().into(),
         rank: attached.map_or(-1, |attached| attached.rank as c_int),
         nRanks: attached.map_or(0, |attached| attached.world as c_int),
-        minBytes: attached.map_or(u64::MAX, |attached| attached.ranges.compress_min),
+        minBytes: attached.map_or(u64::MAX, |attached| attached.ways.coded.compress_min()),
         exchange: attached.map_or(c"", |attached| attached.exchange.kind().c_name()).as_ptr(),
         code: code_name(legs.code()).as_ptr(),
-        exactMaxBytes: attached.map_or(0, |attached| attached.ranges.exact_max),
+        exactMaxBytes: attached.map_or(0, |attached| attached.ways.plain.exact_max()),
     }
 }
 

@@ -100,8 +100,8 @@ impl Operation {
     }
 
     /// Whether it goes as it is.
-    pub(super) fn is_exact(&self) -> bool {
-        self.route() == Route::Exact
+    fn is_exact(&self) -> bool {
+        matches!(self.route(), Route::Exact { .. })
     }
 
     /// What the sum is multiplied with.

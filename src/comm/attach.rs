@@ -34,13 +34,13 @@ use crate::nccl::{CommPtr, NcclResult};
 use crate::negotiation::disagreement::{Disagreement, MAX_SETUPS};
 use crate::negotiation::facts::{Agreement, Blob};
 use crate::negotiation::meeting::{Meeting, Rounds, poll};
-use crate::negotiation::over_nccl::OverNccl;
+use crate::negotiation::over_nccl::{self, OverNccl, Sum};
 use crate::negotiation::page::OverPage;
-use crate::negotiation::ranges::ranges;
 use crate::negotiation::setup::Local;
+use crate::negotiation::tuning::{Nearest, RealCalls, Tuned};
 use crate::real;
 use crate::stats;
-use crate::verdict::{Ranges, Verdict};
+use crate::verdict::{Verdict, Ways};
 
 /// Attaches communicators that have just been created; waits until all have a verdict.
 ///
@@ -262,25 +262,26 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
     comm.recording.begin(facts[0].attach, rank, world);
     let Loaded { kernels, order, .. } = loaded?;
     let local = Local { context: &context, kernels: &kernels, stream: &stream, timeout: Config::global().timeout };
+    let sum = |sum: Sum| over_nccl::all_reduce(comm.handle(), &comm.life, sum, &stream);
+    let calls = RealCalls { connect: &|| over_nccl()?.connect(), all_reduce: &sum };
     let set_up = match rounds.find_reach(&context, &facts)? {
-        Ok(facts) => rounds.set_up_best(&facts, &local, || over_nccl()?.connect())?,
+        Ok(facts) => rounds.set_up_tuned(&facts, &local, &calls)?,
         Err(disagreement) => Err(disagreement),
     };
     drop(stream);
     rounds.end(check)?; // what exchanges that were given up needed has been freed
-    let exchange = match set_up {
-        Ok(exchange) => exchange,
+    let Tuned { exchange, ways, nearest } = match set_up {
+        Ok(tuned) => tuned,
         Err(disagreement) => return Ok(refused(comm, rank, disagreement)),
     };
 
-    let ranges = ranges(&facts, exchange.kind());
-    log_on(rank, world, legs, &exchange, ranges);
+    log_on((rank, world), legs, &exchange, &ways, nearest);
     let order = first.map_or_else(|| Arc::new(order), |first| first.order.clone());
     let page = comm.page(rank, world)?.cloned();
     let new_share = || seat.map(|seat| Arc::new(Share::new(seat, page, rank, &facts)));
     let share = if matches!(exchange, Exchange::Fused(_)) { share.or_else(new_share) } else { None };
     let exchange = ManuallyDrop::new(exchange);
-    let attached = Attached { rank, world, legs, ranges, context, kernels, exchange, order, share };
+    let attached = Attached { rank, world, legs, ways, context, kernels, exchange, order, share };
     Ok(Outcome::New(Box::new(attached)))
 }
 
@@ -299,14 +300,18 @@ fn load(device: i32, context: &Context, (legs, world): (Legs, usize), mixes_grap
     Ok(Loaded { kernels, block_channels, order })
 }
 
-fn log_on(rank: usize, world: usize, legs: Legs, exchange: &Exchange, ranges: Ranges) {
-    let Ranges { exact_max, compress_min } = ranges;
+/// Tells of a communicator that is on. `nearest`: as in [`Tuned`].
+fn log_on((rank, world): (usize, usize), legs: Legs, exchange: &Exchange, ways: &Ways, nearest: Nearest) {
+    let (exact_max, compress_min) = (ways.plain.exact_max(), ways.coded.compress_min());
     let mut from = match compress_min {
         u64::MAX => "nothing unless FLASHCOMM_MIN_BYTES says so".into(),
         compress_min => format!("from {compress_min} bytes up"),
     };
     if exact_max > 0 {
         from += &format!("; exact sums of other operations up to {exact_max} bytes");
+    }
+    if nearest.is_some() {
+        from += "; as measured here";
     }
     let blocks = match exchange {
         Exchange::Fused(fused) => match fused.max_blocks() {
@@ -318,9 +323,17 @@ fn log_on(rank: usize, world: usize, legs: Legs, exchange: &Exchange, ranges: Ra
     let (code, name) = (legs.code().name(), exchange.kind().name());
     log::info!("rank {rank} of {world}: on, {legs} bits ({code}), exchange {name},{blocks} {from}");
     if compress_min == u64::MAX && rank == 0 {
+        let why = match nearest {
+            Some((n_bytes, ours, nccl)) => format!(
+                "measured here, the real NCCL is faster: {n_bytes} bytes take {} us at best, over the real NCCL {} us",
+                ours / 1000,
+                nccl / 1000
+            ),
+            None => format!("over the exchange {name} the real NCCL is faster, or sends less"),
+        };
         log::warn!(
-            "a communicator of {world} ranks compresses nothing: over the exchange {name} the real NCCL is faster, or sends \
-             less. FLASHCOMM_MIN_BYTES compresses anyway; FLASHCOMM_LOG=info says what is against the other exchanges"
+            "a communicator of {world} ranks compresses nothing: {why}. FLASHCOMM_MIN_BYTES compresses anyway; \
+             FLASHCOMM_LOG=info says what is against the other exchanges"
         );
     }
 }

@@ -28,7 +28,7 @@ use crate::negotiation::key::{Birth, Key};
 use crate::negotiation::over_nccl::Life;
 use crate::negotiation::page::Page;
 use crate::record::Recording;
-use crate::verdict::{Ranges, Verdict};
+use crate::verdict::{Verdict, Ways};
 
 /// One communicator of this process, one rank of it.
 pub(crate) struct Comm {
@@ -79,8 +79,8 @@ pub(crate) struct Attached {
     pub world: usize,
     /// The agreed codecs.
     pub legs: Legs,
-    /// The agreed thresholds.
-    pub ranges: Ranges,
+    /// How sums go.
+    pub ways: Ways,
     /// The context of the communicator's device.
     pub context: Context,
     /// Kernels of the agreed codecs, in that context.
@@ -127,12 +127,12 @@ impl Comm {
     }
 
     /// What the ranks agreed on.
-    pub(crate) fn verdict(&self) -> Verdict {
+    pub(crate) fn verdict(&self) -> Verdict<'_> {
         match self.state.load(Ordering::Acquire) {
             OPEN => Verdict::Open,
             OFF => Verdict::Off,
             _ if self.switched_off.load(Ordering::Relaxed) => Verdict::SwitchedOff,
-            setup => self.setups[setup].get().map_or(Verdict::Off, |on| Verdict::On(on.ranges)),
+            setup => self.setups[setup].get().map_or(Verdict::Off, |on| Verdict::On(&on.ways)),
         }
     }
 

@@ -19,7 +19,7 @@ pub struct Setting {
 }
 
 /// Every setting.
-pub const SETTINGS: [Setting; 21] = [
+pub const SETTINGS: [Setting; 22] = [
     setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
     setting(
         "FLASHCOMM_BITS",
@@ -61,6 +61,13 @@ pub const SETTINGS: [Setting; 21] = [
     setting("FLASHCOMM_EXCHANGE", "auto", "auto, peer, host or nccl", "what carries the payloads", true),
     setting("FLASHCOMM_BUFFER_MIB", "64", "1 to 16384", "staging memory of a communicator, MiB of GPU memory", true),
     setting("FLASHCOMM_MAX_CTAS", "0", "0 to 1024", "blocks of a waiting kernel at most; 0: its own choice", true),
+    setting(
+        "FLASHCOMM_TUNE",
+        "off",
+        "off, cache or always",
+        "whether the ranks measure how each size goes best; cache: once a machine",
+        true,
+    ),
     setting("FLASHCOMM_PLUGIN", "0", "0 or 1", "1: vLLM's and SGLang's plugins route all-reduces by size", true),
     setting("FLASHCOMM_TIMEOUT_S", "0", "0 to 86400", "seconds a kernel waits for peers; 0: until aborted", false),
     setting("FLASHCOMM_ATTACH_TIMEOUT_S", "300", "1 to 86400", "seconds to wait for the other ranks' shim", false),

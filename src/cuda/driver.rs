@@ -67,6 +67,14 @@ pub(super) fn is_available() -> bool {
     *IS_OPEN
 }
 
+/// The newest CUDA that the driver knows, times 1000.
+pub(crate) fn driver_version() -> CudaResult<i32> {
+    let mut version = 0;
+    // SAFETY: `version` is a valid place.
+    check(unsafe { sys::cuDriverGetVersion(&mut version) })?;
+    Ok(version)
+}
+
 /// Number of devices the driver shows.
 pub fn device_count() -> CudaResult<i32> {
     let mut count = 0;

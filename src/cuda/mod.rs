@@ -20,7 +20,7 @@ pub(crate) use capture::{
     Capture, Dependencies, GraphNode, RelaxedCapture, capture_dependencies, capture_of, update_capture_dependencies,
 };
 pub(crate) use context::{Context, Entered, ordinal_of};
-pub(crate) use driver::{CudaError, CudaResult, init};
+pub(crate) use driver::{CudaError, CudaResult, driver_version, init};
 pub(crate) use memory::{DeviceMemory, IpcHandle, PinnedMemory, Registered, close_ipc, open_ipc};
 pub(crate) use module::{Function, Module, Shape};
 pub(crate) use partition::is_of_green_context;

@@ -58,7 +58,7 @@ impl Drop for Stream {
     }
 }
 
-/// An event without timing.
+/// An event.
 #[derive(Debug)]
 pub(crate) struct Event(sys::CUevent);
 
@@ -68,13 +68,29 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    /// A new event in the current context.
+    /// A new event in the current context, which takes no time.
     pub(crate) fn new() -> CudaResult<Self> {
+        Self::with_flags(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// The same, which does.
+    pub(crate) fn timed() -> CudaResult<Self> {
+        Self::with_flags(sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn with_flags(flags: sys::CUevent_flags) -> CudaResult<Self> {
         let mut handle = ptr::null_mut();
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
         // SAFETY: `handle` is a valid place.
-        check(unsafe { sys::cuEventCreate(&mut handle, flags) })?;
+        check(unsafe { sys::cuEventCreate(&mut handle, flags as c_uint) })?;
         Ok(Self(handle))
+    }
+
+    /// Milliseconds from another event to this one, both of which take the time and are complete.
+    pub(crate) fn milliseconds_since(&self, other: &Event) -> CudaResult<f32> {
+        let mut ms = 0.0;
+        // SAFETY: `ms` is a valid place; both events live.
+        check(unsafe { sys::cuEventElapsedTime(&mut ms, other.0, self.0) })?;
+        Ok(ms)
     }
 
     /// Records the work of `stream` so far. `external` makes it a node of the graph being captured, so that the

@@ -11,6 +11,7 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
+use flashcomm_wire::mailboxes::{STRIPE_VECS, VEC_BYTES};
 use flashcomm_wire::{Legs, Mailboxes, Rings, rings};
 
 pub(crate) use self::launch::Call;
@@ -57,8 +58,6 @@ pub struct Layout {
     pub rings: Rings,
     /// Then, for exact ones, where there are any.
     pub mailboxes: Option<Mailboxes>,
-    /// Exact ones of so many bytes and less go in one hop.
-    pub one_hop_max: usize,
 }
 
 impl Layout {
@@ -150,6 +149,16 @@ impl Fused {
     /// The agreed codecs.
     pub(super) fn legs(&self) -> Legs {
         self.layout.rings.legs
+    }
+
+    /// Ranks of the communicator.
+    pub(super) fn world(&self) -> usize {
+        self.layout.rings.world
+    }
+
+    /// Bytes of a sum for which there are mailboxes; 0 where there are none.
+    pub(crate) fn exact_room(&self) -> u64 {
+        self.layout.mailboxes.map_or(0, |room| (room.blocks * room.block_stripes * STRIPE_VECS * VEC_BYTES) as u64)
     }
 
     /// Where the areas live.

@@ -7,6 +7,7 @@ pub(crate) mod imports;
 pub(crate) mod nccl;
 pub(crate) mod residency;
 pub(crate) mod shared;
+pub(crate) mod timing;
 pub(crate) mod trial;
 
 use crate::config::ExchangeKind;

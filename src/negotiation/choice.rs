@@ -28,6 +28,8 @@ pub enum Against {
     Impossible(Disagreement),
     /// The real NCCL is faster.
     Slower,
+    /// Another one was measured to be faster.
+    Measured,
 }
 
 impl fmt::Display for Against {
@@ -35,6 +37,7 @@ impl fmt::Display for Against {
         match self {
             Against::Setting(kind) => write!(f, "FLASHCOMM_EXCHANGE={} says so", kind.name()),
             Against::Impossible(disagreement) => disagreement.fmt(f),
+            Against::Measured => f.write_str("it was measured to be slower here"),
             Against::Slower => f.write_str(
                 "the GPUs reach each other's memory, over which the real NCCL is faster (FLASHCOMM_EXCHANGE=host takes \
                  it anyway)",
@@ -43,11 +46,17 @@ impl fmt::Display for Against {
     }
 }
 
-/// The exchange of ranks with these facts, in rank order, of which `failed` were tried in vain.
-pub fn choose(facts: &[Blob], failed: &[(ExchangeKind, Disagreement)]) -> Choice {
+/// The exchange that the ranks have measured to be the fastest here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Preference(pub ExchangeKind);
+
+/// The exchange of ranks with these facts, in rank order, of which `failed` were tried in vain: the one that was measured to be
+/// the best, where that is possible.
+pub fn choose(facts: &[Blob], failed: &[(ExchangeKind, Disagreement)], measured: Option<Preference>) -> Choice {
     let mut passed_over = Vec::new();
+    let measured = measured.filter(|Preference(best)| against(*best, facts, failed, measured).is_none());
     for kind in ExchangeKind::ALL {
-        match against(kind, facts, failed) {
+        match against(kind, facts, failed, measured) {
             None => return Choice { takes: Some(kind), passed_over },
             Some(against) => passed_over.push((kind, against)),
         }
@@ -60,13 +69,19 @@ impl Choice {
     pub fn refusal(self) -> Option<Disagreement> {
         let impossible = |(_, against)| match against {
             Against::Impossible(disagreement) => Some(disagreement),
-            Against::Setting(_) | Against::Slower => None,
+            Against::Setting(_) | Against::Slower | Against::Measured => None,
         };
         self.passed_over.into_iter().rev().find_map(impossible).filter(|_| self.takes.is_none())
     }
 }
 
-fn against(kind: ExchangeKind, facts: &[Blob], failed: &[(ExchangeKind, Disagreement)]) -> Option<Against> {
+/// What is against an exchange, whatever comes before it.
+pub(super) fn against(
+    kind: ExchangeKind,
+    facts: &[Blob],
+    failed: &[(ExchangeKind, Disagreement)],
+    measured: Option<Preference>,
+) -> Option<Against> {
     let setting = facts[0].agreement.exchange;
     if let Some(other) = setting.filter(|setting| *setting != kind) {
         return Some(Against::Setting(other));
@@ -82,10 +97,11 @@ fn against(kind: ExchangeKind, facts: &[Blob], failed: &[(ExchangeKind, Disagree
     }
     // NCCL has the memory of the GPUs there: it can map that in ways that are not ours (CUDA IPC), where containers forbid
     // those.
-    if kind == ExchangeKind::Host && setting.is_none() && has_gpu_memory(facts) {
+    let is_assumed = setting.is_none() && measured.is_none();
+    if kind == ExchangeKind::Host && is_assumed && has_gpu_memory(facts) {
         return Some(Against::Slower);
     }
-    None
+    measured.filter(|Preference(best)| *best != kind).map(|_| Against::Measured)
 }
 
 /// What NCCL's variables, or containers, have against an exchange.
@@ -160,7 +176,7 @@ mod tests {
             (ranks(2, "nccl"), vec![], Some(Nccl)),
             (apart("nccl"), vec![], Some(Nccl)),
         ] {
-            let choice = choose(&facts, &failed);
+            let choice = choose(&facts, &failed, None);
             let setting = facts[0].agreement.exchange;
             assert_eq!(choice.takes, expected, "{} ranks, {setting:?}, {failed:?}: {choice:?}", facts.len());
             assert_eq!(choice.refusal().is_some(), expected.is_none(), "all forward for a reason, or for none");
@@ -173,11 +189,11 @@ mod tests {
             let (_, against) = choice.passed_over.into_iter().find(|(other, _)| *other == kind).unwrap();
             against.to_string()
         };
-        let choice = choose(&ranks(2, "auto"), &[not_ready(Peer)]);
+        let choice = choose(&ranks(2, "auto"), &[not_ready(Peer)], None);
         assert!(why(choice.clone(), Peer).contains("rank 1 could not"));
         assert!(why(choice, Host).contains("the real NCCL is faster"));
-        assert!(why(choose(&ranks(2, "nccl"), &[]), Peer).contains("FLASHCOMM_EXCHANGE=nccl"));
-        assert!(why(choose(&ranks(17, "auto"), &[]), Peer).contains("16 at most"));
+        assert!(why(choose(&ranks(2, "nccl"), &[], None), Peer).contains("FLASHCOMM_EXCHANGE=nccl"));
+        assert!(why(choose(&ranks(17, "auto"), &[], None), Peer).contains("16 at most"));
     }
 
     #[test]
@@ -198,13 +214,13 @@ mod tests {
     fn nccls_variables_and_containers_of_their_own_are_heard() {
         let mut p2p_off = ranks(2, "auto");
         p2p_off[1].forbids = 1;
-        let choice = choose(&p2p_off, &[]);
+        let choice = choose(&p2p_off, &[], None);
         // And NCCL has not got the GPUs' memory then, either.
         assert_eq!(choice.takes, Some(Host));
         assert!(choice.passed_over[0].1.to_string().contains("NCCL_P2P_DISABLE"), "{choice:?}");
         let mut no_shm = p2p_off.clone();
         no_shm[1].location.shared_memory = 0;
-        let choice = choose(&no_shm, &[]);
+        let choice = choose(&no_shm, &[], None);
         assert_eq!(choice.takes, Some(Nccl));
         assert!(choice.passed_over[1].1.to_string().contains("rank 1 has another /dev/shm"), "{choice:?}");
         // A setting of ours does not outvote them.
@@ -212,7 +228,7 @@ mod tests {
             let (config, _) = Config::parse(|asked| (asked == "FLASHCOMM_EXCHANGE").then(|| setting.into()));
             let mut facts = facts.clone();
             facts.iter_mut().for_each(|rank| rank.agreement = Agreement::from(&config));
-            assert_eq!(choose(&facts, &[]).takes, None, "{setting}");
+            assert_eq!(choose(&facts, &[], None).takes, None, "{setting}");
         }
     }
 }

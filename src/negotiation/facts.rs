@@ -6,7 +6,7 @@
 use flashcomm_wire::{Code, Codec, GroupSize, Legs, WIRE_VERSION, Width};
 
 use super::disagreement::Disagreement;
-use crate::config::{Config, ExchangeKind};
+use crate::config::{Config, ExchangeKind, Tune};
 use crate::exchange::area::{OFFER_BYTES, Offer};
 
 /// Bytes of a blob.
@@ -35,6 +35,8 @@ pub struct Agreement {
     pub buffer_bytes: usize,
     /// `FLASHCOMM_MAX_CTAS`.
     pub max_ctas: u32,
+    /// `FLASHCOMM_TUNE`.
+    pub tune: Tune,
     /// `FLASHCOMM_PLUGIN`.
     pub plugin: bool,
     /// Whether the engine wants it off.
@@ -51,6 +53,7 @@ impl From<&Config> for Agreement {
             exchange: config.exchange,
             buffer_bytes: config.buffer_bytes,
             max_ctas: config.max_ctas,
+            tune: config.tune,
             plugin: config.plugin,
             switched_off: false,
         }
@@ -70,6 +73,8 @@ pub struct Blob {
     pub reaches: u16,
     /// The ranks whose GPU's memory is not to be used by its own, as bits: NCCL's variables say so.
     pub forbids: u16,
+    /// The ranks with whose GPU its own has NVLink, as bits; its own among them.
+    pub nvlinks: u16,
     /// The number of its attach; that of rank 0 names the communicator among the ranks of a process.
     pub attach: u64,
     /// Whether it could do what this round is about.
@@ -108,8 +113,18 @@ pub struct Location {
 impl Blob {
     /// The bytes that travel.
     pub fn encode(&self) -> [u8; BLOB_BYTES] {
-        let Agreement { legs, min_bytes, exact_max, dtypes, exchange, buffer_bytes, max_ctas, plugin, switched_off } =
-            self.agreement;
+        let Agreement {
+            legs,
+            min_bytes,
+            exact_max,
+            dtypes,
+            exchange,
+            buffer_bytes,
+            max_ctas,
+            tune,
+            plugin,
+            switched_off,
+        } = self.agreement;
         let location = &self.location;
         let (uuid, _) = location.device_uuid.as_chunks::<8>();
         let fields = [
@@ -141,6 +156,8 @@ impl Blob {
             location.boot,
             location.family,
             exact_max.unwrap_or(u64::MAX),
+            tune as u64,
+            u64::from(self.nvlinks),
         ];
         let mut bytes = [0; BLOB_BYTES];
         for (place, field) in bytes[..OFFER_AT].chunks_exact_mut(8).zip(fields) {
@@ -178,6 +195,7 @@ impl Blob {
             attach: field(19),
             reaches: u16::try_from(field(21)).ok()?,
             forbids: u16::try_from(field(22)).ok()?,
+            nvlinks: u16::try_from(field(29)).ok()?,
             location: Location {
                 host: field(4),
                 nccl_host: field(23),
@@ -196,6 +214,7 @@ impl Blob {
                 exact_max: Some(field(27)).filter(|n_bytes| *n_bytes != u64::MAX),
                 dtypes: (flags & 1 != 0, flags & 2 != 0),
                 switched_off: flags & 4 != 0,
+                tune: *Tune::ALL.get(usize::try_from(field(28)).ok()?)?,
                 plugin: flags & 16 != 0,
                 exchange: match field(10) {
                     0 => None,
@@ -237,7 +256,7 @@ pub fn agree(gathered: &[u8]) -> Result<Vec<Blob>, Disagreement> {
 
 /// The first setting that differs, with both values.
 fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, String, String)> {
-    let rows: [(&str, fn(&Agreement) -> String); 12] = [
+    let rows: [(&str, fn(&Agreement) -> String); 13] = [
         ("FLASHCOMM_BITS", |a| a.legs.to_string()),
         ("FLASHCOMM_GROUP", |a| a.legs.reduce.group.n_elems().to_string()),
         ("FLASHCOMM_CODE", |a| a.legs.code().name().into()),
@@ -252,6 +271,7 @@ fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, Stri
         ("FLASHCOMM_EXCHANGE", |a| a.exchange.map_or("auto", ExchangeKind::name).into()),
         ("FLASHCOMM_BUFFER_MIB", |a| (a.buffer_bytes >> 20).to_string()),
         ("FLASHCOMM_MAX_CTAS", |a| a.max_ctas.to_string()),
+        ("FLASHCOMM_TUNE", |a| a.tune.name().into()),
         ("FLASHCOMM_PLUGIN", |a| u8::from(a.plugin).to_string()),
         ("flashcommSetCommEnabled", |a| u8::from(!a.switched_off).to_string()),
     ];
@@ -294,6 +314,7 @@ mod tests {
             location,
             reaches: 5,
             forbids: 2,
+            nvlinks: 4,
             attach: 9,
             ready: true,
             offer,
@@ -328,6 +349,7 @@ mod tests {
             ("FLASHCOMM_EXCHANGE", "nccl"),
             ("FLASHCOMM_BUFFER_MIB", "3"),
             ("FLASHCOMM_MAX_CTAS", "24"),
+            ("FLASHCOMM_TUNE", "always"),
             ("FLASHCOMM_PLUGIN", "1"),
         ] {
             let error = agree(&gather(&[blob(0), blob(1), with(2, name, value)])).unwrap_err();
@@ -336,7 +358,7 @@ mod tests {
             assert!(error.to_string().contains(name) && error.to_string().contains("rank 2"));
         }
         let shared = crate::config::table::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
-        assert_eq!(shared, 12, "eleven are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
+        assert_eq!(shared, 13, "twelve are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! * [`meeting`]: everyone's word to everyone, and the rounds that are made of it;
 //! * [`page`]: meeting over a page of shared memory, by ranks of one host that find each other by a [`key`];
 //! * [`over_nccl`]: meeting by a real all-gather, by all others;
-//! * [`setup`]: an exchange is set up in rounds, and taken when every rank could.
+//! * [`setup`]: an exchange is set up in rounds, and taken when every rank could;
+//! * [`tuning`]: which exchange, and which way of each size, was measured to be the fastest here.
 //!
 //! Attach (`comm::attach`) and `flashcomm doctor` go through the same rounds, over other meetings.
 
@@ -24,3 +25,4 @@ pub(crate) mod ranges;
 mod samples;
 pub(crate) mod setup;
 pub(crate) mod sizes;
+pub(crate) mod tuning;

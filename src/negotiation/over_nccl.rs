@@ -1,5 +1,6 @@
 //! Meeting by the real NCCL: an all-gather on a stream of ours, waited for with an eye on the abort.
 
+use std::ffi::c_void;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,9 +9,10 @@ use parking_lot::Mutex;
 use super::facts::BLOB_BYTES;
 use super::meeting::{Meeting, poll};
 use crate::cuda::{DeviceMemory, Event, Lent, Stream};
+use crate::element::ElementType;
 use crate::error::{Error, Result};
 use crate::exchange::nccl::{Transfer, all_gather, all_to_all};
-use crate::nccl::{CommPtr, NcclResult};
+use crate::nccl::{CommPtr, DataType, NcclResult, RedOp};
 use crate::real;
 
 /// How long a communicator's handle may be used.
@@ -44,6 +46,34 @@ impl Life {
     pub(crate) fn call<T>(&self, call: impl FnOnce() -> T) -> Result<T> {
         let _in_use = self.in_use.lock();
         if self.has_ended() { Err(Error::Aborted) } else { Ok(call()) }
+    }
+}
+
+/// A sum in place: of so many elements of a type, from an address on.
+pub(crate) type Sum = (ElementType, *mut c_void, usize);
+
+/// Issues a sum of a communicator to a stream of ours. Answers whether the call was done at once, which that of a communicator
+/// that does not block need not be.
+///
+/// # Errors
+/// The real NCCL's, or [`Error::Aborted`].
+pub(crate) fn all_reduce(comm: CommPtr, life: &Life, (element, at, count): Sum, stream: &Stream) -> Result<bool> {
+    let datatype = match element {
+        ElementType::Fp16 => DataType::FLOAT16,
+        ElementType::Bf16 => DataType::BFLOAT16,
+        ElementType::Fp32 => DataType::FLOAT32,
+    };
+    let handle = stream.handle().cast();
+    // SAFETY: the elements are ours and stay until they are summed; handle and stream live.
+    let issue = || unsafe { real::all_reduce(at, at, count, datatype, RedOp::SUM, comm, handle) };
+    match life.call(issue)? {
+        NcclResult::SUCCESS => Ok(true),
+        NcclResult::IN_PROGRESS => {
+            let check = || if life.has_ended() { Err(Error::Aborted) } else { Ok(()) };
+            poll(check, || Ok(life.call(|| real::state(comm))? != NcclResult::IN_PROGRESS))?;
+            Ok(false)
+        }
+        result => Err(Error::Nccl { function: "ncclAllReduce", result }),
     }
 }
 

@@ -1,14 +1,29 @@
-//! Pure: which sums a communicator takes, by their bytes: the small ones exactly, the large ones compressed.
+//! Pure: how the sums of a communicator go, by their bytes: the small ones exactly, the large ones compressed.
 
 use flashcomm_wire::TILE_ELEMS;
 
 use super::facts::{Blob, sharing};
-use crate::config::ExchangeKind;
-use crate::verdict::Ranges;
+use crate::config::{ExchangeKind, Tune};
+use crate::verdict::{Table, Way, Ways};
 
-/// What the ranks have set, or what was measured (docs/tuning.md).
-pub(crate) fn ranges(facts: &[Blob], kind: ExchangeKind) -> Ranges {
-    Ranges { exact_max: exact_max_bytes(facts, kind), compress_min: min_bytes(facts, kind) }
+/// What the ranks have set, or what was measured on other machines (docs/tuning.md).
+pub(crate) fn ways(facts: &[Blob], kind: ExchangeKind) -> Ways {
+    let (exact_max, compress_min) = (exact_max_bytes(facts, kind), min_bytes(facts, kind));
+    let one_hop_max = one_hop_max_bytes(kind, facts.len());
+    let plain = |n_bytes| match n_bytes {
+        n_bytes if n_bytes > exact_max => Way::Forward,
+        n_bytes if n_bytes > one_hop_max => Way::ExactTwoHops,
+        // Nothing is exact where the limit is 0, and nobody sums 0 bytes.
+        0 if exact_max == 0 => Way::Forward,
+        _ => Way::ExactOneHop,
+    };
+    let coded = |n_bytes| match n_bytes {
+        n_bytes if n_bytes >= compress_min && compress_min != u64::MAX => Way::Compressed,
+        n_bytes => plain(n_bytes),
+    };
+    let mut starts = [exact_max.saturating_add(1), one_hop_max.saturating_add(1), compress_min];
+    starts.sort_unstable();
+    Ways { coded: Table::new(starts, coded), plain: Table::new(starts, plain) }
 }
 
 /// Up to how many bytes a sum is exact and ours; 0: none is.
@@ -19,6 +34,21 @@ pub(super) fn exact_max_bytes(facts: &[Blob], kind: ExchangeKind) -> u64 {
     let room = agreement.buffer_bytes / 4 * 3 / (8 * (world - 1).max(1));
     let default = || if sharing(facts) > 1 { 0 } else { default_exact_max_bytes(kind, world) };
     if kind == ExchangeKind::Nccl { 0 } else { agreement.exact_max.unwrap_or_else(default).min(room as u64) }
+}
+
+/// Up to how many bytes there are mailboxes for exact sums.
+///
+/// Mailboxes take two turns, and 4/3 of the bytes of each peer; all of them get a quarter of the memory that is set.
+pub(super) fn exact_room(facts: &[Blob], kind: ExchangeKind) -> u64 {
+    let (world, agreement) = (facts.len(), &facts[0].agreement);
+    let room = (agreement.buffer_bytes / 4 * 3 / (8 * (world - 1).max(1))) as u64;
+    match (agreement.tune, agreement.exact_max, kind) {
+        (Tune::Off, ..) | (_, Some(_), _) => exact_max_bytes(facts, kind),
+        // To find out up to where they are the best. Beyond, nobody has seen them be it.
+        (_, None, ExchangeKind::Peer) => room.min(2 << 20),
+        (_, None, ExchangeKind::Host) => room.min(512 << 10),
+        (_, None, ExchangeKind::Nccl) => 0,
+    }
 }
 
 /// The same by default, of ranks with a GPU each: none where that has not been measured.
@@ -41,9 +71,9 @@ const fn crossover(kind: ExchangeKind) -> u64 {
 ///
 /// Of two ranks both send as much. Of three and four: where two hops become faster, as measured. Of more: by the bytes that one
 /// hop sends, not measured.
-pub(super) const fn one_hop_max_bytes(kind: ExchangeKind, world: usize) -> usize {
+const fn one_hop_max_bytes(kind: ExchangeKind, world: usize) -> u64 {
     match (kind, world) {
-        (_, ..3) => usize::MAX,
+        (_, ..3) => u64::MAX,
         (ExchangeKind::Host, ..5) => 32 << 10,
         (ExchangeKind::Host, _) => 16 << 10,
         (_, ..5) => 128 << 10,
@@ -180,8 +210,9 @@ mod tests {
 
     #[test]
     fn by_default_sums_are_exact_up_to_where_compressed_ones_are_faster_as_measured() {
-        let ranges =
-            |facts: &[Blob]| [Peer, Host].map(|kind| ranges(facts, kind)).map(|x| (x.exact_max, x.compress_min));
+        let ranges = |facts: &[Blob]| {
+            [Peer, Host].map(|kind| ways(facts, kind)).map(|ways| (ways.plain.exact_max(), ways.coded.compress_min()))
+        };
         for world in 2..=4 {
             let each = [1280 << 10, 160 << 10].map(|n_bytes| (n_bytes, n_bytes));
             assert_eq!(ranges(&ranks(world, "auto")), each, "{world} ranks");

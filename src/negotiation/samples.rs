@@ -24,6 +24,7 @@ pub(super) fn ranks(world: usize, setting: &str) -> Vec<Blob> {
         location: Location { process: rank as u64, device_uuid: [rank as u8; 16], ..location },
         reaches: ((1u32 << world.min(16)) - 1) as u16,
         forbids: 0,
+        nvlinks: ((1u32 << world.min(16)) - 1) as u16,
         attach: 1,
         ready: true,
         offer: [0; crate::exchange::area::OFFER_BYTES],

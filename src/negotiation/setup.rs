@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use flashcomm_wire::Plan;
 
-use super::choice::{Against, choose};
+use super::choice::{Against, Preference, choose};
 use super::disagreement::Disagreement;
 use super::facts::{Agreement, Blob, Location};
 use super::identity;
@@ -80,7 +80,9 @@ impl Blob {
             family,
         };
         let attach = identity::number_of_attach();
-        Ok(Self { rank: rank as u32, agreement, location, reaches: 0, forbids: 0, attach, ready: true, offer: NOTHING })
+        let (reaches, forbids, nvlinks) = (0, 0, 0);
+        let rank = rank as u32;
+        Ok(Self { rank, agreement, location, reaches, forbids, nvlinks, attach, ready: true, offer: NOTHING })
     }
 }
 
@@ -98,7 +100,7 @@ impl<M: Meeting> Rounds<M> {
     /// # Errors
     /// As for [`Rounds::next`].
     pub fn find_reach(&mut self, context: &Context, facts: &[Blob]) -> Result<Round> {
-        (self.blob.reaches, self.blob.forbids) =
+        (self.blob.reaches, self.blob.forbids, self.blob.nvlinks) =
             reach(context, facts, Variables::global()).map_err(Error::cuda("asking what the GPU reaches"))?;
         self.compare(true)
     }
@@ -180,8 +182,8 @@ fn not_set_up<T>(mine: Result<T>, round: Round, doing: &'static str) -> NotSetUp
 }
 
 impl<M: Meeting> Rounds<M> {
-    /// Sets up the best exchange that all ranks can, of those that the setting allows. `connect` makes the real NCCL
-    /// connect all ranks, as [`super::over_nccl::OverNccl::connect`] does.
+    /// Sets up the best exchange that all ranks can, of those that the setting allows: the one that was measured to be so,
+    /// if any was. `connect` makes the real NCCL connect all ranks, as [`super::over_nccl::OverNccl::connect`] does.
     ///
     /// # Errors
     /// As for [`Rounds::next`].
@@ -190,10 +192,11 @@ impl<M: Meeting> Rounds<M> {
         facts: &[Blob],
         local: &Local<'_>,
         connect: impl Fn() -> Result<bool>,
+        measured: Option<Preference>,
     ) -> Result<std::result::Result<Exchange, Disagreement>> {
         let mut failed = Vec::new();
         loop {
-            let choice = choose(facts, &failed);
+            let choice = choose(facts, &failed, measured);
             let Some(kind) = choice.takes else {
                 return Ok(Err(choice.refusal().expect("what is not taken has failed")));
             };
@@ -228,7 +231,7 @@ impl<M: Meeting> Rounds<M> {
         let Blob { rank, agreement: Agreement { legs, buffer_bytes, .. }, .. } = self.blob;
         let world = facts.len();
         // Where nothing will go this way it costs no connections, and next to no memory.
-        let is_used = ranges::ranges(facts, ExchangeKind::Nccl).compress_min != u64::MAX;
+        let is_used = ranges::ways(facts, ExchangeKind::Nccl).coded.compress_min() != u64::MAX;
         let buffer_bytes = if is_used { buffer_bytes } else { Plan::staging_bytes_per_tile(world, legs) };
         if is_used && !connect()? {
             // Nothing is allocated that would be freed at once: that would wait for what the application has on the GPU.
@@ -247,9 +250,10 @@ impl<M: Meeting> Rounds<M> {
     }
 }
 
-/// The ranks whose GPU's memory the GPU of this context reaches, and those where NCCL's variables forbid it, as bits.
-fn reach(context: &Context, facts: &[Blob], variables: &Variables) -> CudaResult<(u16, u16)> {
-    let (mut reaches, mut forbids) = (0, 0);
+/// The ranks whose GPU's memory the GPU of this context reaches, those where NCCL's variables forbid it, and those to which it
+/// has NVLink, as bits.
+fn reach(context: &Context, facts: &[Blob], variables: &Variables) -> CudaResult<(u16, u16, u16)> {
+    let (mut reaches, mut forbids, mut nvlinks) = (0, 0, 0);
     // More ranks than bits have no exchange for which it matters.
     for (rank, Blob { location, .. }) in facts.iter().enumerate().take(u16::BITS as usize) {
         // Of a GPU that this process does not see nothing is known but that it is another one.
@@ -261,9 +265,12 @@ fn reach(context: &Context, facts: &[Blob], variables: &Variables) -> CudaResult
             Some(_) => continue,
             None => Distance::Nvl,
         };
+        if distance <= Distance::Nvl && reaches >> rank & 1 != 0 {
+            nvlinks |= 1 << rank;
+        }
         if variables.p2p_level.is_some_and(|level| distance > level) {
             forbids |= 1 << rank;
         }
     }
-    Ok((reaches, forbids))
+    Ok((reaches, forbids, nvlinks))
 }

@@ -5,7 +5,7 @@ use flashcomm_wire::{Mailboxes, Rings};
 
 use super::facts::{Blob, sharing};
 use super::identity;
-use super::ranges::{exact_max_bytes, one_hop_max_bytes};
+use super::ranges::exact_room;
 use crate::config::ExchangeKind;
 use crate::exchange::fused::Layout;
 use crate::exchange::residency::{self, Blocks};
@@ -23,12 +23,12 @@ pub fn layout(facts: &[Blob], kind: ExchangeKind) -> Option<Layout> {
         return None;
     }
     let Blocks { usual, large } = blocks(facts);
-    let exact_max = exact_max_bytes(facts, kind) as usize; // bounded by the buffer
+    let exact_max = exact_room(facts, kind) as usize; // bounded by the buffer
     let mailboxes = (exact_max > 0).then(|| Mailboxes::for_bytes(facts.len(), usual, exact_max));
     let left = agreement.buffer_bytes - mailboxes.map_or(0, |mailboxes| mailboxes.area_bytes());
     let n_blocks = if family(facts).is_some() { large } else { usual };
     let rings = Rings::within(facts.len(), agreement.legs, n_blocks * block_channels(facts), left)?;
-    Some(Layout { rings, mailboxes, one_hop_max: one_hop_max_bytes(kind, facts.len()) })
+    Some(Layout { rings, mailboxes })
 }
 
 /// Blocks that a kernel may have on every rank.

@@ -24,6 +24,7 @@ macro_rules! calls {
 }
 
 calls! {
+    ncclGetVersion as get_version(version: *mut c_int);
     ncclGroupStart as group_start();
     ncclGroupEnd as group_end();
     ncclAllReduce as all_reduce(
@@ -39,6 +40,16 @@ calls! {
     ncclCommUserRank as comm_user_rank(comm: CommPtr, rank: *mut c_int);
     ncclCommCuDevice as comm_cu_device(comm: CommPtr, device: *mut c_int);
     ncclCommGetAsyncError as comm_get_async_error(comm: CommPtr, result: *mut NcclResult);
+}
+
+/// The version of the real library, as it tells it; 0 where it does not.
+pub(crate) fn version() -> c_int {
+    let mut version = 0;
+    // SAFETY: a valid place.
+    match unsafe { get_version(&mut version) } {
+        NcclResult::SUCCESS => version,
+        _ => 0,
+    }
 }
 
 /// What a communicator that the application has not ended says of itself: how far it is, or what is wrong with it.

@@ -235,7 +235,7 @@ fn decide(facts: &[Blob], no_peer: &Failed, no_host: &Failed) -> (Option<Exchang
     };
     let failed = |kind| Some((kind, Disagreement::NotReady { rank: of(kind).as_ref()?.0 }));
     let failed: Vec<_> = ExchangeKind::ALL.into_iter().filter_map(failed).collect();
-    let Choice { takes, passed_over } = choose(facts, &failed);
+    let Choice { takes, passed_over } = choose(facts, &failed, None);
     let weighed = passed_over.iter().filter(|(_, against)| !matches!(against, Against::Setting(_)));
     let against = weighed.map(|(kind, against)| match (against, of(*kind)) {
         (Against::Impossible(_), Some((rank, why))) => {

@@ -83,25 +83,51 @@ impl Fused {
             .map_err(Error::cuda("launching the all-reduce"))
     }
 
-    /// Issues an exact all-reduce of `count` elements, for which there are mailboxes, to `stream`, of the current context.
+    /// Issues an exact all-reduce of `count` elements, for which there are mailboxes, in one hop or in two, to `stream`, of
+    /// the current context.
     ///
     /// # Errors
     /// As for [`Fused::all_reduce`].
     ///
     /// # Safety
     /// As for [`Fused::all_reduce`].
-    pub unsafe fn exact(&self, kernels: &Kernels, count: usize, call: &Call, stream: StreamHandle) -> Result<()> {
+    pub unsafe fn exact(
+        &self,
+        kernels: &Kernels,
+        (count, two_hops): (usize, bool),
+        call: &Call,
+        stream: StreamHandle,
+    ) -> Result<()> {
         if let Some(error) = self.failure() {
             return Err(error);
         }
+        // SAFETY: as the caller vouches.
+        unsafe { self.launch_exact(kernels, (count, two_hops), call, self.timeout, stream) }
+    }
+
+    /// The same whatever became of earlier ones, with a timeout of its own.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// As for [`Fused::all_reduce`].
+    pub(in crate::exchange) unsafe fn launch_exact(
+        &self,
+        kernels: &Kernels,
+        (count, two_hops): (usize, bool),
+        call: &Call,
+        timeout: Option<Duration>,
+        stream: StreamHandle,
+    ) -> Result<()> {
         let Call { element, scale, input, output, .. } = *call;
         let mailboxes = self.layout.mailboxes.expect("the range of exact sums is empty without them");
         let n_bytes = count * element.n_bytes();
         let n_stripes = n_bytes.div_ceil(STRIPE_VECS * VEC_BYTES);
         assert!(n_stripes <= mailboxes.blocks * mailboxes.block_stripes, "the range of exact sums ends there");
         let (n_blocks, block_stripes) = exact_shape(n_stripes, &mailboxes);
-        let (count, timeout_ns) = (count as u64, nanoseconds(self.timeout));
-        let two_hops = (n_bytes > self.layout.one_hop_max).into();
+        let (count, timeout_ns) = (count as u64, nanoseconds(timeout));
+        let two_hops = two_hops.into();
         let args = ExactArgs { input, output, count, block_stripes, two_hops, scale, timeout_ns, ..self.exact_args() };
         // SAFETY: the mailboxes are every rank's and stay; the rest as for `launch`.
         unsafe { kernels.exact(element, n_blocks, &args, stream) }
