@@ -5,7 +5,7 @@
 //! * [`group`]: group nesting, since a compressed all-reduce inside a group waits for its end;
 //! * [`creation`]: the beginnings of communicators, where their ranks meet;
 //! * [`lifecycle`]: their ends, where our state goes first;
-//! * [`control`]: flashcomm's own calls, `include/flashcomm.h`;
+//! * [`control`] and [`way`]: flashcomm's own calls, `include/flashcomm.h`;
 //! * [`boundary`]: what holds for every one of them.
 
 mod boundary;
@@ -17,3 +17,4 @@ pub mod group;
 pub mod lifecycle;
 #[cfg(test)]
 mod prototypes;
+pub mod way;

@@ -37,7 +37,8 @@ use crate::negotiation::meeting::{Meeting, Rounds, poll};
 use crate::negotiation::over_nccl::{self, OverNccl, Sum};
 use crate::negotiation::page::OverPage;
 use crate::negotiation::setup::Local;
-use crate::negotiation::tuning::{Nearest, RealCalls, Tuned};
+use crate::negotiation::tuning::figures::Figures;
+use crate::negotiation::tuning::{RealCalls, Tuned};
 use crate::real;
 use crate::stats;
 use crate::verdict::{Verdict, Ways};
@@ -270,18 +271,18 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
     };
     drop(stream);
     rounds.end(check)?; // what exchanges that were given up needed has been freed
-    let Tuned { exchange, ways, nearest } = match set_up {
+    let Tuned { exchange, ways, figures } = match set_up {
         Ok(tuned) => tuned,
         Err(disagreement) => return Ok(refused(comm, rank, disagreement)),
     };
 
-    log_on((rank, world), legs, &exchange, &ways, nearest);
+    log_on((rank, world), legs, &exchange, &ways, figures.as_ref());
     let order = first.map_or_else(|| Arc::new(order), |first| first.order.clone());
     let page = comm.page(rank, world)?.cloned();
     let new_share = || seat.map(|seat| Arc::new(Share::new(seat, page, rank, &facts)));
     let share = if matches!(exchange, Exchange::Fused(_)) { share.or_else(new_share) } else { None };
     let exchange = ManuallyDrop::new(exchange);
-    let attached = Attached { rank, world, legs, ways, context, kernels, exchange, order, share };
+    let attached = Attached { rank, world, legs, ways, figures, context, kernels, exchange, order, share };
     Ok(Outcome::New(Box::new(attached)))
 }
 
@@ -300,8 +301,7 @@ fn load(device: i32, context: &Context, (legs, world): (Legs, usize), mixes_grap
     Ok(Loaded { kernels, block_channels, order })
 }
 
-/// Tells of a communicator that is on. `nearest`: as in [`Tuned`].
-fn log_on((rank, world): (usize, usize), legs: Legs, exchange: &Exchange, ways: &Ways, nearest: Nearest) {
+fn log_on((rank, world): (usize, usize), legs: Legs, exchange: &Exchange, ways: &Ways, figures: Option<&Figures>) {
     let (exact_max, compress_min) = (ways.plain.exact_max(), ways.coded.compress_min());
     let mut from = match compress_min {
         u64::MAX => "nothing unless FLASHCOMM_MIN_BYTES says so".into(),
@@ -310,7 +310,7 @@ fn log_on((rank, world): (usize, usize), legs: Legs, exchange: &Exchange, ways: 
     if exact_max > 0 {
         from += &format!("; exact sums of other operations up to {exact_max} bytes");
     }
-    if nearest.is_some() {
+    if figures.is_some() {
         from += "; as measured here";
     }
     let blocks = match exchange {
@@ -323,7 +323,7 @@ fn log_on((rank, world): (usize, usize), legs: Legs, exchange: &Exchange, ways: 
     let (code, name) = (legs.code().name(), exchange.kind().name());
     log::info!("rank {rank} of {world}: on, {legs} bits ({code}), exchange {name},{blocks} {from}");
     if compress_min == u64::MAX && rank == 0 {
-        let why = match nearest {
+        let why = match figures.and_then(Figures::nearest) {
             Some((n_bytes, ours, nccl)) => format!(
                 "measured here, the real NCCL is faster: {n_bytes} bytes take {} us at best, over the real NCCL {} us",
                 ours / 1000,

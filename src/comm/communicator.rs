@@ -27,6 +27,7 @@ use crate::negotiation::disagreement::MAX_SETUPS;
 use crate::negotiation::key::{Birth, Key};
 use crate::negotiation::over_nccl::Life;
 use crate::negotiation::page::Page;
+use crate::negotiation::tuning::figures::Figures;
 use crate::record::Recording;
 use crate::verdict::{Verdict, Ways};
 
@@ -81,6 +82,8 @@ pub(crate) struct Attached {
     pub legs: Legs,
     /// How sums go.
     pub ways: Ways,
+    /// By what was measured, where it was.
+    pub figures: Option<Figures>,
     /// The context of the communicator's device.
     pub context: Context,
     /// Kernels of the agreed codecs, in that context.

@@ -1,4 +1,4 @@
-//! `include/flashcomm.h` is what cbindgen makes of src/abi/control.rs, and it compiles alone and beside the real nccl.h.
+//! `include/flashcomm.h` is what cbindgen makes of src/abi/control.rs and way.rs, and it compiles alone and beside the real nccl.h.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -30,7 +30,7 @@ const PROGRAM: &str = "#include <flashcomm.h>\n\
     return flashcommGetVersion(&version) || *flashcommGetLastError(0) || flashcommGetStats(&stats) == FLASHCOMM_SUCCESS ||\n\
     flashcommGetCommStats(0, &stats) == FLASHCOMM_INVALID_ARGUMENT || !flashcommReasonName(0) ||\n\
     flashcommGetCommInfo(0, 0) == FLASHCOMM_INVALID_USAGE || flashcommSetCommBits(0, 4, 8) == FLASHCOMM_REMOTE_ERROR ||\n\
-    flashcommSetCommEnabled(0, FLASHCOMM_ON); }\n";
+    flashcommGetCommWay(0, 0, FLASHCOMM_WAY_COMPRESSED, 0) || flashcommSetCommEnabled(0, FLASHCOMM_ON); }\n";
 
 #[test]
 fn the_header_is_up_to_date() {
@@ -38,8 +38,9 @@ fn the_header_is_up_to_date() {
     let bindings = cbindgen::Builder::new()
         .with_config(config)
         .with_src(root().join("src/abi/control.rs"))
+        .with_src(root().join("src/abi/way.rs"))
         .generate()
-        .expect("control.rs");
+        .expect("control.rs and way.rs");
     let mut generated = Vec::new();
     bindings.write(&mut generated);
     if std::env::var_os("FLASHCOMM_UPDATE_HEADER").is_some() {

@@ -188,5 +188,6 @@ fn blob(rank: u32, config: &Config) -> Blob {
         family: 19,
     };
     let offer = std::array::from_fn(|i| i as u8);
-    Blob { rank, agreement: Agreement::from(config), location, reaches: 3, forbids: 4, attach: 9, ready: true, offer }
+    let (agreement, ready) = (Agreement::from(config), true);
+    Blob { rank, agreement, location, reaches: 3, forbids: 4, nvlinks: 5, attach: 9, ready, offer }
 }

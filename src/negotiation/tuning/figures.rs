@@ -36,7 +36,7 @@ pub(crate) struct Bounds {
 impl Figures {
     /// Nanoseconds of a sum of so many bytes: on straight lines between the sizes measured, and on from
     /// the last two. `None` where that is not known.
-    fn nanoseconds(&self, way: Way, n_bytes: u64) -> Option<u64> {
+    pub(crate) fn nanoseconds(&self, way: Way, n_bytes: u64) -> Option<u64> {
         let i = WAYS.iter().position(|other| *other == way)?;
         let measured = SIZES.iter().zip(&self.0).filter(|(_, row)| row[i] != 0);
         let points: Vec<(i128, i128)> = measured.map(|(size, row)| ((*size).into(), row[i].into())).collect();

@@ -54,17 +54,14 @@ pub(crate) struct RealCalls<'a> {
     pub all_reduce: &'a dyn Fn(Sum) -> Result<bool>,
 }
 
-/// By what was measured: bytes, and the nanoseconds of the best of ours and of the real NCCL, where they come nearest.
-pub(crate) type Nearest = Option<(u64, u32, u32)>;
-
 /// An exchange, how sums go over it, and why, where that was measured.
 pub(crate) struct Tuned {
     /// What carries the payloads.
     pub exchange: Exchange,
     /// How sums go.
     pub ways: Ways,
-    /// Where that was measured.
-    pub nearest: Nearest,
+    /// Of that exchange; where none of ours is used, of the one that came nearest to the real NCCL.
+    pub figures: Option<Figures>,
 }
 
 impl<M: Meeting> Rounds<M> {
@@ -323,12 +320,13 @@ fn tuned(measured: &Measured, facts: &[Blob], exchange: Exchange) -> Tuned {
     match (measured.of(kind), kind) {
         (Some(figures), _) => {
             let ways = figures.ways(&bounds(facts, kind));
-            Tuned { exchange, ways, nearest: figures.nearest() }
+            Tuned { exchange, ways, figures: Some(figures.clone()) }
         }
         (None, ExchangeKind::Nccl) => {
-            let nearest = measured.0.iter().filter_map(|(_, figures)| figures.nearest());
-            let nearest = nearest.min_by_key(|(_, ours, nccl)| u64::from(*ours) * 1000 / u64::from(*nccl));
-            Tuned { nearest, ..untuned(facts, exchange) }
+            let of_all = measured.0.iter().map(|(_, figures)| figures);
+            let nearest = of_all.filter_map(|figures| Some((figures, figures.nearest()?)));
+            let nearest = nearest.min_by_key(|(_, (_, ours, nccl))| u64::from(*ours) * 1000 / u64::from(*nccl));
+            Tuned { figures: nearest.map(|(figures, _)| figures.clone()), ..untuned(facts, exchange) }
         }
         // What was best cannot be set up this time.
         (None, _) => untuned(facts, exchange),
@@ -337,7 +335,7 @@ fn tuned(measured: &Measured, facts: &[Blob], exchange: Exchange) -> Tuned {
 
 fn untuned(facts: &[Blob], exchange: Exchange) -> Tuned {
     let ways = ranges::ways(facts, exchange.kind());
-    Tuned { exchange, ways, nearest: None }
+    Tuned { exchange, ways, figures: None }
 }
 
 /// All on which the measurements depend: the GPUs and how they reach each other, what the ranks have set, and the versions.

@@ -157,6 +157,7 @@ libraries! {
         flashcommGetStats(*mut [u64; 6]);
         flashcommGetCommStats(Ptr, *mut Stats);
         flashcommGetCommInfo(Ptr, *mut Info);
+        flashcommGetCommWay(Ptr, c_int, u64, *mut Way);
         flashcommSetCommBits(Ptr, c_int, c_int);
         flashcommSetCommEnabled(Ptr, c_int);
     }
