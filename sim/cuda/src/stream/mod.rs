@@ -22,9 +22,10 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
+use crate::clock::{self, Clock};
 use crate::cu_result::{CuResult, Result};
 use crate::device::{self, Device};
 use crate::green::Green;
@@ -55,6 +56,8 @@ pub struct Stream {
     pub kind: Kind,
     state: Mutex<State>,
     changed: Condvar,
+    /// Virtual nanoseconds at the end of what has run.
+    clock_ns: AtomicU64,
 }
 
 #[derive(Default)]
@@ -93,7 +96,8 @@ impl Stream {
     /// A new stream of `device`.
     pub fn new(device: &'static Device, green: Option<&'static Green>, kind: Kind) -> Arc<Self> {
         let handle = fresh_handle();
-        let stream = Arc::new(Stream { handle, device, green, kind, state: Mutex::default(), changed: Condvar::new() });
+        let (state, changed, clock_ns) = (Mutex::default(), Condvar::new(), AtomicU64::new(0));
+        let stream = Arc::new(Stream { handle, device, green, kind, state, changed, clock_ns });
         STREAMS.write().insert(handle, stream.clone());
         stream
     }
@@ -176,7 +180,7 @@ impl Stream {
             return Ok(task);
         }
         Ok(Arc::new(move || {
-            before.iter().for_each(|(stream, n)| stream.wait_for(*n));
+            before.iter().for_each(|(stream, n)| stream.come_after(*n));
             task()
         }))
     }
@@ -192,12 +196,13 @@ impl Stream {
             return task;
         }
         Arc::new(move || {
-            legacy.wait_for(issued);
+            legacy.come_after(issued);
             task()
         })
     }
 
     fn work(self: Arc<Self>) {
+        clock::set(Clock::of(self.device.ordinal));
         loop {
             let task = {
                 let mut state = self.state.lock();
@@ -218,6 +223,7 @@ impl Stream {
                 }
             }
             drop(task);
+            self.clock_ns.store(clock::current().now_ns(), Ordering::Release);
             schedule::point();
             self.state.lock().completed += 1;
             self.changed.notify_all();
@@ -230,6 +236,12 @@ impl Stream {
         while state.completed < n {
             self.changed.wait(&mut state);
         }
+    }
+
+    /// Makes the stream of this thread wait for the `n`-th task of this one.
+    fn come_after(&self, n: u64) {
+        self.wait_for(n);
+        clock::raise(self.clock_ns.load(Ordering::Acquire));
     }
 
     /// Waits until everything issued so far has run.
