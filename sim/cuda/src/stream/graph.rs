@@ -31,7 +31,8 @@ struct Run<'a> {
 pub struct Executable {
     nodes: Vec<Node>,
     successors: Vec<Vec<usize>>,
-    running: Mutex<()>,
+    /// Virtual nanoseconds at the end of the last launch; held by the one that runs.
+    running: Mutex<u64>,
 }
 
 impl Executable {
@@ -41,7 +42,7 @@ impl Executable {
         for (i, node) in nodes.iter().enumerate() {
             node.needs.iter().for_each(|needed| successors[*needed].push(i));
         }
-        Executable { nodes, successors, running: Mutex::new(()) }
+        Executable { nodes, successors, running: Mutex::new(0) }
     }
 
     /// Settles which records its event nodes are about, in the order in which they were captured. To be called when it is
@@ -57,17 +58,19 @@ impl Executable {
 
     /// Runs every node after those that it needs; branches run side by side.
     pub fn run(&self, Launched(marks): &Launched) -> Result<()> {
-        let _running = self.running.lock();
+        let mut running = self.running.lock();
         let run = Run {
             marks,
             left: self.nodes.iter().map(|node| AtomicUsize::new(node.needs.len())).collect(),
-            start: clock::current(),
+            start: clock::current().raised(*running),
             ends: self.nodes.iter().map(|_| AtomicU64::new(0)).collect(),
             outcome: Mutex::new(Ok(())),
         };
         let ready = (0..self.nodes.len()).filter(|i| self.nodes[*i].needs.is_empty()).collect();
         thread::scope(|scope| self.follow(scope, ready, &run));
-        clock::set(run.start.raised(run.ends.iter().map(|end| end.load(Ordering::Acquire)).max().unwrap_or(0)));
+        let end = run.ends.iter().map(|end| end.load(Ordering::Acquire)).max();
+        clock::set(run.start.raised(end.unwrap_or(0)));
+        *running = clock::current().now_ns();
         run.outcome.into_inner()
     }
 

@@ -70,6 +70,14 @@ struct State {
     capture: Option<Capturing>,
 }
 
+impl State {
+    /// Whether what comes behind the `n`-th task has to know of it: it has not run, or it has a
+    /// time.
+    fn matters(&self, n: u64) -> bool {
+        self.completed < n || n > 0 && clock::is_virtual()
+    }
+}
+
 static STREAMS: Lazy<RwLock<HashMap<usize, Arc<Stream>>>> = Lazy::new(Default::default);
 static LEGACY: Lazy<Mutex<HashMap<i32, Arc<Stream>>>> = Lazy::new(Default::default);
 static NEXT: AtomicUsize = AtomicUsize::new(1);
@@ -172,7 +180,7 @@ impl Stream {
             if let Some(capturing) = &state.capture {
                 return Err(capturing.session.invalidate(CuResult::STREAM_CAPTURE_IMPLICIT));
             }
-            if state.completed < state.issued {
+            if state.matters(state.issued) {
                 before.push((stream.clone(), state.issued));
             }
         }
@@ -187,12 +195,12 @@ impl Stream {
 
     fn behind_legacy_stream(&self, task: Task) -> Task {
         let Some(legacy) = LEGACY.lock().get(&self.device.ordinal).cloned() else { return task };
-        let (is_capturing, issued, completed) = {
+        let (is_capturing, issued, matters) = {
             let is_capturing = self.state.lock().capture.is_some();
             let state = legacy.state.lock();
-            (is_capturing, state.issued, state.completed)
+            (is_capturing, state.issued, state.matters(state.issued))
         };
-        if is_capturing || completed >= issued {
+        if is_capturing || !matters {
             return task;
         }
         Arc::new(move || {
