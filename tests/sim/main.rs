@@ -9,6 +9,7 @@ mod batch; // what rows of a batch have to do with each other
 mod control; // widths, on and off, changed while a job runs
 mod endings; // what is left of processes that are killed, left by _exit, forked
 mod exact; // small sums in one hop, uncompressed
+mod fabrics; // virtual time, on machines that files describe
 mod faults; // a rank killed at every step, every call of a rank refused once
 mod field; // what NCCL's variables say of the machine
 mod groups; // groups, captures, streams

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicI32, AtomicI64, Ordering};
 
+use flashcomm_sim_fabric::{Fabric, chosen};
 use once_cell::sync::Lazy;
 
 use crate::cu_result::{CuResult, Result};
@@ -27,11 +28,17 @@ pub struct Device {
 static DEVICES: Lazy<Vec<Device>> = Lazy::new(|| {
     let new =
         |ordinal| Device { ordinal, used_bytes: 0.into(), last_blocks: 0.into(), retained: 0.into(), error: 0.into() };
-    (0..setting("FLASHCOMM_SIM_DEVICES", 8) as i32).map(new).collect()
+    let default = chosen().map_or(8, |fabric| fabric.n_gpus() as i64);
+    (0..setting("FLASHCOMM_SIM_DEVICES", default) as i32).map(new).collect()
 });
 
 fn setting(variable: &str, default: i64) -> i64 {
     std::env::var(variable).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(default)
+}
+
+/// A setting that is 0 or not. By default it is as the fabric has it, and on without one.
+fn flag(variable: &str, of_fabric: impl FnOnce(&Fabric) -> bool) -> bool {
+    setting(variable, chosen().is_none_or(of_fabric).into()) != 0
 }
 
 /// Multiprocessors of a device that this process may use: all, or what `FLASHCOMM_SIM_THREAD_PERCENTAGE` leaves it, as
@@ -52,13 +59,13 @@ pub fn total_bytes() -> i64 {
 
 /// Whether devices can use each other's memory.
 pub fn reach_each_other() -> bool {
-    static REACH: Lazy<bool> = Lazy::new(|| setting("FLASHCOMM_SIM_PEER_ACCESS", 1) != 0);
+    static REACH: Lazy<bool> = Lazy::new(|| flag("FLASHCOMM_SIM_PEER_ACCESS", |fabric| fabric.peer_access));
     *REACH
 }
 
 /// Whether it is NVLink over which they can.
 pub fn have_nvlink() -> bool {
-    static NVLINK: Lazy<bool> = Lazy::new(|| setting("FLASHCOMM_SIM_NVLINK", 1) != 0);
+    static NVLINK: Lazy<bool> = Lazy::new(|| flag("FLASHCOMM_SIM_NVLINK", |fabric| fabric.nvlink));
     *NVLINK
 }
 

@@ -101,6 +101,16 @@ pub fn find(name: &str) -> Option<Kernel> {
 }
 
 impl Kernel {
+    /// What it does.
+    pub fn verb(&self) -> Verb {
+        self.instance.verb()
+    }
+
+    /// Bytes of its elements.
+    pub fn element_bytes(&self) -> u64 {
+        self.instance.element().n_bytes() as u64
+    }
+
     /// Whether its blocks may have this shape.
     pub fn takes(&self, [threads, rows]: [u32; 2]) -> bool {
         let is_shape = match self.instance.verb() {

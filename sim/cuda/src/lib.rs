@@ -6,21 +6,31 @@
 //!   allocations.
 //! * [`stream`]: a stream is a queue with a thread of its own; events, the legacy stream, capture and graphs.
 //! * [`kernels`]: a kernel is a Rust function, found by its name; [`fused`]: the one that waits for other ranks.
+//! * [`clock`]: virtual time, of which [`durations`] tells how much of it kernels and copies take.
 //! * [`green`]: green contexts, which have some of a device's multiprocessors.
 //! * [`api`]: the C functions, by NVIDIA's names, and a few `flashcomm_sim_*` for the simulated NCCL.
 //!
 //! It is as strict as the driver where a program could go wrong: what synchronizes there does so here (freeing waits
 //! for the device), what a capture forbids is refused and invalidates the capture, a wrong access is sticky for the
-//! context. It says nothing about speed. Devices: `FLASHCOMM_SIM_DEVICES` (8), of `FLASHCOMM_SIM_MEMORY_MIB` (16384); with
+//! context. Devices: `FLASHCOMM_SIM_DEVICES` (8), of `FLASHCOMM_SIM_MEMORY_MIB` (16384); with
 //! `FLASHCOMM_SIM_PEER_ACCESS=0` they cannot use each other's memory. `FLASHCOMM_SIM_THREAD_PERCENTAGE` (100) is what MPS lets
 //! the process have of their multiprocessors.
+//!
+//! It says nothing about speed: events tell what the wall clock does, or, where `FLASHCOMM_SIM_FABRIC` names a file that
+//! describes a machine (`flashcomm-sim-fabric`), virtual time, in which kernels, copies and collectives take what they would
+//! on that machine as described. So a test can prove that a decision is right there, on a machine that nobody here has; that
+//! the machine is as described it cannot. The fabric also has the defaults of the number of devices and of whether and how
+//! they reach each other. With `FLASHCOMM_SIM_SLOW=device:factor` everything takes so many times as long on one device.
+//!
 //! Delays and faults: `flashcomm-sim-schedule`; the kinds are alloc, hostalloc, register, ipc, module, stream, event,
 //! launch, copy.
 
 pub mod access;
 pub mod api;
+pub mod clock;
 pub mod cu_result;
 pub mod device;
+pub mod durations;
 pub mod exact;
 pub mod fused;
 pub mod green;

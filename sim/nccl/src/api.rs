@@ -14,10 +14,9 @@ use flashcomm_sim_schedule as schedule;
 
 use crate::comm::{self, Comm, check_world};
 use crate::driver::driver;
-use crate::engine::{Collective, Kind, Op};
 use crate::group;
 use crate::segment::{Id, Segment, withdraw};
-use crate::types::{Code, DataType, Result, Scalar};
+use crate::types::{Code, Collective, DataType, Kind, Op, Result, Scalar};
 
 /// What this says it is: the first version with all that is simulated.
 const VERSION: c_int = 22807;

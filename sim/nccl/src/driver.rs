@@ -51,6 +51,7 @@ functions! {
     cuStreamGetCaptureInfo_v2: fn(usize, *mut c_int, *mut u64, *mut c_void, *mut c_void, *mut c_void);
     cuMemAlloc_v2: fn(*mut usize, usize);
     cuMemFree_v2: fn(usize);
+    flashcomm_sim_advance: fn(u64);
     flashcomm_sim_issue: fn(usize, extern "C" fn(*mut c_void) -> c_int, extern "C" fn(*mut c_void), *mut c_void);
 }
 
@@ -167,6 +168,12 @@ impl Driver {
         let data = Box::into_raw(Box::new(task));
         // SAFETY: the functions and the data belong together.
         check(unsafe { (self.flashcomm_sim_issue)(stream, run, release, data.cast()) })
+    }
+
+    /// What a task that runs does takes so many nanoseconds of virtual time. To be called in it.
+    pub fn advance(&self, ns: u64) {
+        // SAFETY: takes no pointers.
+        unsafe { (self.flashcomm_sim_advance)(ns) };
     }
 
     /// The bytes of a device range.

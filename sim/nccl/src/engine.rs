@@ -8,69 +8,15 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
+use flashcomm_sim_fabric::{Fabric, chosen};
 use flashcomm_sim_schedule as schedule;
 
 use crate::comm::{Comm, Ready, Stop};
 use crate::driver::driver;
+use crate::durations;
 use crate::reduce::reduce;
 use crate::segment::OUTBOX_BYTES;
-use crate::types::{DataType, RedOp, Scalar};
-
-/// Which collective.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(missing_docs, reason = "NCCL's names")]
-pub enum Kind {
-    AllReduce,
-    AllGather,
-    ReduceScatter,
-    Broadcast,
-    Reduce,
-    AlltoAll,
-}
-
-/// One call.
-#[derive(Clone, Copy, Debug)]
-pub enum Op {
-    /// A collective.
-    Collective(Collective),
-    /// ncclSend.
-    Send {
-        /// Address.
-        from: usize,
-        /// Bytes.
-        n_bytes: usize,
-        /// Receiver.
-        peer: usize,
-    },
-    /// ncclRecv.
-    Recv {
-        /// Address.
-        to: usize,
-        /// Bytes.
-        n_bytes: usize,
-        /// Sender.
-        peer: usize,
-    },
-}
-
-/// A collective as one rank calls it.
-#[derive(Clone, Copy, Debug)]
-pub struct Collective {
-    /// Which.
-    pub kind: Kind,
-    /// Address.
-    pub send: usize,
-    /// Address.
-    pub recv: usize,
-    /// Elements, in NCCL's sense of the collective.
-    pub count: usize,
-    /// Their type.
-    pub datatype: DataType,
-    /// The reduction, of those that have one.
-    pub op: RedOp,
-    /// The root, of those that have one.
-    pub root: usize,
-}
+use crate::types::{Collective, Kind, Op, RedOp, Scalar};
 
 type Outcome<T> = Result<T, Stop>;
 
@@ -88,13 +34,23 @@ pub fn run(comm: &Comm, ops: &[Op]) -> i32 {
             if let Op::Collective(collective) = op {
                 *turn += 1;
                 run_collective(comm, ready, collective, *turn)?;
+                takes(|fabric| Some(durations::of_collective(fabric, collective, ready.world)));
             }
         }
-        send_and_receive(comm, ready, ops)
+        send_and_receive(comm, ready, ops)?;
+        takes(|fabric| durations::of_sends(fabric, ops, ready.rank, ready.world));
+        Ok(())
     };
     match go() {
         Ok(()) | Err(Stop::Aborted) => 0,
         Err(Stop::Wrong(code)) => code,
+    }
+}
+
+/// Moves the clock of the stream by what something takes on the fabric, if there is one.
+fn takes(ns: impl FnOnce(&Fabric) -> Option<u64>) {
+    if let (Some(ns), Ok(driver)) = (chosen().and_then(ns), driver()) {
+        driver.advance(ns);
     }
 }
 

@@ -7,8 +7,8 @@ use flashcomm_sim_schedule as schedule;
 
 use crate::comm::Comm;
 use crate::driver::driver;
-use crate::engine::{self, Op};
-use crate::types::{Code, Result};
+use crate::engine;
+use crate::types::{Code, Op, Result};
 
 /// Work that makes a communicator.
 type Making = Box<dyn FnOnce() -> Result<()> + Send>;

@@ -1,4 +1,4 @@
-//! NCCL's result codes and data types.
+//! NCCL's result codes, data types and calls.
 
 /// An `ncclResult_t` other than success.
 #[repr(transparent)]
@@ -64,4 +64,60 @@ pub enum Scalar {
     Here([u8; 8]),
     /// Its address in device memory, read when the operation runs.
     Device(usize),
+}
+
+/// Which collective.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs, reason = "NCCL's names")]
+pub enum Kind {
+    AllReduce,
+    AllGather,
+    ReduceScatter,
+    Broadcast,
+    Reduce,
+    AlltoAll,
+}
+
+/// One call.
+#[derive(Clone, Copy, Debug)]
+pub enum Op {
+    /// A collective.
+    Collective(Collective),
+    /// ncclSend.
+    Send {
+        /// Address.
+        from: usize,
+        /// Bytes.
+        n_bytes: usize,
+        /// Receiver.
+        peer: usize,
+    },
+    /// ncclRecv.
+    Recv {
+        /// Address.
+        to: usize,
+        /// Bytes.
+        n_bytes: usize,
+        /// Sender.
+        peer: usize,
+    },
+}
+
+/// A collective as one rank calls it.
+#[derive(Clone, Copy, Debug)]
+pub struct Collective {
+    /// Which.
+    pub kind: Kind,
+    /// Address.
+    pub send: usize,
+    /// Address.
+    pub recv: usize,
+    /// Elements, in NCCL's sense of the collective.
+    pub count: usize,
+    /// Their type.
+    pub datatype: DataType,
+    /// The reduction, of those that have one.
+    pub op: RedOp,
+    /// The root, of those that have one.
+    pub root: usize,
 }

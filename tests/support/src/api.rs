@@ -101,6 +101,8 @@ libraries! {
         cuEventCreate(*mut Ptr, u32);
         cuEventRecord(Ptr, Ptr);
         cuEventDestroy_v2(Ptr);
+        cuEventSynchronize(Ptr);
+        cuEventElapsedTime(*mut f32, Ptr, Ptr);
         cuGraphInstantiateWithFlags(*mut Ptr, Ptr, u64);
         cuGraphUpload(Ptr, Ptr);
         cuGraphLaunch(Ptr, Ptr);

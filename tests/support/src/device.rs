@@ -93,6 +93,39 @@ impl Drop for Graph {
     }
 }
 
+/// An event that tells times, and ends with this.
+pub struct Event(Ptr);
+
+impl Event {
+    /// Of what the stream has now.
+    pub fn of(stream: &Stream) -> Self {
+        let mut event = 0;
+        ok!(cuEventCreate(&mut event, 0));
+        ok!(cuEventRecord(event, stream.0));
+        Event(event)
+    }
+
+    /// Makes a stream wait for it.
+    pub fn hold(&self, stream: &Stream) {
+        ok!(cuStreamWaitEvent(stream.0, self.0, 0));
+    }
+
+    /// Milliseconds since another one; waits for both.
+    pub fn ms_since(&self, start: &Event) -> f32 {
+        let mut ms = 0.0;
+        ok!(cuEventSynchronize(start.0));
+        ok!(cuEventSynchronize(self.0));
+        ok!(cuEventElapsedTime(&mut ms, start.0, self.0));
+        ms
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        call!(cuEventDestroy_v2(self.0));
+    }
+}
+
 /// Makes `later` wait for what `earlier` has now.
 pub fn order(earlier: &Stream, later: &Stream) {
     let mut event = 0;

@@ -19,7 +19,7 @@ mod values;
 
 pub use api::{AVG, Api, Config, SUM, UniqueId, api, dtype, init, try_init, unique_id};
 pub use control::{Info, Stats, last_error, n_compressed, n_exact, nccl_last_error, pnccl_last_error};
-pub use device::{Graph, Green, Memory, Stream, order, use_device};
+pub use device::{Event, Graph, Green, Memory, Stream, order, use_device};
 pub use held::{Held, open_files, shared_memory_names};
 pub use jobs::{Process, Settings, all_succeed, in_process, processes, threads};
 pub use libraries::{built, is_real, root};

@@ -11,9 +11,9 @@ use parking_lot::RwLock;
 
 use super::{driver, put, stream};
 use crate::cu_result::{CuResult, Result};
-use crate::device;
 use crate::kernels::{self, Kernel, Shape};
 use crate::stream::{Stream, check_capture_allows, fresh_handle};
+use crate::{clock, device, durations};
 
 /// What a fatbin begins with.
 const FATBIN_MAGIC: u32 = 0xba55_ed50;
@@ -61,7 +61,10 @@ fn launch(handle: usize, grid: [u32; 3], block: [u32; 3], on: usize, params: *mu
     let resident = (stream.multiprocessors() * occupancy(&kernel, (threads * rows) as c_int)) as u32;
     stream.device.last_blocks.store((grid[0] * grid[1] * grid[2]) as i32, Ordering::Relaxed);
     let shape = Shape { grid, block, resident, from_back: stream.device.ordinal % 2 != 0 };
-    stream.issue(Arc::new(move || kernel.run(&args, shape)))
+    stream.issue(Arc::new(move || {
+        kernel.run(&args, shape)?;
+        clock::take(|fabric| durations::of_kernel(fabric, &kernel, &args, shape))
+    }))
 }
 
 /// Blocks of so many threads that a multiprocessor holds at once.

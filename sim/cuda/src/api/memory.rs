@@ -7,9 +7,9 @@ use flashcomm_sim_schedule as schedule;
 
 use super::{driver, put, stream};
 use crate::cu_result::{CuResult, Result};
-use crate::device;
 use crate::memory::{self, IpcHandle, Kind};
 use crate::stream::{CaptureStatus, Stream, Task, check_capture_allows};
+use crate::{clock, device, durations};
 
 fn may(kind: &str, code: CuResult) -> Result<()> {
     if schedule::fails(kind) { Err(code) } else { Ok(()) }
@@ -41,6 +41,14 @@ impl Place {
         }
     }
 
+    /// Its address, where devices know it.
+    fn address(&self) -> Option<usize> {
+        match self {
+            Place::Device(address) => Some(*address),
+            Place::Host(_) | Place::Staged(_) => None,
+        }
+    }
+
     /// Whether the host has to be done with it when the call returns.
     fn is_pageable(&self) -> bool {
         matches!(self, Place::Host(_))
@@ -49,10 +57,10 @@ impl Place {
 
 fn copy_task(target: Place, source: Place, n_bytes: usize) -> Task {
     Arc::new(move || {
-        let (source, target) = (source.resolve(n_bytes)?, target.resolve(n_bytes)?);
+        let (from, to) = (source.resolve(n_bytes)?, target.resolve(n_bytes)?);
         // SAFETY: live allocations, or memory that the caller vouches for until the copy has run.
-        unsafe { std::ptr::copy(source, target, n_bytes) };
-        Ok(())
+        unsafe { std::ptr::copy(from, to, n_bytes) };
+        clock::take(|fabric| Ok(durations::of_copy(fabric, target.address(), source.address(), n_bytes)))
     })
 }
 
@@ -97,7 +105,7 @@ fn set_task(address: usize, value: Vec<u8>, count: usize) -> Task {
             // SAFETY: within the range just resolved.
             unsafe { std::ptr::copy_nonoverlapping(value.as_ptr(), target.add(i * value.len()), value.len()) };
         }
-        Ok(())
+        clock::take(|fabric| Ok(durations::of_fill(fabric, count * value.len())))
     })
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::{answer, stream};
 use crate::cu_result::CuResult;
-use crate::{device, memory};
+use crate::{clock, device, memory};
 
 /// Data of a task that belongs to whoever issued it.
 struct Owned {
@@ -55,6 +55,14 @@ pub unsafe extern "C" fn flashcomm_sim_issue(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn flashcomm_sim_resolve(address: usize, n_bytes: usize) -> *mut u8 {
     memory::resolve(address, n_bytes).unwrap_or(std::ptr::null_mut())
+}
+
+/// To be called in `run` of [`flashcomm_sim_issue`]: what it does takes so many nanoseconds of
+/// virtual time. Answers 0.
+#[unsafe(no_mangle)]
+pub extern "C" fn flashcomm_sim_advance(ns: u64) -> c_int {
+    clock::advance(ns);
+    0
 }
 
 /// Blocks of the kernel that was launched last on a device; -1 where there is no such device.

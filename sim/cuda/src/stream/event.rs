@@ -10,28 +10,58 @@ use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::capture::{Capturing, NodeWork, Session};
 use super::{Kind, Stream, fresh_handle};
+use crate::clock;
 use crate::cu_result::{CuResult, Result};
 use crate::device::Device;
 
 /// What a record completes.
 #[derive(Default)]
 pub struct Mark {
-    at: Mutex<Option<Instant>>,
+    at: Mutex<Option<Time>>,
     done: Condvar,
+}
+
+/// When a mark was completed.
+#[derive(Clone, Copy)]
+struct Time {
+    wall: Instant,
+    virtual_ns: u64,
+}
+
+impl Time {
+    /// Now, on the stream of this thread.
+    fn now() -> Self {
+        Time { wall: Instant::now(), virtual_ns: clock::current().now_ns() }
+    }
+
+    /// Milliseconds from here to `end`, virtual ones where time is.
+    fn ms_to(self, end: Time) -> f32 {
+        let (backward, nanoseconds) = match clock::is_virtual() {
+            true => (end.virtual_ns < self.virtual_ns, u128::from(end.virtual_ns.abs_diff(self.virtual_ns))),
+            false => {
+                let (first, last) = (self.wall.min(end.wall), self.wall.max(end.wall));
+                (end.wall < self.wall, (last - first).as_nanos())
+            }
+        };
+        let ms = (nanoseconds as f64 / 1e6) as f32;
+        if backward { -ms } else { ms }
+    }
 }
 
 impl Mark {
     pub(super) fn complete(&self) {
-        *self.at.lock() = Some(Instant::now());
+        *self.at.lock() = Some(Time::now());
         self.done.notify_all();
     }
 
     /// Waits; no longer than the context is good, since in a lost one nothing completes any more.
+    /// On a stream virtual time goes on from there.
     pub(super) fn wait(&self, device: &Device) {
         let mut at = self.at.lock();
         while at.is_none() && device.check().is_ok() {
             self.done.wait_for(&mut at, Duration::from_millis(100));
         }
+        clock::raise(at.map_or(0, |at| at.virtual_ns));
     }
 }
 
@@ -134,7 +164,7 @@ impl Event {
                 }
                 EventState::Recorded(mark) => {
                     drop(state);
-                    if mark.at.lock().is_some() {
+                    if mark.at.lock().is_some() && !clock::is_virtual() {
                         return stream.device.check();
                     }
                     let device = self.device;
@@ -189,9 +219,6 @@ impl Event {
             EventState::Recorded(mark) if event.has_timing => mark.at.lock().ok_or(CuResult::NOT_READY),
             _ => Err(CuResult::INVALID_HANDLE),
         };
-        let (start, end) = (at(self)?, at(end)?);
-        Ok(end
-            .checked_duration_since(start)
-            .map_or_else(|| -(start - end).as_secs_f32() * 1e3, |forward| forward.as_secs_f32() * 1e3))
+        Ok(at(self)?.ms_to(at(end)?))
     }
 }

@@ -22,9 +22,10 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
+use crate::clock::{self, Clock};
 use crate::cu_result::{CuResult, Result};
 use crate::device::{self, Device};
 use crate::green::Green;
@@ -55,6 +56,8 @@ pub struct Stream {
     pub kind: Kind,
     state: Mutex<State>,
     changed: Condvar,
+    /// Virtual nanoseconds at the end of what has run.
+    clock_ns: AtomicU64,
 }
 
 #[derive(Default)]
@@ -65,6 +68,14 @@ struct State {
     has_worker: bool,
     closing: bool,
     capture: Option<Capturing>,
+}
+
+impl State {
+    /// Whether what comes behind the `n`-th task has to know of it: it has not run, or it has a
+    /// time.
+    fn matters(&self, n: u64) -> bool {
+        self.completed < n || n > 0 && clock::is_virtual()
+    }
 }
 
 static STREAMS: Lazy<RwLock<HashMap<usize, Arc<Stream>>>> = Lazy::new(Default::default);
@@ -93,7 +104,8 @@ impl Stream {
     /// A new stream of `device`.
     pub fn new(device: &'static Device, green: Option<&'static Green>, kind: Kind) -> Arc<Self> {
         let handle = fresh_handle();
-        let stream = Arc::new(Stream { handle, device, green, kind, state: Mutex::default(), changed: Condvar::new() });
+        let (state, changed, clock_ns) = (Mutex::default(), Condvar::new(), AtomicU64::new(0));
+        let stream = Arc::new(Stream { handle, device, green, kind, state, changed, clock_ns });
         STREAMS.write().insert(handle, stream.clone());
         stream
     }
@@ -168,7 +180,7 @@ impl Stream {
             if let Some(capturing) = &state.capture {
                 return Err(capturing.session.invalidate(CuResult::STREAM_CAPTURE_IMPLICIT));
             }
-            if state.completed < state.issued {
+            if state.matters(state.issued) {
                 before.push((stream.clone(), state.issued));
             }
         }
@@ -176,28 +188,29 @@ impl Stream {
             return Ok(task);
         }
         Ok(Arc::new(move || {
-            before.iter().for_each(|(stream, n)| stream.wait_for(*n));
+            before.iter().for_each(|(stream, n)| stream.come_after(*n));
             task()
         }))
     }
 
     fn behind_legacy_stream(&self, task: Task) -> Task {
         let Some(legacy) = LEGACY.lock().get(&self.device.ordinal).cloned() else { return task };
-        let (is_capturing, issued, completed) = {
+        let (is_capturing, issued, matters) = {
             let is_capturing = self.state.lock().capture.is_some();
             let state = legacy.state.lock();
-            (is_capturing, state.issued, state.completed)
+            (is_capturing, state.issued, state.matters(state.issued))
         };
-        if is_capturing || completed >= issued {
+        if is_capturing || !matters {
             return task;
         }
         Arc::new(move || {
-            legacy.wait_for(issued);
+            legacy.come_after(issued);
             task()
         })
     }
 
     fn work(self: Arc<Self>) {
+        clock::set(Clock::of(self.device.ordinal));
         loop {
             let task = {
                 let mut state = self.state.lock();
@@ -218,6 +231,7 @@ impl Stream {
                 }
             }
             drop(task);
+            self.clock_ns.store(clock::current().now_ns(), Ordering::Release);
             schedule::point();
             self.state.lock().completed += 1;
             self.changed.notify_all();
@@ -230,6 +244,12 @@ impl Stream {
         while state.completed < n {
             self.changed.wait(&mut state);
         }
+    }
+
+    /// Makes the stream of this thread wait for the `n`-th task of this one.
+    fn come_after(&self, n: u64) {
+        self.wait_for(n);
+        clock::raise(self.clock_ns.load(Ordering::Acquire));
     }
 
     /// Waits until everything issued so far has run.
