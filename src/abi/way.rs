@@ -3,9 +3,7 @@
 use std::ffi::{c_int, c_void};
 
 use super::boundary::guarded_or;
-use super::control::{
-    FLASHCOMM_INTERNAL_ERROR, FLASHCOMM_INVALID_ARGUMENT, FLASHCOMM_SUCCESS, flashcommResult_t,
-};
+use super::control::{FLASHCOMM_INTERNAL_ERROR, FLASHCOMM_INVALID_ARGUMENT, FLASHCOMM_SUCCESS, flashcommResult_t};
 use crate::comm;
 use crate::config::Config;
 use crate::nccl::{DataType, RedOp};
@@ -87,7 +85,8 @@ pub unsafe extern "C" fn flashcommGetCommWay(
         let figures = comm.as_ref().and_then(|comm| comm.attached()?.figures.as_ref());
         let mut nanoseconds = [0; FLASHCOMM_WAYS];
         for way in [Way::Forward, Way::ExactOneHop, Way::ExactTwoHops, Way::Compressed] {
-            nanoseconds[number(way) as usize] = figures.and_then(|figures| figures.nanoseconds(way, nBytes)).unwrap_or(0);
+            nanoseconds[number(way) as usize] =
+                figures.and_then(|figures| figures.nanoseconds(way, nBytes)).unwrap_or(0);
         }
         // SAFETY: there is room for it, says the caller by its size.
         unsafe { way.write(flashcommWay_t { size, way: number(taken), nanoseconds }) };

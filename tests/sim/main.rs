@@ -21,4 +21,5 @@ mod programs; // random programs run as plain NCCL runs them
 mod record; // inputs saved as they were passed
 mod shares; // the first communicator that is used has the larger grid
 mod soak; // random operations against a model
-mod stats; // what the shim counts, and what a profiler hears
+mod stats;
+mod tuning; // what the shim counts, and what a profiler hears

@@ -7,6 +7,14 @@ use crate::types::{DataType, RedOp};
 /// Reduces equally long inputs in rank order into `output`. `scalars`: one for each input, for PreMulSum.
 pub fn reduce(datatype: DataType, op: RedOp, inputs: &[&[u8]], scalars: Option<&[[u8; 8]]>, output: &mut [u8]) {
     let n = datatype.n_bytes();
+    // Inputs of one value each, as measurements have them: much is summed that way.
+    let is_constant = |input: &&[u8]| input.len() > n && input[n..] == input[..input.len() - n];
+    if inputs.iter().all(is_constant) {
+        let first: Vec<&[u8]> = inputs.iter().map(|input| &input[..n]).collect();
+        reduce(datatype, op, &first, scalars, &mut output[..n]);
+        let (first, rest) = output.split_at_mut(n);
+        return rest.chunks_exact_mut(n).for_each(|out| out.copy_from_slice(first));
+    }
     let is_float = datatype.number() >= 6;
     for (i, out) in output.chunks_exact_mut(n).enumerate() {
         let elements = inputs.iter().map(|input| &input[i * n..(i + 1) * n]);
@@ -135,6 +143,17 @@ mod tests {
                 let mut out = vec![0; n];
                 reduce(datatype, op, &[&two, &four], scalars, &mut out);
                 assert_eq!(out, encode(expected), "type {number} {op:?}");
+                let mut many = vec![0; 5 * n];
+                reduce(datatype, op, &[&two.repeat(5), &four.repeat(5)], scalars, &mut many);
+                assert_eq!(many, out.repeat(5), "type {number} {op:?}, of one value each");
+                let (mixed, fours) = ([four.repeat(4), two.clone()].concat(), four.repeat(5));
+                reduce(datatype, op, &[&mixed, &fours], scalars, &mut many);
+                let [most, last] = [(&four, &four), (&two, &four)].map(|(a, b)| {
+                    let mut out = vec![0; n];
+                    reduce(datatype, op, &[a, b], scalars, &mut out);
+                    out
+                });
+                assert_eq!(many, [most.repeat(4), last].concat(), "type {number} {op:?}, of two");
             }
         }
     }

@@ -35,20 +35,25 @@ pub(crate) struct Bounds {
 
 impl Figures {
     /// Nanoseconds of a sum of so many bytes: on straight lines between the sizes measured, and on from
-    /// the last two. `None` where that is not known.
+    /// the first two and the last two. `None` where that is not known.
     pub(crate) fn nanoseconds(&self, way: Way, n_bytes: u64) -> Option<u64> {
         let i = WAYS.iter().position(|other| *other == way)?;
         let measured = SIZES.iter().zip(&self.0).filter(|(_, row)| row[i] != 0);
         let points: Vec<(i128, i128)> = measured.map(|(size, row)| ((*size).into(), row[i].into())).collect();
-        let n_bytes = i128::from(n_bytes);
-        let (first, after) = (points.first()?, points.iter().position(|(size, _)| *size >= n_bytes));
-        if n_bytes <= first.0 {
-            return Some(first.1 as u64);
-        }
-        let after = after.unwrap_or(points.len() - 1);
-        let ((from, start), (to, end)) = (points.get(after.checked_sub(1)?)?, points.get(after)?);
-        let rise = (end - start) * (n_bytes - from) / (to - from);
+        let n_bytes = &i128::from(n_bytes);
+        let above = points.iter().position(|(size, _)| *size >= *n_bytes).unwrap_or(points.len());
+        let last = above.clamp(1, points.len().max(2) - 1);
+        let ((from, start), (to, end)) = (points.get(last - 1)?, points.get(last)?);
+        // Beyond what was measured, times that fall would fall below nothing.
+        let least = if (*from..=*to).contains(n_bytes) { i128::MIN } else { 0 };
+        let rise = (end - start).max(least) * (n_bytes - from) / (to - from);
         Some(u64::try_from((start + rise).max(1)).unwrap_or(u64::MAX))
+    }
+
+    /// Nanoseconds of a sum of so many bytes the slowest way, as far as that can be told; 0: nothing is known.
+    pub(crate) fn slowest(&self, n_bytes: u64) -> u64 {
+        let last = self.0.last().and_then(|row| row.iter().max()).map_or(0, |ns| u64::from(*ns));
+        WAYS.iter().filter_map(|way| self.nanoseconds(*way, n_bytes)).max().unwrap_or(last)
     }
 
     /// How a sum goes, and what that takes.
@@ -204,6 +209,20 @@ mod tests {
         assert_eq!(Figures::default().ways(&FREE).coded.entries(), [(0, Forward)], "nothing was measured");
         let one = figures(1, [(10, 1000), (3, 500), (0, 0), (20, 4000)]);
         assert_eq!(one.ways(&FREE).coded.way(1 << 30), Forward, "one size tells of no other");
+    }
+
+    #[test]
+    fn times_that_fall_do_so_only_where_they_were_measured() {
+        let mut measured = Figures(vec![[1000; 4]; 7]);
+        measured.0[3] = [9000; 4];
+        let at = |n_bytes| measured.nanoseconds(Forward, n_bytes).unwrap();
+        assert_eq!([at(64 << 10), at(256 << 10), at(1 << 20), at(1 << 30)], [1000, 9000, 1000, 1000]);
+        assert_eq!(at(640 << 10), 5000, "half way down");
+        let falling = Figures(vec![[9000; 4], [1000; 4]]);
+        assert_eq!(falling.nanoseconds(Forward, 256), Some(9000));
+        assert_eq!(falling.nanoseconds(Forward, 1 << 30), Some(9000), "as if it did not");
+        let rising = Figures(vec![[2000; 4], [3200; 4]]);
+        assert_eq!(rising.nanoseconds(Forward, 1 << 10), Some(1700), "an even rise");
     }
 
     #[test]

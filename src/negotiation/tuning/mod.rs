@@ -17,7 +17,7 @@ pub(crate) mod figures;
 use self::cache::Key;
 use self::figures::{Bounds, Figures, Measured, Row, SIZES, WAYS};
 use super::choice::{Preference, against};
-use super::facts::{Blob, Location};
+use super::facts::{Agreement, Blob, Location};
 use super::meeting::{Meeting, Rounds, poll};
 use super::over_nccl::Sum;
 use super::ranges;
@@ -175,10 +175,11 @@ impl<M: Meeting> Rounds<M> {
             }
             (Err(error), Ok(_)) => return Err(error), // not possible: a rank that is not ready keeps all from going on
         };
-        let (mut figures, mut spent, mut last) = (Figures::default(), 0, 0);
+        let (mut figures, mut spent) = (Figures::default(), 0);
         for (i, size) in SIZES.into_iter().enumerate() {
             self.meet_neighbors()?;
-            let n_sums = BATCH_NS.checked_div(last).map_or(MAX_BATCH, |n_sums| n_sums.clamp(1, MAX_BATCH));
+            let n_sums =
+                BATCH_NS.checked_div(figures.slowest(size)).map_or(MAX_BATCH, |n_sums| n_sums.clamp(1, MAX_BATCH));
             let mut row: Row = [0; WAYS.len()];
             for (ns, way) in row.iter_mut().zip(WAYS) {
                 let is_there = match way {
@@ -206,7 +207,6 @@ impl<M: Meeting> Rounds<M> {
             }
             figures.0.push(row);
             spent += row.iter().map(|ns| u64::from(*ns)).sum::<u64>() * (1 + BATCHES as u64 * n_sums);
-            last = row.iter().copied().max().map_or(0, u64::from);
             // The next size has four times the bytes.
             let next: u64 = row.iter().map(|ns| 4 * u64::from(*ns)).sum::<u64>() * (1 + BATCHES as u64);
             if spent + next > budget_ns {
@@ -355,7 +355,8 @@ fn key(facts: &[Blob]) -> Result<Key> {
             family: 0,
             ..rank.location
         };
-        let lasting = Blob { location: lasting, attach: 0, offer: [0; OFFER_BYTES], ..*rank };
+        let agreement = Agreement { tune: Tune::Cache, ..rank.agreement };
+        let lasting = Blob { location: lasting, agreement, attach: 0, offer: [0; OFFER_BYTES], ..*rank };
         bytes.extend(lasting.encode());
     }
     Ok(Key(bytes))

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use once_cell::sync::OnceCell;
 
-use crate::control::{Info, Stats};
+use crate::control::{Info, Stats, Way};
 use crate::libraries::built;
 use crate::{call, ok};
 

@@ -18,7 +18,7 @@ mod libraries;
 mod values;
 
 pub use api::{AVG, Api, Config, SUM, UniqueId, api, dtype, init, try_init, unique_id};
-pub use control::{Info, Stats, last_error, n_compressed, n_exact, nccl_last_error, pnccl_last_error};
+pub use control::{Info, Stats, Way, last_error, n_compressed, n_exact, nccl_last_error, pnccl_last_error};
 pub use device::{Event, Graph, Green, Memory, Stream, order, use_device};
 pub use held::{Held, open_files, shared_memory_names};
 pub use jobs::{Process, Settings, all_succeed, in_process, processes, threads};
