@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use flashcomm_wire::{Element, Legs, Rings, TILE_ELEMS, rings};
 
-use crate::access::{args, encode, enter, load, send, store_decoded};
+use crate::access::{args, decode, encode, enter, load, send, store_decoded};
 use crate::cu_result::{CuResult, Result};
 use crate::device::Stores;
 use crate::kernels::{Kernel, Shape};
@@ -213,10 +213,8 @@ impl<E: Element> Channel<E> {
             let term = if from == rank && !batch_invariant {
                 enter::<E>(reduce, launch.args.input as usize, tile)?
             } else {
-                let mut term = vec![0.0; n_values];
-                reduce
-                    .decode_tile::<E>(&load(launch.slot(rank, self, 0, from, round), reduce.tile_bytes())?, &mut term);
-                term
+                let payload = load(launch.slot(rank, self, 0, from, round), reduce.tile_bytes())?;
+                decode::<E>(reduce, &payload, n_values)
             };
             sum.iter_mut().zip(term).for_each(|(sum, term)| *sum += term);
         }
