@@ -93,6 +93,33 @@ fn nccl_goes_over_host_memory_where_cards_do_not_reach_each_other() {
 }
 
 #[test]
+fn other_collectives_take_what_their_steps_do() {
+    on("four_on_one_root", 4, &PLAIN, |fabric, comm, rank, stream| {
+        let (world, block) = (4, 10_000);
+        let (one, all) = (Memory::new(block), Memory::new(world * block));
+        let (one_at, all_at, u8s) = (one.at, all.at, dtype::UINT8);
+        let ring = |n_steps| ms(fabric.nccl_ring(world, n_steps, block as u64));
+        let gathers = || ok!(ncclAllGather(one_at, all_at, block, u8s, comm, stream.0));
+        assert_eq!(timed(stream, gathers), ring(3));
+        let scatters = || ok!(ncclReduceScatter(all_at, one_at, block, u8s, SUM, comm, stream.0));
+        assert_eq!(timed(stream, scatters), ring(3));
+        assert_eq!(timed(stream, || ok!(ncclBroadcast(one_at, one_at, block, u8s, 1, comm, stream.0))), ring(1));
+        assert_eq!(timed(stream, || ok!(ncclReduce(one_at, one_at, block, u8s, SUM, 1, comm, stream.0))), ring(1));
+        // Twice 100 bytes to the next rank, 300 to the one behind that.
+        let sends = || {
+            ok!(ncclGroupStart());
+            for (ahead, n_bytes) in [(1, 100), (1, 100), (2, 300)] {
+                ok!(ncclSend(all_at, n_bytes, u8s, ((rank + ahead) % world) as i32, comm, stream.0));
+                ok!(ncclRecv(one_at, n_bytes, u8s, ((rank + world - ahead) % world) as i32, comm, stream.0));
+            }
+            ok!(ncclGroupEnd());
+        };
+        assert_eq!(timed(stream, sends), ms(fabric.nccl_sends(world, &[(1, 200), (2, 300)])));
+        stream.wait();
+    });
+}
+
+#[test]
 fn two_hops_over_peers_take_what_the_fabric_says() {
     on("four_on_one_root", 4, &BITS, |fabric, comm, _, stream| {
         assert_eq!(Info::of(comm).exchange(), "peer");

@@ -16,11 +16,13 @@
 //! `FLASHCOMM_SIM_PEER_ACCESS=0` they cannot use each other's memory. `FLASHCOMM_SIM_THREAD_PERCENTAGE` (100) is what MPS lets
 //! the process have of their multiprocessors.
 //!
-//! It says nothing about speed: events tell what the wall clock does, or, where `FLASHCOMM_SIM_FABRIC` names a file that
-//! describes a machine (`flashcomm-sim-fabric`), virtual time, in which kernels, copies and collectives take what they would
-//! on that machine as described. So a test can prove that a decision is right there, on a machine that nobody here has; that
-//! the machine is as described it cannot. The fabric also has the defaults of the number of devices and of whether and how
-//! they reach each other. With `FLASHCOMM_SIM_SLOW=device:factor` everything takes so many times as long on one device.
+//! It says nothing about speed. Events tell what the wall clock does. Where `FLASHCOMM_SIM_FABRIC`
+//! names a file that describes a machine (`flashcomm-sim-fabric`), they tell virtual time, in which
+//! kernels, copies and collectives take what they would on that machine as described. So a test can
+//! prove that a decision is right on a machine that nobody here has. That the machine is as
+//! described it cannot prove, and no speed. The fabric also has the defaults of how many devices
+//! there are and whether they reach each other, and how. With `FLASHCOMM_SIM_SLOW=device:factor`
+//! everything takes so many times as long on one device.
 //!
 //! Delays and faults: `flashcomm-sim-schedule`; the kinds are alloc, hostalloc, register, ipc, module, stream, event,
 //! launch, copy.

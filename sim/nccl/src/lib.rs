@@ -5,7 +5,7 @@
 //! * [`group`]: groups: calls are queued and go out together at the outermost end, one launch per communicator.
 //! * [`engine`]: what a launch does when its stream comes to it. It blocks the stream until its peers are there, so
 //!   what is a deadlock in NCCL is one here.
-//! * [`durations`]: how long it takes where there is a fabric, as the simulated driver keeps virtual time.
+//! * [`durations`]: how long it takes in the simulated driver's virtual time, where there is a fabric.
 //! * [`reduce`]: the arithmetic of all data types and operations.
 //! * [`api`]: the C functions. Only what is simulated is exported.
 //!
