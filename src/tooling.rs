@@ -60,6 +60,13 @@ pub mod negotiation {
     pub use crate::negotiation::sizes::layout;
 }
 
+/// The structures of a communicator's state, which `flashcomm tune` reads from the library that it opens and must have in the
+/// library's layout.
+pub mod control {
+    pub use crate::abi::control::flashcommCommInfo_t;
+    pub use crate::abi::way::flashcommWay_t;
+}
+
 /// The structure of `flashcommGetStats`, which the command reads from the library that it opens and
 /// must have in the library's layout; and counting, whose nanoseconds the bench of the overhead
 /// holds to a budget.

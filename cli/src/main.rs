@@ -17,6 +17,7 @@ mod pages;
 mod plot;
 mod provenance;
 mod run;
+mod tune;
 
 use std::fmt;
 use std::process::ExitCode;
@@ -51,6 +52,8 @@ enum Command {
     Demo(demo::Args),
     /// Times sum all-reduces through the shim beside those of the real NCCL, in one run on one machine
     Bench(bench::Args),
+    /// Measures which way sums of each size go fastest on this machine, and keeps it for later starts
+    Tune(tune::Args),
     /// Says what each width and code loses on tensors of yours, and which to take for an error that you name
     Codec(codec::Args),
     /// Prints the completions of a shell, or writes the manual pages: for packages
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Tune(args) => tune::run(&args),
         Command::Codec(args) => codec::run(&args),
         Command::Pages(args) => pages::run(&args).map(|()| true),
         Command::Rank { assignment } => rank(&assignment).map(|()| true),
@@ -94,6 +98,7 @@ fn rank(assignment: &str) -> Result<()> {
         Role::Doctor => doctor::attempt::child(told),
         Role::Demo => demo::child(told),
         Role::Bench => bench::measure::child(told),
+        Role::Tune => tune::child(told),
         Role::Kernels => bench::kernels::child(told),
     }
 }

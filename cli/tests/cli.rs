@@ -10,7 +10,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use command::{COMMAND, built, is_of_this_commit_and_today, run, with_driver};
+use command::{COMMAND, built, is_of_this_commit_and_today, root, run, with_driver};
 
 fn flashcomm(arguments: &[&str]) -> Command {
     let mut command = Command::new(COMMAND);
@@ -310,4 +310,37 @@ fn what_is_missing_is_named_with_its_cure() {
     let cuda = built("libflashcomm_sim_cuda.so");
     let (_, stderr, code) = no_nccl(&["demo", "--nccl-lib", cuda.to_str().unwrap()]);
     assert!(code == 1 && stderr.contains("is no NCCL"), "{stderr}");
+}
+
+#[test]
+fn tune_measures_shows_and_keeps() {
+    let (cache, fabric) = (tempfile::tempdir().unwrap(), "sim/fabric/fabrics/two_without_p2p.json");
+    let tune = |settings: &[&str]| {
+        let mut command = flashcomm(&["tune", "--simulator", "--ranks", "2"]);
+        command.args(settings).env("XDG_CACHE_HOME", cache.path()).env("FLASHCOMM_SIM_SLOW", "0:30");
+        run(command.env("FLASHCOMM_SIM_FABRIC", root().join(fabric)))
+    };
+    let (stdout, stderr, code) = tune(&[]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(stdout.contains("exchange host") && stdout.contains("FLASHCOMM_TUNE=cache"), "{stdout}");
+    let row = |bytes: &str| stdout.lines().find(|line| line.trim_start().starts_with(bytes)).unwrap().to_string();
+    assert!(row("1K").contains("exact, one hop") && row("16M").contains("compressed"), "{stdout}");
+    assert_eq!(std::fs::read_dir(cache.path().join("flashcomm")).unwrap().count(), 1);
+
+    let (stdout, stderr, code) = tune(&["--json", "--bits", "4"]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let found: Value = serde_json::from_str(&stdout).unwrap();
+    is_of_this_commit_and_today(&found);
+    assert_eq!((&found["ranks"], &found["bits"], &found["exchange"]), (&2.into(), &"4".into(), &"host".into()));
+    let sizes = found["sizes"].as_array().unwrap();
+    assert_eq!((sizes.len(), &sizes[0]["bytes"]), (19, &1024.into()));
+    let times = |size: &Value| size["microseconds"].as_array().unwrap().iter().map(Value::as_f64).collect::<Vec<_>>();
+    // At no size does what is taken take longer than NCCL.
+    for size in sizes {
+        let of = ["NCCL", "exact, one hop", "exact, two hops", "compressed"];
+        let way = of.iter().position(|name| size["way"] == *name).unwrap();
+        let (taken, nccl) = (times(size)[way].unwrap(), times(size)[0].unwrap());
+        assert!(way == 0 || taken < nccl, "{size}");
+    }
+    assert_eq!(std::fs::read_dir(cache.path().join("flashcomm")).unwrap().count(), 2);
 }

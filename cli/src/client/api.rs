@@ -3,7 +3,8 @@
 use std::ffi::{CStr, c_char, c_int};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use flashcomm::tooling::control::{flashcommCommInfo_t, flashcommWay_t};
 use flashcomm::tooling::stats::flashcommStats_t;
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
@@ -180,6 +181,34 @@ impl Nccl {
         stats.size = size_of::<flashcommStats_t>();
         // SAFETY: `size` is set.
         (unsafe { get_stats(&mut stats) } == 0).then_some(stats)
+    }
+}
+
+impl Nccl {
+    /// How the shim takes a sum of a communicator.
+    pub fn way(&self, comm: Ptr, datatype: c_int, n_bytes: u64) -> Result<flashcommWay_t> {
+        type GetWay = unsafe extern "C" fn(Ptr, c_int, u64, *mut flashcommWay_t) -> c_int;
+        // SAFETY: the shim's function has this signature; nobody else's has this name.
+        let get_way = unsafe { self.library.get::<GetWay>("flashcommGetCommWay") }.context("this is no shim")?;
+        // SAFETY: numbers, for which zeros will do.
+        let mut way: flashcommWay_t = unsafe { std::mem::zeroed() };
+        way.size = size_of::<flashcommWay_t>();
+        // SAFETY: `size` is set, and the communicator lives.
+        ensure!(unsafe { get_way(comm, datatype, n_bytes, &mut way) } == 0, "flashcommGetCommWay does not answer");
+        Ok(way)
+    }
+
+    /// The exchange of a communicator of the shim's; empty where it has none.
+    pub fn exchange(&self, comm: Ptr) -> Result<String> {
+        type GetInfo = unsafe extern "C" fn(Ptr, *mut flashcommCommInfo_t) -> c_int;
+        // SAFETY: as above.
+        let get_info = unsafe { self.library.get::<GetInfo>("flashcommGetCommInfo") }.context("this is no shim")?;
+        // SAFETY: numbers and pointers, for which zeros will do.
+        let mut info: flashcommCommInfo_t = unsafe { std::mem::zeroed() };
+        info.size = size_of::<flashcommCommInfo_t>();
+        // SAFETY: `size` is set, and the communicator lives.
+        ensure!(unsafe { get_info(comm, &mut info) } == 0, "flashcommGetCommInfo does not answer");
+        Ok(in_words(info.exchange))
     }
 }
 

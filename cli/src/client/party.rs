@@ -50,6 +50,8 @@ pub enum Role {
     Bench,
     /// `flashcomm bench --kernels`.
     Kernels,
+    /// `flashcomm tune`.
+    Tune,
 }
 
 /// From a child to the command; lists are in the order of the child's ranks.

@@ -7,6 +7,7 @@ use std::ffi::c_int;
 use std::sync::OnceLock;
 
 use anyhow::{Result, ensure};
+use flashcomm::tooling::control::flashcommWay_t;
 use serde::{Deserialize, Serialize};
 
 use super::api::{Cuda, Nccl, Ptr, UniqueId, call};
@@ -92,6 +93,16 @@ impl<'a> Rank<'a> {
         let mut comm = 0;
         call!(nccl, ncclCommInitRank(&mut comm, world as c_int, id, rank as c_int))?;
         Ok(Rank { party, index, rank, world, nccl, cuda, comm, stream })
+    }
+
+    /// How the shim takes a sum of so many bytes.
+    pub fn way(&self, dtype: Dtype, n_bytes: u64) -> Result<flashcommWay_t> {
+        self.nccl.way(self.comm, dtype as c_int, n_bytes)
+    }
+
+    /// What carries the shim's payloads.
+    pub fn exchange(&self) -> Result<String> {
+        self.nccl.exchange(self.comm)
     }
 
     /// Leaves the communicator.

@@ -1,0 +1,143 @@
+//! `flashcomm tune`: measures how sums of each size go best on this machine, shows it, and keeps it for later starts.
+//!
+//! A job of ranks, each a process on a GPU of its own, makes a communicator through the shim with FLASHCOMM_TUNE=always.
+//! The shim measures and decides; the command only asks it.
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::client::job::{Job, Start};
+use super::client::machine::{LibraryPaths, Machine, Wanted};
+use super::client::party::{Assignment, Party, Role};
+use super::client::rank::{Dtype, Rank};
+use super::provenance::Provenance;
+use super::{Bytes, table};
+
+/// Arguments.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "What it finds holds for jobs of as many ranks on the same GPUs, with the same settings and versions, \
+                        that have FLASHCOMM_TUNE=cache."
+)]
+pub struct Args {
+    /// Ranks, each a process; one for each GPU if not given
+    #[arg(long, value_parser = clap::value_parser!(u64).range(2..=16))]
+    ranks: Option<u64>,
+    /// Widths, or reduce:gather as in 4:8
+    #[arg(long, default_value = "8")]
+    bits: String,
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+    /// Try the command out on the simulator
+    #[arg(long, hide = true)]
+    simulator: bool,
+    #[command(flatten)]
+    paths: LibraryPaths,
+}
+
+/// How long it may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The sizes that are shown.
+const SIZES: std::ops::RangeInclusive<u32> = 10..=28;
+
+/// What a rank has to say.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct Answer {
+    exchange: String,
+    sizes: Vec<Size>,
+}
+
+/// A size.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct Size {
+    bytes: u64,
+    way: String,
+    /// Of the real NCCL, of exact sums in one hop and in two, and of compressed ones; absent: not measured.
+    microseconds: [Option<f64>; 4],
+}
+
+#[derive(Serialize)]
+struct Found<'a> {
+    #[serde(flatten)]
+    provenance: Provenance,
+    simulated: bool,
+    machine: String,
+    ranks: usize,
+    bits: &'a str,
+    #[serde(flatten)]
+    answer: &'a Answer,
+}
+
+/// The ways, as they are shown.
+const WAYS: [&str; 4] = ["NCCL", "exact, one hop", "exact, two hops", "compressed"];
+
+/// Runs it; whether anything is to be had from the shim here.
+pub fn run(args: &Args) -> Result<bool> {
+    let machine = Machine::find(&args.paths, if args.simulator { Wanted::Simulator } else { Wanted::Gpu })?;
+    let world = args.ranks.map_or(machine.gpus.len().clamp(2, 16), |ranks| ranks as usize);
+    let settings = [("FLASHCOMM_TUNE", "always"), ("FLASHCOMM_BITS", &args.bits)];
+    let settings = settings.map(|(name, value)| (name.to_string(), value.to_string())).to_vec();
+    let start = Start { role: Role::Tune, world, processes: true, shim: true, settings, limit: LIMIT };
+    let mut job = Job::start(&machine, &start)?;
+    let answers: Vec<Answer> = job.answers(LIMIT)?;
+    let stderr = job.end(LIMIT)?;
+    let first = answers.first().context("no rank answers")?;
+    ensure!(answers.iter().all(|answer| answer == first), "the ranks do not agree; this is a bug");
+    let is_measured = first.sizes.iter().any(|size| size.microseconds[0].is_some());
+    if args.json {
+        let provenance = Provenance::at(SystemTime::now());
+        let (simulated, machine) = (machine.is_simulated(), machine.describe());
+        let found = Found { provenance, simulated, machine, ranks: world, bits: &args.bits, answer: first };
+        println!("{}", serde_json::to_string_pretty(&found)?);
+    } else {
+        println!("{world} ranks, {} bits, on {}; exchange {}.\n", args.bits, machine.describe(), first.exchange);
+        println!("{}\n", shown(first));
+        println!("Microseconds of a sum of fp16, of the slowest rank; between the sizes measured on a straight line.");
+        if is_measured {
+            println!("Kept: jobs of {world} ranks on these GPUs with FLASHCOMM_TUNE=cache take sums this way.");
+        }
+    }
+    stderr.iter().for_each(|line| eprintln!("! {line}"));
+    ensure!(is_measured, "nothing could be measured; FLASHCOMM_LOG=info says why");
+    Ok(true)
+}
+
+fn shown(answer: &Answer) -> String {
+    let mut table = table(&["bytes", WAYS[0], WAYS[1], WAYS[2], WAYS[3], "taken", "faster"]);
+    for Size { bytes, way, microseconds } in &answer.sizes {
+        let cell = |us: &Option<f64>| us.map_or("-".into(), |us| format!("{us:.1}"));
+        let taken = WAYS.iter().position(|name| name == way).and_then(|way| microseconds[way]);
+        let faster = match (microseconds[0], taken) {
+            (Some(nccl), Some(taken)) => format!("{:.2}x", nccl / taken),
+            _ => "-".into(),
+        };
+        let mut row = vec![Bytes(*bytes as usize).to_string()];
+        row.extend(microseconds.iter().map(cell));
+        row.extend([way.clone(), faster]);
+        table.add_row(row);
+    }
+    table.trim_fmt()
+}
+
+/// In a child: the rank.
+pub fn child(told: Assignment) -> Result<()> {
+    let party = Party::new(told)?;
+    party.run(|rank| Ok(((), ask(rank)?)), |rank, (), ()| ask(rank));
+    Ok(())
+}
+
+/// Asks the shim how sums go.
+fn ask(rank: &Rank) -> Result<Answer> {
+    let size = |octave: u32| {
+        let bytes = 1u64 << octave;
+        let way = rank.way(Dtype::Fp16, bytes)?;
+        let us = |ns: u64| Some(ns as f64 / 1e3).filter(|us| *us > 0.0);
+        let name = WAYS.get(way.way as usize).context("a way of a later shim")?;
+        Ok(Size { bytes, way: (*name).into(), microseconds: way.nanoseconds.map(us) })
+    };
+    Ok(Answer { exchange: rank.exchange()?, sizes: SIZES.map(size).collect::<Result<_>>()? })
+}
