@@ -3,7 +3,7 @@
 long contexts.
 
     quality.py --model FOLDER --flashcomm PATH --widths plain,8,6,5,4 --world 2 --out FILE.json
-    quality.py --model FOLDER --backend gloo --widths plain --contexts 1024 --each 1 --windows 2 \
+    quality.py --model FOLDER --backend gloo --widths plain --contexts 256 --each 1 --windows 2 \
         --out FILE.json                       tries it out on CPUs, without the shim
     quality.py --from FILE.json               prints the table of an earlier run again
 
@@ -20,7 +20,8 @@ must have the same results. Measured are
 - perplexity, of windows of 2048 tokens of this project's documentation, which is younger than the
   model (quality_tasks.py), or of --text;
 - facts found: questions about a fact at ten depths of contexts of 1024 to 8192 tokens, the answer's
-  24 included. Decoding is greedy, and an answer must have the digits.
+  24 included, alone and among 7 of other people, which is harder. Decoding is greedy, and an
+  answer must have the digits.
 
 With --share-gpu all ranks are on one GPU, for a machine that has no more; start MPS before.
 
@@ -89,7 +90,10 @@ def parse(arguments):
         help="tokens, the answer included (%(default)s)",
     )
     parser.add_argument(
-        "--each", type=int, default=10, help="questions at each of 10 depths (%(default)s)"
+        "--each", type=int, default=5, help="questions at each of 10 depths (%(default)s)"
+    )
+    parser.add_argument(
+        "--others", default="0,7", help="facts in a context that are not asked for (%(default)s)"
     )
     parser.add_argument(
         "--text", type=pathlib.Path, help="UTF-8, in the place of the documentation"
@@ -154,12 +158,11 @@ def rank_main(args):
         seconds[name] = time.monotonic() - before
         return result
 
-    results = {
-        "text": timed("perplexity", measured.perplexity),
-        "needles": [
-            timed(f"{n} tokens", measured.needles, n) for n in map(int, args.contexts.split(","))
-        ],
-    }
+    results = {"text": timed("perplexity", measured.perplexity), "needles": []}
+    for n_others in map(int, args.others.split(",")):
+        for n_tokens in map(int, args.contexts.split(",")):
+            case = f"{n_tokens} tokens, {n_others} others"
+            results["needles"].append(timed(case, measured.needles, n_tokens, n_others))
     dist.destroy_process_group()
     issued.write()
     results["told"] = {
@@ -289,7 +292,8 @@ def difference(run, plain):
 def table(runs):
     """A line for each run; differences are from the first plain one."""
     plain = next((run for run in runs if run["width"] == "plain"), None)
-    heads = "".join(f"{'at ' + str(part['context']):>9}" for part in runs[0]["needles"])
+    cases = [f"{part['context']}+{part['others']}" for part in runs[0]["needles"]]
+    heads = "".join(f"{case:>9}" for case in cases)
     lines = [
         f"{'width':>6} {'ranks':>5} {'wire bits':>9} {'perplexity':>11} {'':>9}"
         f"{heads} {'found':>10} {'as plain':>9}"
@@ -310,7 +314,7 @@ def table(runs):
     lines += [
         "",
         f"perplexity: of {text['tokens']} tokens in windows of {text['length']}, beside plain's",
-        "at N, found: questions whose fact was found in contexts of N tokens, and in all",
+        "N+M: questions whose fact was found in N tokens with M other facts; found: in all",
         "as plain: answers that are plain's, letter for letter",
     ]
     return "\n".join(lines)

@@ -73,17 +73,20 @@ class Measured:
         rows = torch.cat(chosen, 1).tolist()
         return [self.tokenizer.decode(row[: row.index(end)] if end in row else row) for row in rows]
 
-    def needles(self, n_tokens):
-        """Of contexts of n_tokens."""
-        made = tasks.Questions(self.encode).of_context(n_tokens - tasks.ANSWER, self.args.each)
+    def needles(self, n_tokens, n_others):
+        """Of contexts of n_tokens with n_others facts that are not asked for."""
+        questions = tasks.Questions(self.encode, n_others)
+        made = questions.of_context(n_tokens - tasks.ANSWER, self.args.each)
         batches = self.batches([question.prompt for question in made], n_tokens)
         answers = [answer for ids in batches for answer in self.answers(ids)]
         found = [question.found(answer) for question, answer in zip(made, answers)]
         each = self.args.each
         by_depth = [sum(found[i : i + each]) for i in range(0, len(found), each)]
-        self.say(f"  {n_tokens} tokens: {sum(found)} of {len(found)} found, by depth {by_depth}")
+        where = f"{n_tokens} tokens, {n_others} others"
+        self.say(f"  {where}: {sum(found)} of {len(found)} found, by depth {by_depth}")
         return {
             "context": n_tokens,
+            "others": n_others,
             "asked": len(found),
             "found": sum(found),
             "found_by_depth": by_depth,

@@ -6,8 +6,8 @@ without code and tables. It was written after the model was trained, it comes wi
 its licence is the project's.
 
 A question is a chat prompt of an exact number of tokens: sentences of no meaning, made of the words
-below, among which "The access code of NAME is DIGITS." stands at one of ten depths. An answer is
-right where it has the digits.
+below, among which "The access code of NAME is DIGITS." stands at one of ten depths, and n_others
+times the same of others, anywhere. An answer is right where it has the digits.
 
 Nothing here needs PyTorch, and the same seed gives the same questions. `encode` makes a list of
 token ids of a text.
@@ -15,6 +15,7 @@ token ids of a text.
 
 import dataclasses
 import hashlib
+import itertools
 import random
 import re
 
@@ -127,30 +128,34 @@ def sentence(rng):
 
 
 class Questions:
-    def __init__(self, encode, seed=1, n_sentences=1024):
-        self.encode, self.seed = encode, seed
+    def __init__(self, encode, n_others=0, seed=1, n_sentences=1024):
+        self.encode, self.n_others, self.seed = encode, n_others, seed
         rng = random.Random(seed)
         self.filler = [encode(" " + sentence(rng)) for _ in range(n_sentences)]
 
     def ask(self, n_tokens, depth, number):
-        """One question; `number` chooses filler, name and digits."""
+        """One question; `number` chooses filler, names and digits."""
         rng = random.Random(f"{self.seed} {n_tokens} {depth} {number}")
-        name = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
-        digits = "".join(rng.choice("0123456789") for _ in range(N_DIGITS))
-        fact = self.encode(f" The access code of {name} is {digits}.")
+        everyone = [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES]
+        names = rng.sample(everyone, 1 + self.n_others)
+        codes = ["".join(rng.choice("0123456789") for _ in range(N_DIGITS)) for _ in names]
+        told = zip(names, codes)
+        fact, *others = [self.encode(f" The access code of {who} is {code}.") for who, code in told]
         begin = self.encode(BEFORE + TASK)
-        end = self.encode(f"\n\nWhat is the access code of {name}?{BEHIND}")
-        room = n_tokens - len(begin) - len(fact) - len(end)
-        if room < 0:
-            raise ValueError(f"a question wants {n_tokens - room} tokens at least, not {n_tokens}")
-        before, behind, at = [], [], rng.randrange(len(self.filler))
-        while len(before) + len(behind) < room:
-            part = before if len(before) < depth * room else behind
-            part += self.filler[at % len(self.filler)]
+        end = self.encode(f"\n\nWhat is the access code of {names[0]}?{BEHIND}")
+        room = n_tokens - sum(map(len, [begin, fact, *others, end]))
+        if room < 1:
+            raise ValueError(f"a question wants more than {n_tokens - room} tokens, not {n_tokens}")
+        parts, at = [], rng.randrange(len(self.filler))
+        while (left := room - sum(map(len, parts))) > 0:
+            parts.append(self.filler[at % len(self.filler)][:left])
             at += 1
-        del behind[room - len(before) :]
-        del before[room:]
-        return Question(n_tokens, depth, name, digits, begin + before + fact + behind + end)
+        for other in others:
+            parts.insert(rng.randrange(len(parts)), other)
+        ends = list(itertools.accumulate(map(len, parts)))
+        parts.insert(sum(end_at < depth * ends[-1] for end_at in ends), fact)
+        prompt = begin + list(itertools.chain(*parts)) + end
+        return Question(n_tokens, depth, names[0], codes[0], prompt)
 
     def of_context(self, n_tokens, n_each):
         """All questions of one length, `n_each` at each depth."""

@@ -65,6 +65,15 @@ def test_a_question_has_its_length_and_its_fact_at_its_depth(questions, n_tokens
     assert len({question.digits for question in asked}) > 15
 
 
+def test_facts_of_others_have_other_names_and_leave_the_length():
+    question = tasks.Questions(encode, n_others=7).ask(1000, 0.55, 0)
+    told = re.findall(
+        r" The access code of ([A-Z]\w+ [A-Z]\w+) is (\d{5}).", decode(question.prompt)
+    )
+    assert len(question.prompt) == 1000 and len({name for name, _ in told}) == 8
+    assert dict(told)[question.name] == question.digits
+
+
 def test_questions_are_the_same_again_and_others_with_another_seed(questions):
     digest = lambda made: tasks.digest([question.prompt for question in made.of_context(600, 1)])
     assert (
@@ -75,7 +84,7 @@ def test_questions_are_the_same_again_and_others_with_another_seed(questions):
 
 
 def test_too_short_a_context_is_refused(questions):
-    with pytest.raises(ValueError, match="tokens at least, not 50"):
+    with pytest.raises(ValueError, match="more than [0-9]+ tokens, not 50"):
         questions.ask(50, 0.5, 0)
 
 
@@ -147,6 +156,7 @@ def a_run(width, perplexity, answers):
     """As a job leaves it, with two questions in each of two contexts."""
     part = lambda context, n_found: {
         "context": context,
+        "others": 7,
         "asked": 2,
         "found": n_found,
         "found_by_depth": [n_found],
@@ -166,7 +176,7 @@ def test_the_table_compares_with_plain(tmp_path, capsys):
     (tmp_path / "out.json").write_text(json.dumps({"run": {}, "runs": runs}))
     assert quality.main(["--from", str(tmp_path / "out.json")]) == 0
     head, plain, four = capsys.readouterr().out.splitlines()[:3]
-    assert "at 1024" in head and "at 8192" in head
+    assert "1024+7" in head and "8192+7" in head
     assert plain.split() == ["plain", "2", "16.000", "20.0000", "2/2", "1/2", "3/4"]
     assert four.split() == ["4", "2", "4.750", "20.1000", "+0.500%", "2/2", "1/2", "3/4", "50.0%"]
 
