@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from shards import cut
+
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -48,14 +50,6 @@ def minilm_tensors(folder, described):
 
 
 # ---- shards ---------------------------------------------------------------------------------------------------------
-
-
-def cut(units, world):
-    """Bounds of each rank's part; the first ranks have one more where they cannot be equal."""
-    bounds = [0]
-    for rank in range(world):
-        bounds.append(bounds[-1] + units // world + (rank < units % world))
-    return list(zip(bounds, bounds[1:]))
 
 
 class Rank:
@@ -107,12 +101,28 @@ class AllRanks:
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-class Llama:
-    """Logits of a LlamaForCausalLM's weights, under their names, in fp16."""
+class Cache:
+    """Keys and values of the positions that a Llama has seen: by layer (batch, key-value heads, n_positions, head)."""
 
-    def __init__(self, config, tensors, ranks, device):
-        self.config, self.ranks = config, ranks
-        get = lambda name: tensors[name].to(device, torch.float16)
+    def __init__(self, n_positions):
+        self.n_positions, self.length, self.layers = n_positions, 0, {}
+
+    def add(self, layer, k, v):
+        """All keys and values of a layer, these at their end."""
+        if layer not in self.layers:
+            self.layers[layer] = [x.new_empty(*x.shape[:2], self.n_positions, x.shape[3]) for x in (k, v)]
+        end = self.length + k.shape[2]
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept[:, :, self.length : end] = new
+        return [kept[:, :, :end] for kept in self.layers[layer]]
+
+
+class Llama:
+    """Logits of a LlamaForCausalLM's weights, under their names."""
+
+    def __init__(self, config, tensors, ranks, device, dtype=torch.float16):
+        self.config, self.ranks, self.dtype = config, ranks, dtype
+        get = lambda name: tensors[name].to(device, dtype)
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         self.head = config.get("head_dim") or config["hidden_size"] // heads
         self.group = heads // kv_heads
@@ -141,13 +151,26 @@ class Llama:
 
     def rms_norm(self, x, weight):
         wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])).half()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
+        return weight * (wide * scale).to(self.dtype)
 
     @torch.no_grad()
     def __call__(self, ids):
+        return self.logits(self.hidden(ids))
+
+    @torch.no_grad()
+    def logits(self, hidden):
+        return F.linear(self.rms_norm(hidden, self.norm), self.lm_head)
+
+    @torch.no_grad()
+    def hidden(self, ids, cache=None):
+        """What logits are made of: (batch, length, hidden). With a cache `ids` follow what is in there: a whole prompt
+        in an empty one, then one token at a time."""
         batch, length = ids.shape
-        angles = torch.arange(length, device=ids.device, dtype=torch.float32)[:, None] * self.frequencies
-        cos, sin = (torch.cat([f(angles)] * 2, -1).half() for f in (torch.cos, torch.sin))
+        past = cache.length if cache else 0
+        assert past == 0 or length == 1, "more than a token behind others"
+        angles = torch.arange(past, past + length, device=ids.device, dtype=torch.float32)[:, None] * self.frequencies
+        cos, sin = (torch.cat([f(angles)] * 2, -1).to(self.dtype) for f in (torch.cos, torch.sin))
 
         def heads(x, weight):
             return F.linear(x, weight).view(batch, length, -1, self.head).transpose(1, 2)
@@ -157,16 +180,21 @@ class Llama:
             return x * cos + torch.cat([-b, a], -1) * sin
 
         hidden = F.embedding(ids, self.embedding)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             x = self.rms_norm(hidden, layer["norms"][0])
             q, k, v = (heads(x, layer[name]) for name in ["q_proj", "k_proj", "v_proj"])
-            k, v = (t.repeat_interleave(self.group, 1) for t in (rotate(k), v))
-            x = F.scaled_dot_product_attention(rotate(q), k, v, is_causal=True)
+            k = rotate(k)
+            if cache:
+                k, v = cache.add(i, k, v)
+            k, v = (t.repeat_interleave(self.group, 1) for t in (k, v))
+            x = F.scaled_dot_product_attention(rotate(q), k, v, is_causal=length > 1)
             hidden = hidden + self.ranks.sum(x.transpose(1, 2).flatten(2), layer["o_proj"])
             x = self.rms_norm(hidden, layer["norms"][1])
             x = F.silu(F.linear(x, layer["gate_proj"])) * F.linear(x, layer["up_proj"])
             hidden = hidden + self.ranks.sum(x, layer["down_proj"])
-        return F.linear(self.rms_norm(hidden, self.norm), self.lm_head)
+        if cache:
+            cache.length += length
+        return hidden
 
 
 class MiniLM:
