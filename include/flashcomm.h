@@ -23,6 +23,21 @@
 // Places for reasons in flashcommStats_t; flashcommReasonName tells which are used.
 #define FLASHCOMM_REASONS 16
 
+// Ways of a sum.
+#define FLASHCOMM_WAYS 4
+
+// To the real NCCL.
+#define FLASHCOMM_WAY_FORWARDED 0
+
+// Uncompressed; every rank's whole input to every other.
+#define FLASHCOMM_WAY_EXACT_ONE_HOP 1
+
+// Uncompressed; to the owner of a chunk, and from there to all.
+#define FLASHCOMM_WAY_EXACT_TWO_HOPS 2
+
+// At the communicator's bits.
+#define FLASHCOMM_WAY_COMPRESSED 3
+
 // Result of a flashcomm call, with the values of ncclResult_t.
 typedef int flashcommResult_t;
 
@@ -97,6 +112,17 @@ typedef struct flashcommCommInfo_t {
   // Other all-reduces of this many bytes and less are summed exactly by the shim, those of float, too; 0: none is.
   uint64_t exactMaxBytes;
 } flashcommCommInfo_t;
+
+// How a sum goes. Set `size` to sizeof(flashcommWay_t) before the call.
+typedef struct flashcommWay_t {
+  // sizeof(flashcommWay_t), set by the caller.
+  size_t size;
+  // A FLASHCOMM_WAY_ number.
+  int way;
+  // What it takes on this machine each way, in nanoseconds, as the ranks have measured it (FLASHCOMM_TUNE): between
+  // the sizes that were measured on a straight line. 0: not known.
+  uint64_t nanoseconds[FLASHCOMM_WAYS];
+} flashcommWay_t;
 
 // The call did what it says.
 #define FLASHCOMM_SUCCESS 0
@@ -190,6 +216,13 @@ flashcommResult_t flashcommSetCommEnabled(const void *comm, int enabled);
 // # Safety
 // `comm` is null or a communicator that has not been destroyed.
 const char *flashcommGetLastError(const void *comm);
+
+// Writes to `*way` how ncclAllReduce of `comm`, an ncclComm_t, takes a sum of `nBytes` bytes of `datatype`, an
+// ncclDataType_t: the same on all ranks. Asks no other rank; may be called at any time.
+//
+// # Safety
+// `comm` is a communicator of this process; `way` is null or points to a flashcommWay_t whose `size` is set.
+flashcommResult_t flashcommGetCommWay(const void *comm, int datatype, uint64_t nBytes, struct flashcommWay_t *way);
 
 #ifdef __cplusplus
 }  // extern "C"

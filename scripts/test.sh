@@ -32,7 +32,7 @@ case ${1:-} in
 esac
 
 # The longest jobs, shortened.
-$long || export FLASHCOMM_TEST_SOAK_OPS=40000 FLASHCOMM_TEST_COMMUNICATORS=3000
+$long || export FLASHCOMM_TEST_SOAK_OPS=30000 FLASHCOMM_TEST_COMMUNICATORS=2000
 
 step "setup"
 ./scripts/setup.sh --test

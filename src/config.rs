@@ -5,6 +5,7 @@
 //! the default holds.
 
 pub(crate) mod table;
+mod tune;
 
 use std::env;
 use std::ffi::{CStr, OsString};
@@ -18,6 +19,7 @@ use once_cell::sync::OnceCell;
 use crate::element::ElementType;
 pub(crate) use table::Malformed;
 use table::find;
+pub use tune::Tune;
 
 /// What carries the payloads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,36 +56,6 @@ impl ExchangeKind {
             ExchangeKind::Host => c"host",
             ExchangeKind::Nccl => c"nccl",
         }
-    }
-}
-
-/// Whether the ranks measure how sums go best.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Tune {
-    /// They take what was measured on other machines.
-    Off,
-    /// Where they have not done so before.
-    Cache,
-    /// Whenever a process starts.
-    Always,
-}
-
-impl Tune {
-    /// Every one.
-    pub(crate) const ALL: [Tune; 3] = [Tune::Off, Tune::Cache, Tune::Always];
-
-    /// As in settings.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Tune::Off => "off",
-            Tune::Cache => "cache",
-            Tune::Always => "always",
-        }
-    }
-
-    /// That of a name.
-    fn by_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|tune| tune.name() == name)
     }
 }
 

@@ -13,7 +13,7 @@
 /// second table would accept other values.
 pub mod settings {
     pub use crate::config::table::{SETTINGS, Setting};
-    pub use crate::config::{Config, ExchangeKind};
+    pub use crate::config::{Config, ExchangeKind, Tune};
 }
 
 /// NCCL's functions by version, and how a real NCCL is found and refused. `run` and `doctor` name

@@ -44,15 +44,15 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// The sizes that are shown.
 const SIZES: std::ops::RangeInclusive<u32> = 10..=28;
 
-/// What a rank has to say.
-#[derive(PartialEq, Serialize, Deserialize)]
-struct Answer {
+/// What was measured and decided.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
     exchange: String,
     sizes: Vec<Size>,
 }
 
 /// A size.
-#[derive(PartialEq, Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Size {
     bytes: u64,
     way: String,
@@ -79,24 +79,16 @@ const WAYS: [&str; 4] = ["NCCL", "exact, one hop", "exact, two hops", "compresse
 pub fn run(args: &Args) -> Result<bool> {
     let machine = Machine::find(&args.paths, if args.simulator { Wanted::Simulator } else { Wanted::Gpu })?;
     let world = args.ranks.map_or(machine.gpus.len().clamp(2, 16), |ranks| ranks as usize);
-    let settings = [("FLASHCOMM_TUNE", "always"), ("FLASHCOMM_BITS", &args.bits)];
-    let settings = settings.map(|(name, value)| (name.to_string(), value.to_string())).to_vec();
-    let start = Start { role: Role::Tune, world, processes: true, shim: true, settings, limit: LIMIT };
-    let mut job = Job::start(&machine, &start)?;
-    let answers: Vec<Answer> = job.answers(LIMIT)?;
-    let stderr = job.end(LIMIT)?;
-    let first = answers.first().context("no rank answers")?;
-    ensure!(answers.iter().all(|answer| answer == first), "the ranks do not agree; this is a bug");
-    let is_measured = first.sizes.iter().any(|size| size.microseconds[0].is_some());
+    let (answer, stderr) = decided(&machine, world, &[("FLASHCOMM_TUNE", "always"), ("FLASHCOMM_BITS", &args.bits)])?;
+    let is_measured = answer.sizes.iter().any(|size| size.microseconds[0].is_some());
     if args.json {
         let provenance = Provenance::at(SystemTime::now());
         let (simulated, machine) = (machine.is_simulated(), machine.describe());
-        let found = Found { provenance, simulated, machine, ranks: world, bits: &args.bits, answer: first };
+        let found = Found { provenance, simulated, machine, ranks: world, bits: &args.bits, answer: &answer };
         println!("{}", serde_json::to_string_pretty(&found)?);
     } else {
-        println!("{world} ranks, {} bits, on {}; exchange {}.\n", args.bits, machine.describe(), first.exchange);
-        println!("{}\n", shown(first));
-        println!("Microseconds of a sum of fp16, of the slowest rank; between the sizes measured on a straight line.");
+        println!("{world} ranks, {} bits, on {}; exchange {}.\n", args.bits, machine.describe(), answer.exchange);
+        println!("{}", answer.in_words());
         if is_measured {
             println!("Kept: jobs of {world} ranks on these GPUs with FLASHCOMM_TUNE=cache take sums this way.");
         }
@@ -104,6 +96,28 @@ pub fn run(args: &Args) -> Result<bool> {
     stderr.iter().for_each(|line| eprintln!("! {line}"));
     ensure!(is_measured, "nothing could be measured; FLASHCOMM_LOG=info says why");
     Ok(true)
+}
+
+/// What a job of ranks, each a process, decides with these settings, and what it wrote to standard error.
+pub fn decided(machine: &Machine, world: usize, settings: &[(&str, &str)]) -> Result<(Answer, Vec<String>)> {
+    let settings = settings.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
+    let start = Start { role: Role::Tune, world, processes: true, shim: true, settings, limit: LIMIT };
+    let mut job = Job::start(machine, &start)?;
+    let mut answers: Vec<Answer> = job.answers(LIMIT)?;
+    let stderr = job.end(LIMIT)?;
+    let first = answers.pop().context("no rank answers")?;
+    ensure!(answers.iter().all(|answer| *answer == first), "the ranks do not agree; this is a bug");
+    Ok((first, stderr))
+}
+
+impl Answer {
+    /// The table, as people read it.
+    pub fn in_words(&self) -> String {
+        format!(
+            "{}\n\nMicroseconds of a sum of fp16, of the slowest rank; between the sizes measured on a straight line.",
+            shown(self)
+        )
+    }
 }
 
 fn shown(answer: &Answer) -> String {

@@ -324,7 +324,7 @@ fn tune_measures_shows_and_keeps() {
     assert_eq!(code, 0, "{stdout}{stderr}");
     assert!(stdout.contains("exchange host") && stdout.contains("FLASHCOMM_TUNE=cache"), "{stdout}");
     let row = |bytes: &str| stdout.lines().find(|line| line.trim_start().starts_with(bytes)).unwrap().to_string();
-    assert!(row("1K").contains("exact, one hop") && row("16M").contains("compressed"), "{stdout}");
+    assert!(row("16M").contains("compressed") && row("16M").contains(" - "), "{stdout}");
     assert_eq!(std::fs::read_dir(cache.path().join("flashcomm")).unwrap().count(), 1);
 
     let (stdout, stderr, code) = tune(&["--json", "--bits", "4"]);
@@ -343,4 +343,14 @@ fn tune_measures_shows_and_keeps() {
         assert!(way == 0 || taken < nccl, "{size}");
     }
     assert_eq!(std::fs::read_dir(cache.path().join("flashcomm")).unwrap().count(), 2);
+
+    // The doctor knows it from then on, where it is asked.
+    let doctor = |tune: &str| {
+        let mut command = flashcomm(&["doctor", "--simulator"]);
+        command.env("XDG_CACHE_HOME", cache.path()).env("FLASHCOMM_SIM_SLOW", "0:30").env("FLASHCOMM_TUNE", tune);
+        run(command.env("FLASHCOMM_SIM_FABRIC", root().join(fabric))).0
+    };
+    let (knows, asked) = ("as measured here", doctor("cache"));
+    assert!(asked.contains(knows) && asked.contains("exact, one hop"), "{asked}");
+    assert!(!doctor("off").contains(knows));
 }

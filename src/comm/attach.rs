@@ -204,9 +204,8 @@ fn attach(comm: &Comm, wish: Wish) -> Result<Outcome> {
 }
 
 /// The rounds of one communicator.
-fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> Result<Outcome> {
+fn meet(comm: &Comm, Own { rank, world, device, context }: Own, Wish { legs, switched_off }: Wish) -> Result<Outcome> {
     let check = || if comm.is_aborted() { Err(Error::Aborted) } else { Ok(()) };
-    let Wish { legs, switched_off } = wish;
     let agreement = Agreement { legs, switched_off, ..Agreement::from(Config::global()) };
     let _entered = context.enter().map_err(Error::cuda("entering the context"))?;
     let _relaxed = RelaxedCapture::enter().map_err(Error::cuda("leaving the capture mode"))?;
@@ -263,8 +262,8 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, wish: Wish) -> R
     comm.recording.begin(facts[0].attach, rank, world);
     let Loaded { kernels, order, .. } = loaded?;
     let local = Local { context: &context, kernels: &kernels, stream: &stream, timeout: Config::global().timeout };
-    let sum = |sum: Sum| over_nccl::all_reduce(comm.handle(), &comm.life, sum, &stream);
-    let calls = RealCalls { connect: &|| over_nccl()?.connect(), all_reduce: &sum };
+    let all_reduce = &|sum: Sum| over_nccl::all_reduce(comm.handle(), &comm.life, sum, &stream);
+    let calls = RealCalls { connect: &|| over_nccl()?.connect(), all_reduce };
     let set_up = match rounds.find_reach(&context, &facts)? {
         Ok(facts) => rounds.set_up_tuned(&facts, &local, &calls)?,
         Err(disagreement) => Err(disagreement),

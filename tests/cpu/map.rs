@@ -213,7 +213,7 @@ fn every_export_runs_in_the_guard_or_is_a_bare_jump() {
             }
             // The jumps, one pattern for each machine.
             "abi/forward.rs" => assert!(exports(&text) == 2 && text.matches("naked_asm!(").count() == 2),
-            "abi/control.rs" => {
+            "abi/control.rs" | "abi/way.rs" => {
                 for export in text.split("#[unsafe(no_mangle)]").skip(1) {
                     let body = export.split("\n}\n").next().unwrap();
                     let guards = ["answer(\"", "guarded(", "guarded_or("];

@@ -13,7 +13,7 @@ use anyhow::Result;
 use flashcomm::tooling::negotiation::{
     Against, Blob, Choice, Disagreement, agree, choose, default_exact_max_bytes, default_min_bytes,
 };
-use flashcomm::tooling::settings::ExchangeKind;
+use flashcomm::tooling::settings::{Config, ExchangeKind, Tune};
 use flashcomm_wire::rings::MAX_WORLD;
 use serde::Serialize;
 
@@ -23,6 +23,7 @@ use super::client::job::{Job, Start};
 use super::client::machine::{LibraryPaths, Machine, NoGpu, RealNccl, soname_of};
 use super::client::party::Role;
 use super::provenance::Provenance;
+use super::tune::{self, Answer};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -65,6 +66,8 @@ struct Findings {
     /// What was tried between processes; absent without a GPU.
     exchanges: Option<Exchanges>,
     measured: Option<Earlier>,
+    /// How sums go by what the ranks measure; absent with FLASHCOMM_TUNE=off.
+    tuned: Option<Answer>,
 }
 
 #[derive(Debug, Serialize)]
@@ -123,6 +126,7 @@ pub fn run(args: &Args) -> Result<bool> {
         shared_memory: shared_memory(),
         exchanges: None,
         measured,
+        tuned: None,
     };
     match machine.find_nccl()? {
         Ok(nccl) => report.nccl = Some(nccl),
@@ -134,6 +138,9 @@ pub fn run(args: &Args) -> Result<bool> {
         Ok(()) => {
             report.driver = Some(format!("{}.{}", machine.driver / 1000, machine.driver / 10 % 100));
             try_exchanges(&machine, &mut report)?;
+            if Config::global().tune != Tune::Off && report.nccl.is_some() {
+                measure(&machine, &mut report);
+            }
             None
         }
         Err(why) => {
@@ -202,6 +209,15 @@ fn try_exchanges(machine: &Machine, report: &mut Findings) -> Result<()> {
         because,
     });
     Ok(())
+}
+
+/// Lets the ranks of a job measure, or recall what they have measured before.
+fn measure(machine: &Machine, report: &mut Findings) {
+    let world = machine.gpus.len().clamp(2, MAX_WORLD);
+    match tune::decided(machine, world, &[]) {
+        Ok((answer, _)) => report.tuned = Some(answer),
+        Err(error) => report.problems.push(format!("{world} processes could not measure: {error:#}")),
+    }
 }
 
 /// What is wrong with a GPU that does not take the kernels.

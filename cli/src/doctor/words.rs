@@ -19,6 +19,9 @@ pub fn in_words(findings: &Findings, bench: Option<&Path>) -> String {
     if let Some(exchanges) = &findings.exchanges {
         of_exchanges(exchanges, &mut text);
     }
+    if let Some(tuned) = &findings.tuned {
+        let _ = writeln!(text, "\nas measured here (FLASHCOMM_TUNE):\n{}", tuned.in_words());
+    }
     if let (Some(measured), Some(file)) = (&findings.measured, bench) {
         let _ = writeln!(text, "\n{}", measured.in_words(file).trim_end());
     }

@@ -35,11 +35,16 @@ pub(crate) struct Bounds {
 
 impl Figures {
     /// Nanoseconds of a sum of so many bytes: on straight lines between the sizes measured, and on from
-    /// the first two and the last two. `None` where that is not known.
+    /// the first two and the last two. `None` where that is not known: a way that was not measured at
+    /// the last sizes, as exact sums are not, is not known to go there.
     pub(crate) fn nanoseconds(&self, way: Way, n_bytes: u64) -> Option<u64> {
         let i = WAYS.iter().position(|other| *other == way)?;
         let measured = SIZES.iter().zip(&self.0).filter(|(_, row)| row[i] != 0);
         let points: Vec<(i128, i128)> = measured.map(|(size, row)| ((*size).into(), row[i].into())).collect();
+        let end = self.0.iter().rposition(|row| row[i] != 0).filter(|end| end + 1 < self.0.len());
+        if end.is_some_and(|end| n_bytes >= SIZES[end + 1]) {
+            return None;
+        }
         let n_bytes = &i128::from(n_bytes);
         let above = points.iter().position(|(size, _)| *size >= *n_bytes).unwrap_or(points.len());
         let last = above.clamp(1, points.len().max(2) - 1);
@@ -182,6 +187,10 @@ mod tests {
         assert!((80_000..100_000).contains(&starts[1]), "{starts:?}");
         assert!((340_000..430_000).contains(&starts[2]), "{starts:?}");
         assert_eq!(ways.coded.way(1 << 40), Compressed, "as far as nobody has measured");
+        let mut small = measured.clone();
+        small.0[5..].iter_mut().for_each(|row| row[1] = 0);
+        let exact = |n_bytes| small.nanoseconds(ExactOneHop, n_bytes).map(|ns| ns / 1000);
+        assert_eq!([exact(1 << 20), exact(2 << 20), exact(4 << 20)], [Some(72), Some(142), None]);
         // What is not to be compressed is exact as far as there is room.
         assert_eq!(ways.plain.exact_max(), 2 << 20);
         assert_eq!(ways.plain.compress_min(), u64::MAX);
