@@ -106,16 +106,18 @@ def unpack(wheels, site):
 
 
 def strip_all(site):
-    """Leaves out symbol tables and what is for debuggers, where there is a `strip`."""
+    """Leaves out what is for debuggers, where there is a `strip` and it saves much."""
     if not shutil.which("strip"):
-        return say("  no strip is installed: what is for debuggers stays in the libraries")
-    for library in sorted(site.rglob("*.so*")):
-        before = library.stat().st_size
-        done = subprocess.run(["strip", "--strip-unneeded", library], capture_output=True, check=False)
-        saved = before - library.stat().st_size
-        if done.returncode == 0 and saved > 1e6:
+        say("  no strip is installed: what is for debuggers stays in the libraries")
+        return
+    for library in sorted(site.rglob("*.so")):
+        stripped = library.with_suffix(".stripped")
+        subprocess.run(["strip", "--strip-unneeded", "-o", stripped, library], capture_output=True, check=False)
+        saved = library.stat().st_size - stripped.stat().st_size if stripped.exists() else 0
+        if saved > 1e6:
             say(f"  {library.relative_to(site)}: {saved / 1e6:.1f} MB of it were for debuggers")
-    return None
+            stripped.replace(library)
+        stripped.unlink(missing_ok=True)
 
 
 def compress(site, args):
