@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""A vLLM server under load, plain and through the shim in turn: time to first token, between tokens, throughput.
+"""A vLLM or SGLang server under load, plain and through the shim in turn: time to first token, between tokens, throughput.
 
-For each way the real server (`vllm serve`) is started, driven by vLLM's own client (`vllm bench serve`, random prompts), and
-stopped by SIGTERM. Nothing of vLLM is changed. What runs, and for how long, is told on standard error.
+For each way the real server (`vllm serve`, `sglang.launch_server`) is started, driven by the engine's own client (`vllm bench serve`,
+`sglang.bench_serving`, random prompts), and stopped by SIGTERM. Nothing of the engine is changed. What runs, and for how long, is told on
+standard error.
 
-    serve_bench.py --model FOLDER --out FOLDER [OPTION...] [-- OPTIONS OF VLLM SERVE]
+    serve_bench.py --model FOLDER --out FOLDER [--engine sglang] [OPTION...] [-- OPTIONS OF THE SERVER]
     serve_bench.py --from FOLDER              draws the plot of an earlier run again
 
-A way is `plain`; a width such as `8` or `4`, with the plugin, so that vLLM keeps its own kernels; or `engine-8`, by
-`flashcomm run --engine vllm`, which turns them off. FOLDER gets serve.json, serve.svg (where there is matplotlib), and for each way
+A way is `plain`; a width such as `8` or `4`, with the plugin, so that the engine keeps its own kernels; or `engine-8`, by
+`flashcomm run --engine`, which turns them off. FOLDER gets serve.json, serve.svg (where there is matplotlib), and for each way
 the server's log, the client's results and the shim's statistics.
 
-Needs vLLM and, but for plain, `flashcomm` on PATH or by --flashcomm, and its plugin where a way is a width.
+Needs the engine and, but for plain, `flashcomm` on PATH or by --flashcomm, and its plugin where a way is a width.
 """
 
 import argparse
@@ -41,9 +42,49 @@ class Failure(Exception):
     """What went wrong, for people."""
 
 
+class Vllm:
+    version = ["vllm", "--version"]
+
+    @staticmethod
+    def server(args, port):
+        serve = ["vllm", "serve", args.model, "--tensor-parallel-size", str(args.tp), "--port", str(port)]
+        return [*serve, "--no-enable-prefix-caching"]
+
+    @staticmethod
+    def client(args, load, port, file):
+        bench = ["vllm", "bench", "serve", "--model", args.model, "--host", "127.0.0.1", "--port", str(port)]
+        bench += ["--dataset-name", "random", "--random-input-len", str(args.input), "--random-output-len", str(args.output)]
+        bench += ["--num-prompts", str(load * args.requests), "--max-concurrency", str(load), "--ignore-eos"]
+        bench += ["--num-warmups", str(load), "--seed", "1", "--disable-tqdm"]
+        bench += ["--percentile-metrics", ",".join(METRICS), "--metric-percentiles", "50,99"]
+        return [*bench, "--save-result", "--result-dir", str(file.parent), "--result-filename", file.name]
+
+
+class Sglang:
+    version = ["python3", "-c", "import importlib.metadata as all; print(all.version('sglang'))"]
+
+    @staticmethod
+    def server(args, port):
+        serve = ["python3", "-m", "sglang.launch_server", "--model-path", args.model, "--tp", str(args.tp)]
+        return [*serve, "--port", str(port), "--disable-radix-cache"]
+
+    @staticmethod
+    def client(args, load, port, file):
+        """Sends the numbers of tokens, not text: a tokenizer may read back more of them than it has written."""
+        bench = ["python3", "-m", "sglang.bench_serving", "--backend", "sglang", "--model", args.model]
+        bench += ["--host", "127.0.0.1", "--port", str(port), "--dataset-name", "random-ids", "--tokenize-prompt"]
+        bench += ["--random-input-len", str(args.input), "--random-output-len", str(args.output), "--random-range-ratio", "1"]
+        bench += ["--num-prompts", str(load * args.requests), "--max-concurrency", str(load)]
+        return [*bench, "--warmup-requests", str(load), "--seed", "1", "--disable-tqdm", "--output-file", str(file)]
+
+
+ENGINES = {"vllm": Vllm, "sglang": Sglang}
+
+
 def parse(arguments):
-    parser = argparse.ArgumentParser(description="a vLLM server, plain and through the shim in turn")
-    parser.add_argument("--model", help="what vLLM is to serve; make_model.py makes one of random weights")
+    parser = argparse.ArgumentParser(description="a server of an engine, plain and through the shim in turn")
+    parser.add_argument("--model", help="what is to be served; make_model.py makes one of random weights")
+    parser.add_argument("--engine", default="vllm", choices=ENGINES, help="whose server and client (%(default)s)")
     parser.add_argument("--out", type=pathlib.Path, help="the folder of the results")
     parser.add_argument("--from", type=pathlib.Path, dest="earlier", help="draw that folder's results again")
     parser.add_argument("--ways", default="plain,8,4", help="in this order (%(default)s)")
@@ -57,7 +98,7 @@ def parse(arguments):
     parser.add_argument("--flashcomm", default="flashcomm", help="the command")
     parser.add_argument("--start-seconds", type=int, default=300, help="a server may take to start (%(default)s)")
     parser.add_argument("--client-seconds", type=int, default=300, help="a run of the client may take (%(default)s)")
-    parser.add_argument("serve", nargs="*", metavar="-- OPTIONS", help="options of vllm serve")
+    parser.add_argument("serve", nargs="*", metavar="-- OPTIONS", help="options of the server")
     args = parser.parse_args(arguments)
     if not args.earlier and not (args.model and args.out):
         parser.error("--model and --out are wanted, or --from")
@@ -83,19 +124,18 @@ def free_port():
 
 
 def server_command(args, way, folder, port):
-    serve = ["vllm", "serve", args.model, "--tensor-parallel-size", str(args.tp), "--port", str(port)]
-    serve += ["--no-enable-prefix-caching", *args.serve]
+    serve = [*ENGINES[args.engine].server(args, port), *args.serve]
     if way == "plain":
         return serve
     bits = way.removeprefix("engine-")
     run = [args.flashcomm, "run", "--bits", bits, "--exchange", args.exchange, "--log", "info"]
     run += ["--stats-file", str(folder / "stats.%p.json")]
-    run += ["--engine", "vllm"] if bits != way else ["--plugin", "1"]
+    run += ["--engine", args.engine] if bits != way else ["--plugin", "1"]
     return [*run, "--", *serve]
 
 
 class Server:
-    """A running `vllm serve`, in a process group of its own."""
+    """A running server, in a process group of its own."""
 
     def __init__(self, command, log, port, seconds):
         self.log, self.port, self.start = log, port, time.monotonic()
@@ -148,32 +188,33 @@ class Server:
 
 def client(args, folder, port, concurrency):
     """The client's own results of one run."""
-    name = f"client-{concurrency}.json"
-    command = ["vllm", "bench", "serve", "--model", args.model, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dataset-name", "random", "--random-input-len", str(args.input), "--random-output-len", str(args.output)]
-    command += ["--num-prompts", str(concurrency * args.requests), "--max-concurrency", str(concurrency), "--ignore-eos"]
-    command += ["--num-warmups", str(concurrency), "--seed", "1", "--disable-tqdm"]
-    command += ["--percentile-metrics", ",".join(METRICS), "--metric-percentiles", "50,99"]
-    command += ["--save-result", "--result-dir", str(folder), "--result-filename", name]
+    file = folder / f"client-{concurrency}.json"
+    command = ENGINES[args.engine].client(args, concurrency, port, file)
     log = folder / f"client-{concurrency}.log"
     with open(log, "wb") as to:
         try:
             status = subprocess.run(command, stdout=to, stderr=to, timeout=args.client_seconds, check=False).returncode
         except subprocess.TimeoutExpired:
             raise Failure(f"the client was not done after {args.client_seconds} s (--client-seconds); {last_lines(log)}") from None
-    if status != 0 or not (folder / name).exists():
+    if status != 0 or not file.exists():
         raise Failure(f"the client ended with {status}; {last_lines(log)}")
-    result = json.loads((folder / name).read_text())
+    result = json.loads(file.read_text())
     wanted = concurrency * args.requests
     if result["completed"] != wanted:
         raise Failure(f"{result['completed']} of {wanted} requests were answered; {last_lines(log)}")
     return result
 
 
+def value_of(result, percentile, metric):
+    """SGLang calls the 50th percentile the median."""
+    name = f"{percentile}_{metric}_ms"
+    return result[name if name in result else name.replace("p50", "median")]
+
+
 def row_of(way, number, concurrency, result):
     row = {"way": way, "round": number, "concurrency": concurrency}
     for metric in METRICS:
-        row[f"{metric}_ms"] = {p: result[f"{p}_{metric}_ms"] for p in PERCENTILES}
+        row[f"{metric}_ms"] = {p: value_of(result, p, metric) for p in PERCENTILES}
     row["output_tokens_per_s"] = result["output_throughput"]
     return row
 
@@ -288,9 +329,9 @@ def facts(args):
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpus": answer("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
-        "vllm": answer("vllm", "--version")[-1:],
+        args.engine: answer(*ENGINES[args.engine].version)[-1:],
         "arguments": {name: str(value) for name, value in vars(args).items()},
-        "variables": {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "VLLM_", "FLASHCOMM_"))},
+        "variables": {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "VLLM_", "SGLANG_", "FLASHCOMM_"))},
     }
 
 

@@ -1,4 +1,4 @@
-"""scripts/engines/serve_bench.py against a stand-in for vLLM: a server that gets ready, answers and stops, or does not."""
+"""scripts/engines/serve_bench.py against a stand-in for vLLM and SGLang: a server that gets ready, answers and stops, or does not."""
 
 import json
 import os
@@ -10,13 +10,13 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts/engines/serve_bench.py"
 
-VLLM = """#!{python}
+ENGINE = """#!{python}
 import http.server, json, os, pathlib, signal, sys, time
 words = sys.argv[1:]
 value = lambda name: words[words.index(name) + 1]
-if words == ["--version"]:
+if words == ["--version"] or words[0] == "-c":
     print("0.0.stand-in")
-elif words[0] == "serve":
+elif words[0] == "serve" or words[:2] == ["-m", "sglang.launch_server"]:
     if os.environ.get("STAND_IN") == "ends":
         sys.exit("no GPU for you")
     bits = os.environ.get("BITS", "")
@@ -36,13 +36,16 @@ elif words[0] == "serve":
     signal.signal(signal.SIGTERM, end)
     http.server.HTTPServer(("127.0.0.1", int(value("--port"))), Healthy).serve_forever()
 else:
-    assert words[:2] == ["bench", "serve"]
+    is_vllm = words[:2] == ["bench", "serve"]
+    assert is_vllm or words[:2] == ["-m", "sglang.bench_serving"]
     load, n = int(value("--max-concurrency")), int(value("--num-prompts"))
     if os.environ.get("STAND_IN") == "loses":
         n -= 1
-    result = {{"completed": n, "output_throughput": 100.0 * load, "p50_ttft_ms": 10.0 * load, "p99_ttft_ms": 20.0 * load,
-              "p50_itl_ms": 4.0, "p99_itl_ms": 8.0}}
-    pathlib.Path(value("--result-dir"), value("--result-filename")).write_text(json.dumps(result))
+    middle = "p50" if is_vllm else "median"
+    result = {{"completed": n, "output_throughput": 100.0 * load, middle + "_ttft_ms": 10.0 * load, "p99_ttft_ms": 20.0 * load,
+              middle + "_itl_ms": 4.0, "p99_itl_ms": 8.0}}
+    file = pathlib.Path(value("--result-dir"), value("--result-filename")) if is_vllm else pathlib.Path(value("--output-file"))
+    file.write_text(json.dumps(result) + "\\n")
 """
 
 FLASHCOMM = """#!{python}
@@ -56,7 +59,7 @@ os.execvp(words[words.index("--") + 1], words[words.index("--") + 1:])
 
 @pytest.fixture
 def bench(tmp_path):
-    for name, text in [("vllm", VLLM), ("flashcomm", FLASHCOMM)]:
+    for name, text in [("vllm", ENGINE), ("python3", ENGINE), ("flashcomm", FLASHCOMM)]:
         (tmp_path / name).write_text(text.format(python=sys.executable))
         (tmp_path / name).chmod(0o755)
 
@@ -86,6 +89,18 @@ def test_each_way_is_served_driven_and_told_in_turn(bench):
     assert "--plugin 1" in commands[1] and "--engine vllm" not in commands[1] and "--bits 8 " in commands[1]
     assert "--engine vllm" in commands[2] and "--plugin" not in commands[2] and "--bits 4 " in commands[2]
     assert "1.00x" in done.stdout and "engine-4" in done.stdout
+
+
+def test_sglang_is_served_and_driven_by_its_own_client(bench):
+    done, out = bench("--engine", "sglang", "--ways", "plain,8,engine-4", "--", "--load-format", "dummy")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "serve.json").read_text())
+    assert results["run"]["sglang"] == ["0.0.stand-in"] and "vllm" not in results["run"]
+    assert len(results["rows"]) == 6 and results["rows"][1]["ttft_ms"] == {"p50": 80.0, "p99": 160.0}
+    assert "8 bits (blocks), exchange host" in results["servers"][1]["on"][0]
+    commands = [(out / f"{way}-1" / "server.log").read_text().splitlines()[0] for way in ["plain", "8", "engine-4"]]
+    assert commands[0].startswith("$ python3 -m sglang.launch_server --model-path m --tp 2 ")
+    assert commands[0].endswith("--load-format dummy") and "--plugin 1" in commands[1] and "--engine sglang" in commands[2]
 
 
 @pytest.mark.parametrize(
