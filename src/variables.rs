@@ -32,8 +32,7 @@ impl Variables {
     pub(crate) fn global() -> &'static Variables {
         static GLOBAL: OnceCell<Variables> = OnceCell::new();
         GLOBAL.get_or_init(|| {
-            let files = [user_file(), Some(PathBuf::from("/etc/nccl.conf"))];
-            let texts: Vec<String> = files.iter().flatten().filter_map(|path| fs::read_to_string(path).ok()).collect();
+            let texts: Vec<String> = files().iter().filter_map(|path| fs::read_to_string(path).ok()).collect();
             Variables::parse(|name| {
                 let set = env::var(name).ok();
                 set.or_else(|| texts.iter().find_map(|text| in_file(text, name)))
@@ -58,8 +57,8 @@ impl Variables {
     }
 }
 
-/// Every variable of NCCL's that is set, with its value: what may change how fast it is. Not those that only log, or that
-/// are another with every start.
+/// Every variable of NCCL's that is set, with its value, and what its files say: what may change how fast it is. Not those that
+/// only log, or that are another with every start.
 pub(crate) fn of_nccl() -> Vec<u8> {
     let matters =
         |name: &str| name.starts_with("NCCL_") && !name.starts_with("NCCL_DEBUG") && !["NCCL_COMM_ID"].contains(&name);
@@ -69,6 +68,7 @@ pub(crate) fn of_nccl() -> Vec<u8> {
         .map(|(name, value)| format!("{name}={}\n", value.to_string_lossy()))
         .collect();
     lines.sort_unstable();
+    lines.extend(files().iter().filter_map(|path| fs::read_to_string(path).ok()));
     lines.concat().into_bytes()
 }
 
@@ -83,6 +83,11 @@ fn parse_level(level: &str) -> Option<Distance> {
         "SYS" | "5" => Some(Distance::Sys),
         _ => None,
     }
+}
+
+/// Where NCCL looks, the first that it believes first.
+fn files() -> Vec<PathBuf> {
+    [user_file(), Some(PathBuf::from("/etc/nccl.conf"))].into_iter().flatten().collect()
 }
 
 fn user_file() -> Option<PathBuf> {

@@ -281,3 +281,32 @@ fn a_rank_that_is_ten_times_slower_is_the_one_that_counts() {
         }
     });
 }
+
+#[test]
+fn communicators_that_do_not_block_are_not_measured_and_go_as_they_would_without() {
+    if is_real() {
+        return;
+    }
+    let (fabric, cache) = (file("two_without_p2p"), tempfile::tempdir().unwrap());
+    in_process(&settings(&fabric, cache.path(), "always"), || {
+        let id = unique_id();
+        let settled = |comm: usize, first: i32| {
+            let mut state = first;
+            while state == 7 {
+                ok!(ncclCommGetAsyncError(comm, &mut state));
+                std::thread::sleep(std::time::Duration::from_micros(50));
+            }
+            assert_eq!(state, 0);
+        };
+        threads(2, |rank| {
+            let (mut comm, config) = (0, Config::non_blocking());
+            let first = call!(ncclCommInitRankConfig(&mut comm, 2, id, rank as i32, &config));
+            settled(comm, first);
+            is_not_measured(&ways(comm));
+            let first = call!(ncclCommFinalize(comm));
+            settled(comm, first);
+            ok!(ncclCommDestroy(comm));
+        });
+        assert_eq!(kept(cache.path()).len(), 0);
+    });
+}

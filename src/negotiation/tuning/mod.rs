@@ -119,7 +119,12 @@ impl<M: Meeting> Rounds<M> {
         }
         // Where the areas of both have no room, the first alone is measured.
         let second = match rival {
-            Some(areas) => self.set_up_fused(areas, facts, local)?.ok().map(Exchange::Fused),
+            Some(areas) => {
+                let told = |NotSetUp { why, .. }| {
+                    log::info!("the exchange {} is not measured: {why}", areas.exchange().name())
+                };
+                self.set_up_fused(areas, facts, local)?.map_err(told).ok().map(Exchange::Fused)
+            }
             None => None,
         };
         let mut exchanges: Vec<Exchange> = [Some(first), second].into_iter().flatten().collect();
@@ -202,8 +207,14 @@ impl<M: Meeting> Rounds<M> {
                 }
             };
             let mut row = slowest(&ranks);
-            if let Some(Figures(rows)) = known {
-                row[0] = rows.get(i).map_or(0, |row| row[0]);
+            match known.map(|Figures(rows)| rows.get(i)) {
+                Some(Some(of_nccl)) => row[0] = of_nccl[0],
+                Some(None) => break, // there is nothing to compare with
+                None if row[0] == 0 => {
+                    let why = Disagreement::NotReady { rank: without_time(&ranks) };
+                    return Ok(Err(NotSetUp { why, mine: None }));
+                }
+                None => {}
             }
             figures.0.push(row);
             spent += row.iter().map(|ns| u64::from(*ns)).sum::<u64>() * (1 + BATCHES as u64 * n_sums);
@@ -267,11 +278,19 @@ fn as_offer(row: &Row) -> Offer {
     offer
 }
 
+fn of_offer(rank: &Blob, way: usize) -> u32 {
+    u32::from_le_bytes(rank.offer[4 * way..][..4].try_into().expect("4 bytes"))
+}
+
+/// The first rank that has no time of the real NCCL: its communicator does not block.
+fn without_time(ranks: &[Blob]) -> usize {
+    ranks.iter().position(|rank| of_offer(rank, 0) == 0).unwrap_or(0)
+}
+
 /// The slowest rank's time of each way; 0 where one of them has none.
 fn slowest(ranks: &[Blob]) -> Row {
-    let of = |rank: &Blob, i: usize| u32::from_le_bytes(rank.offer[4 * i..][..4].try_into().expect("4 bytes"));
     std::array::from_fn(|i| {
-        let times = || ranks.iter().map(|rank| of(rank, i));
+        let times = || ranks.iter().map(|rank| of_offer(rank, i));
         if times().any(|ns| ns == 0) { 0 } else { times().max().unwrap_or(0) }
     })
 }
