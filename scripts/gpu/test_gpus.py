@@ -128,12 +128,27 @@ def test_over_host_memory_beside_nccl(runner, packed_nccl, out, several):
 
 
 @pytest.mark.measures
+@pytest.mark.parametrize("tune", ["off", "always"])
 @pytest.mark.parametrize("exchange", ["peer", "host"])
-def test_never_slower_than_nccl(runner, packed_nccl, out, several, exchange):
-    """The shim finds the exchange itself. Over host memory NCCL goes there, too."""
+def test_never_slower_than_nccl(runner, packed_nccl, out, several, exchange, tune):
+    """The shim finds the exchange itself, and with `always` the ways. Over host memory NCCL goes
+    there, too.
+    """
     worlds = ",".join(str(n) for n in sorted({2, several}))
+    settings = {**(HOST_ONLY if exchange == "host" else {}), "FLASHCOMM_TUNE": tune, "FLASHCOMM_LOG": "info"}
+    with scratch() as cache:
+        to = out / f"gpus-never-slower-{exchange}-{tune}.json"
+        never_slower.check(runner, packed_nccl, to, worlds, XDG_CACHE_HOME=cache, **settings)
+
+
+@pytest.mark.measures
+@pytest.mark.parametrize("exchange", ["peer", "host"])
+def test_what_measuring_costs_a_start(runner, packed_nccl, out, several, exchange):
     settings = HOST_ONLY if exchange == "host" else {}
-    never_slower.check(runner, packed_nccl, out / f"gpus-never-slower-{exchange}.json", worlds, **settings)
+    with scratch() as folder:
+        settings = {**settings, "FLASHCOMM_NCCL_LIB": packed_nccl, "FLASHCOMM_SCRATCH": folder}
+        command = [sys.executable, JOBS / "attach_job.py"]
+        runner.measure(command, 200, out / f"gpus-attach-{exchange}.json", **settings)
 
 
 @pytest.mark.measures

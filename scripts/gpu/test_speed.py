@@ -27,10 +27,13 @@ def test_all_reduces_beside_nccl(runner, packed_nccl, out):
 
 
 @pytest.mark.bench
+@pytest.mark.parametrize("tune", ["off", "always"])
 @pytest.mark.parametrize("ranks", NCCL_CTAS)
-def test_never_slower_than_nccl(runner, packed_nccl, out, ranks):
-    to = out / f"never-slower-{ranks}.json"
-    never_slower.check(runner, packed_nccl, to, ranks, "--nccl-ctas", NCCL_CTAS[ranks], CUDA_VISIBLE_DEVICES=0)
+def test_never_slower_than_nccl(runner, packed_nccl, out, ranks, tune):
+    to, options = out / f"never-slower-{ranks}-{tune}.json", ["--nccl-ctas", NCCL_CTAS[ranks]]
+    with harness.scratch() as cache:
+        settings = {"FLASHCOMM_TUNE": tune, "XDG_CACHE_HOME": cache}
+        never_slower.check(runner, packed_nccl, to, ranks, *options, CUDA_VISIBLE_DEVICES=0, **settings)
 
 
 def result(out, under, kind, number):
