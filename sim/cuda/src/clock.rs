@@ -2,7 +2,8 @@
 //! its work moves: by what the fabric says that it takes, and up to the time of an event that it
 //! waits for.
 //!
-//! A stream has a thread for its life, so its clock is its thread's. Clocks begin at 0. Those of
+//! A stream has one thread at a time, so its clock is its thread's; one that begins later goes on from
+//! where the last one was. Clocks begin at 0. Those of
 //! different streams have to do with each other only by events, by the legacy stream, and where a
 //! graph has branches; those of ranks have not at all. So a rank's times do not depend on when its
 //! peers come, and the difference of two events of one stream is what lies between them.

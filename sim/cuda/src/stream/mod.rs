@@ -1,9 +1,9 @@
 //! Streams, events, capture and graphs.
 //!
-//! A stream is a queue of tasks and a thread that runs them in order. A task is a function that may run more than once,
-//! since a graph is tasks with dependencies, replayed by the stream that it is launched on. An event is a mark that a
-//! task completes; to wait for it is a task, too. So whatever waits here waits as on a device: in its stream, while
-//! the others go on.
+//! A stream is a queue of tasks and, while there are any, a thread that runs them in order. A task
+//! is a function that may run more than once, since a graph is tasks with dependencies, replayed by
+//! the stream that it is launched on. An event is a mark that a task completes; to wait for it is a
+//! task, too. So whatever waits here waits as on a device: in its stream, while the others go on.
 //!
 //! The legacy stream waits for all blocking streams of its device and they for it, at the time of issue.
 
@@ -24,6 +24,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use crate::clock::{self, Clock};
 use crate::cu_result::{CuResult, Result};
@@ -32,6 +33,10 @@ use crate::green::Green;
 
 /// A piece of stream work.
 pub type Task = Arc<dyn Fn() -> Result<()> + Send + Sync>;
+
+/// A stream's thread ends when it has had nothing to do for so long, and another one begins with the next task. So a fork
+/// finds none that waits: what such a thread leaves in the lists of those that wait is garbage in the child.
+const IDLE: Duration = Duration::from_millis(5);
 
 /// How a stream relates to the legacy stream.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -210,12 +215,16 @@ impl Stream {
     }
 
     fn work(self: Arc<Self>) {
-        clock::set(Clock::of(self.device.ordinal));
+        clock::set(Clock::of(self.device.ordinal).raised(self.clock_ns.load(Ordering::Acquire)));
         loop {
             let task = {
                 let mut state = self.state.lock();
                 while state.tasks.is_empty() && !state.closing {
-                    self.changed.wait(&mut state);
+                    let is_idle = self.changed.wait_for(&mut state, IDLE).timed_out();
+                    if is_idle && state.tasks.is_empty() && !state.closing {
+                        state.has_worker = false;
+                        return;
+                    }
                 }
                 match state.tasks.pop_front() {
                     Some(task) => task,
