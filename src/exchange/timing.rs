@@ -1,20 +1,16 @@
 //! What a sum takes: launched a few times one behind the other, between two events.
 
 use std::ffi::c_void;
-use std::time::Duration;
 
 use flashcomm_wire::Plan;
 
 use super::fused::{Call, Fused};
+use super::trial::DEADLINE;
 use crate::cuda::{CudaResult, DeviceMemory, Event, Lent, Stream};
 use crate::element::ElementType;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::verdict::Way;
-
-/// How long a kernel waits for what a peer has written. The ranks have just met, so a peer is not late by
-/// more than its process is held up.
-const DEADLINE: Duration = Duration::from_secs(10);
 
 /// A stopwatch of one rank, with a buffer to sum.
 pub(crate) struct Timing {

@@ -17,7 +17,7 @@ use crate::kernels::Kernels;
 
 /// How long a kernel waits for what a peer has written. The ranks have just met, so a peer is not late by more than its
 /// process is held up.
-const DEADLINE: Duration = Duration::from_secs(10);
+pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Tiles of each chunk: so many channels take part, in as many blocks.
 const CHUNK_TILES: usize = 2;
