@@ -158,15 +158,15 @@ struct AllReduce {
     if (t.n_elems != 0) {
       ThreadElems sum;
       start_sum(sum);
+      if constexpr (kBundles) {
+        add_all_overlapped(round, t, sum);
+      } else {
 #pragma unroll 1
-      for (unsigned rank = 0; rank < args.rank + batch_invariant(); ++rank) add_hop1(rank, round, sum);
-      if (batch_invariant() == 0) {
-        caller.take(t);
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) Reduce::add_input(caller.row(row), sum[row]);
+        for (unsigned rank = 0; rank < args.rank + batch_invariant(); ++rank) add_hop1(rank, round, sum);
+        if (batch_invariant() == 0) add_own(t, sum);
+#pragma unroll 1
+        for (unsigned rank = args.rank + 1; rank < args.world; ++rank) add_hop1(rank, round, sum);
       }
-#pragma unroll 1
-      for (unsigned rank = args.rank + 1; rank < args.world; ++rank) add_hop1(rank, round, sum);
       scale_sum(args.scale, sum);
       const typename Gather::Thread encoded = Gather::encode(sum, args.group_shift);
 #pragma unroll 1
@@ -184,6 +184,27 @@ struct AllReduce {
 
   __device__ void add_hop1(unsigned rank, unsigned round, ThreadElems& sum) const {
     Reduce::add(receive<Reduce>(slot(args.rank, 0, rank, round)), sum);
+  }
+
+  __device__ void add_own(const Tile& t, ThreadElems& sum) const {
+    caller.take(t);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) Reduce::add_input(caller.row(row), sum[row]);
+  }
+
+  // The same sum. The next payload is on its way while one is added: from memory of the host it comes late.
+  __device__ void add_all_overlapped(unsigned round, const Tile& t, ThreadElems& sum) const {
+    const unsigned n_terms = n_pushes();
+    auto sender = [&](unsigned term) { return term + (batch_invariant() == 0 && term >= args.rank ? 1 : 0); };
+    typename Reduce::Thread next = receive<Reduce>(slot(args.rank, 0, sender(0), round));
+#pragma unroll 1
+    for (unsigned term = 0; term < n_terms; ++term) {
+      if (batch_invariant() == 0 && term == args.rank) add_own(t, sum);
+      const typename Reduce::Thread encoded = next;
+      if (term + 1 < n_terms) next = receive<Reduce>(slot(args.rank, 0, sender(term + 1), round));
+      Reduce::add(encoded, sum);
+    }
+    if (batch_invariant() == 0 && args.rank == n_terms) add_own(t, sum);
   }
 
   // ---- phase 3, decode: the other chunks' sums ------------------------------------------------------------------
@@ -242,31 +263,30 @@ __device__ __forceinline__ void all_reduce(const AllReduceArgs& args) {
 }
 
 // Channels of a block at most: as many as share the registers of an SM without spilling. (Tried out
-// on sm_90, where bundles of 3 bits have room for one less; on every other architecture 5 leave the
-// plain code enough room, and 4 blocks and elements that travel as they are.)
-constexpr unsigned block_channels([[maybe_unused]] Code code, [[maybe_unused]] int bits,
-                                  [[maybe_unused]] bool bundles) {
+// on sm_90; on every other architecture 5 leave the plain code enough room, and 4 blocks and
+// elements that travel as they are.)
+constexpr unsigned block_channels([[maybe_unused]] Code code, [[maybe_unused]] int bits) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-  return code == Code::blocks && !(bundles && bits == 3) ? 7 : 6;
+  return code == Code::blocks ? 7 : 6;
 #else
   return code == Code::plain && bits < 16 ? 5 : 4;
 #endif
 }
 
-#define FLASHCOMM_ENTRY(name, T, code, in, out, bundles)                                         \
-  extern "C" __global__ void __launch_bounds__(                                                  \
-      kTileThreads* block_channels(Code::code, in, bundles), 1)                                  \
-      name(const __grid_constant__ AllReduceArgs args) {                                         \
-    all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>, bundles>(args);           \
+#define FLASHCOMM_ENTRY(name, T, code, in, out, bundles, channels)                             \
+  extern "C" __global__ void __launch_bounds__(kTileThreads * (channels), 1)                    \
+      name(const __grid_constant__ AllReduceArgs args) {                                       \
+    all_reduce<T, Codec<T, Code::code, in>, Codec<T, Code::code, out>, bundles>(args);         \
   }
 
 // One entry for each pair of widths, for any world size: specialized ones gained 1% at 2 ranks and nothing at 4 and 8.
-#define FLASHCOMM_GPU_ENTRY(name, T, code, in, out) FLASHCOMM_ENTRY(name, T, code, in, out, false)
+#define FLASHCOMM_GPU_ENTRY(name, T, code, in, out) \
+  FLASHCOMM_ENTRY(name, T, code, in, out, false, block_channels(Code::code, in))
 FLASHCOMM_EACH_ALLREDUCE(FLASHCOMM_GPU_ENTRY)
 #undef FLASHCOMM_GPU_ENTRY
 
 // For areas in host memory. It goes through shared memory at the price of registers and barriers, which the link hides.
-#define FLASHCOMM_HOST_ENTRY(name, T, code, in, out) FLASHCOMM_ENTRY(name, T, code, in, out, true)
+#define FLASHCOMM_HOST_ENTRY(name, T, code, in, out) FLASHCOMM_ENTRY(name, T, code, in, out, true, kHostChannels)
 FLASHCOMM_EACH_HOSTALLREDUCE(FLASHCOMM_HOST_ENTRY)
 #undef FLASHCOMM_HOST_ENTRY
 #undef FLASHCOMM_ENTRY

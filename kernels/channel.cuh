@@ -78,6 +78,7 @@ template <class C, class Memory, bool kBundles>
 struct Payloads {
   __device__ static void send(uint8_t* payload, unsigned group_shift, const typename C::Thread& encoded) {
     if constexpr (kBundles) {
+      __syncwarp();  // what its lanes received last has been read from there
       C::store_params(params(), group_shift, encoded);
       copy_params(payload + C::kQuantsBytes, params(), group_shift);
       C::store_quants(payload, encoded);

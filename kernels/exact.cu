@@ -13,7 +13,8 @@
 // Block b takes stripes b * block_stripes and on, a warp each: three vectors of 16 bytes a lane, which travel as four packets
 // of 12 bytes and a flag. A packet is one access of 128 bits and arrives whole. wire/src/mailboxes.rs says why no old flag is
 // taken for a new one, and a test there goes through every interleaving. Each warp writes all of its stripes, then waits for
-// those of the peers in rank order, so the sum is the same on all ranks; then, in two hops, for the sums of other owners.
+// those of the peers, three at once, and adds them in rank order, so the sum is the same on all ranks; then, in two hops, for
+// the sums of other owners.
 //
 // Bytes that leave a rank: 4/3 for each of data, world - 1 times; in two hops 2 (world - 1) / world times. The way: a load of
 // the input and the epoch, a store, a load; in two hops a store and a load more.
@@ -132,22 +133,35 @@ struct Exact {
     st_relaxed_sys_b128(at + kLaneVecs * kLanes, make_uint4(v[0].words[3], v[1].words[3], v[2].words[3], epoch));
   }
 
-  // Waits for a peer's. False where the thread gives up.
-  __device__ bool receive(unsigned from, unsigned stripe, Vec16 (&v)[kLaneVecs]) const {
+  // Reads a peer's. False where it is not there yet.
+  __device__ bool read(unsigned from, unsigned stripe, Vec16 (&v)[kLaneVecs]) const {
     const uint4* at = packets(args.rank, from, stripe);
+    const uint4 a = ld_relaxed_sys_b128(at), b = ld_relaxed_sys_b128(at + kLanes);
+    const uint4 c = ld_relaxed_sys_b128(at + 2 * kLanes), d = ld_relaxed_sys_b128(at + 3 * kLanes);
+    v[0] = {{a.x, a.y, a.z, d.x}};
+    v[1] = {{b.x, b.y, b.z, d.y}};
+    v[2] = {{c.x, c.y, c.z, d.z}};
+    return a.w == epoch && b.w == epoch && c.w == epoch && d.w == epoch;
+  }
+
+  // Waits for those of the n peers from `first` on, of ranks but this one. They are read together: one after the other
+  // each would take the way to the mailboxes and back. False where the thread gives up.
+  template <unsigned n>
+  __device__ bool receive(unsigned first, unsigned stripe, Vec16 (&v)[n][kLaneVecs]) const {
     uint64_t start = 0;
     for (unsigned spins = 1;; ++spins) {
-      const uint4 a = ld_relaxed_sys_b128(at), b = ld_relaxed_sys_b128(at + kLanes);
-      const uint4 c = ld_relaxed_sys_b128(at + 2 * kLanes), d = ld_relaxed_sys_b128(at + 3 * kLanes);
-      if (a.w == epoch && b.w == epoch && c.w == epoch && d.w == epoch) {
-        v[0] = {{a.x, a.y, a.z, d.x}};
-        v[1] = {{b.x, b.y, b.z, d.y}};
-        v[2] = {{c.x, c.y, c.z, d.z}};
-        return true;
+      unsigned missing = n;
+#pragma unroll
+      for (unsigned i = 0; i < n; ++i) {
+        if (!read(peer(first + i), stripe, v[i])) missing = i;
       }
-      if (spins % 1024 == 0 && gives_up(args, from, blockIdx.x, stripe, start)) return false;
+      if (missing == n) return true;
+      if (spins % 1024 == 0 && gives_up(args, peer(first + missing), blockIdx.x, stripe, start)) return false;
     }
   }
+
+  // The rank of a peer: they count from 0 to world - 2.
+  __device__ unsigned peer(unsigned number) const { return number + (number >= args.rank ? 1 : 0); }
 
   // ---- the operation --------------------------------------------------------------------------------------------
 
@@ -159,6 +173,25 @@ struct Exact {
     }
   }
 
+  __device__ static void add(const Vec16 (&term)[kLaneVecs], float (&sum)[kLaneVecs][kElems]) {
+#pragma unroll
+    for (int i = 0; i < kLaneVecs; ++i) Summand<T>::add(term[i], sum[i]);
+  }
+
+  // Waits for the n peers' stripes from `first` on and adds them, and this rank's, mine, where it is its turn.
+  template <unsigned n>
+  __device__ bool add_peers(unsigned first, unsigned stripe, const Vec16 (&mine)[kLaneVecs],
+                            float (&sum)[kLaneVecs][kElems]) const {
+    Vec16 terms[n][kLaneVecs];
+    if (!receive<n>(first, stripe, terms)) return false;
+#pragma unroll
+    for (unsigned i = 0; i < n; ++i) {
+      if (first + i == args.rank) add(mine, sum);
+      add(terms[i], sum);
+    }
+    return true;
+  }
+
   // Waits for all peers' stripe and adds it to this rank's, v, which becomes the sum. False where the thread gives up.
   __device__ bool sum_up(unsigned stripe, Vec16 (&v)[kLaneVecs]) const {
     float sum[kLaneVecs][kElems];
@@ -167,17 +200,15 @@ struct Exact {
 #pragma unroll
       for (unsigned e = 0; e < kElems; ++e) sum[i][e] = -0.0f;  // to which -0 adds up to -0
     }
-    Vec16 term[kLaneVecs];
+    const unsigned n_peers = args.world - 1;
+    unsigned n_added = 0;
 #pragma unroll 1
-    for (unsigned rank = 0; rank < args.world; ++rank) {
-      if (rank == args.rank) {
-        copy(v, term);
-      } else if (!receive(rank, stripe, term)) {
-        return false;
-      }
-#pragma unroll
-      for (int i = 0; i < kLaneVecs; ++i) Summand<T>::add(term[i], sum[i]);
+    for (; n_peers - n_added >= 3; n_added += 3) {
+      if (!add_peers<3>(n_added, stripe, v, sum)) return false;
     }
+    if (n_peers - n_added == 2 && !add_peers<2>(n_added, stripe, v, sum)) return false;
+    if (n_peers - n_added == 1 && !add_peers<1>(n_added, stripe, v, sum)) return false;
+    if (args.rank == n_peers) add(v, sum);
 #pragma unroll
     for (int i = 0; i < kLaneVecs; ++i) {
 #pragma unroll
@@ -216,8 +247,9 @@ struct Exact {
     for (unsigned stripe = warp; two_hops && stripe < n; stripe += n_warps) {
       const unsigned owner = (first + stripe) % args.world;
       if (owner == args.rank) continue;
-      if (!receive(owner, stripe, mine)) return false;
-      store(first + stripe, mine);
+      Vec16 sum[1][kLaneVecs];
+      if (!receive<1>(owner - (owner > args.rank ? 1 : 0), stripe, sum)) return false;
+      store(first + stripe, sum[0]);
     }
     return true;
   }

@@ -183,18 +183,19 @@ constexpr unsigned one_hop_channels([[maybe_unused]] Code code, [[maybe_unused]]
 #endif
 }
 
-#define FLASHCOMM_ENTRY(name, T, code, bits, bundles)                                                 \
-  extern "C" __global__ void __launch_bounds__(kTileThreads* one_hop_channels(Code::code, bits), 1) \
-      name(const __grid_constant__ AllReduceArgs args) {                                            \
-    one_hop<T, Code::code, bits, bundles>(args);                                                    \
+#define FLASHCOMM_ENTRY(name, T, code, bits, bundles, channels)                                \
+  extern "C" __global__ void __launch_bounds__(kTileThreads * (channels), 1)                    \
+      name(const __grid_constant__ AllReduceArgs args) {                                       \
+    one_hop<T, Code::code, bits, bundles>(args);                                               \
   }
 
-#define FLASHCOMM_GPU_ENTRY(name, T, code, bits) FLASHCOMM_ENTRY(name, T, code, bits, false)
+#define FLASHCOMM_GPU_ENTRY(name, T, code, bits) \
+  FLASHCOMM_ENTRY(name, T, code, bits, false, one_hop_channels(Code::code, bits))
 FLASHCOMM_EACH_ONEHOP(FLASHCOMM_GPU_ENTRY)
 #undef FLASHCOMM_GPU_ENTRY
 
 // For areas in host memory, as in all_reduce.cu.
-#define FLASHCOMM_HOST_ENTRY(name, T, code, bits) FLASHCOMM_ENTRY(name, T, code, bits, true)
+#define FLASHCOMM_HOST_ENTRY(name, T, code, bits) FLASHCOMM_ENTRY(name, T, code, bits, true, kHostChannels)
 FLASHCOMM_EACH_HOSTONEHOP(FLASHCOMM_HOST_ENTRY)
 #undef FLASHCOMM_HOST_ENTRY
 #undef FLASHCOMM_ENTRY

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::exchange::residency::{ANY_FAMILY, Seat};
+use crate::exchange::residency::Seat;
 use crate::negotiation::facts::Blob;
 use crate::negotiation::page::Page;
 use crate::negotiation::sizes;
@@ -39,7 +39,7 @@ impl Share {
             (None, _) => NEVER,
             (Some(_), Some(_)) => OPEN,
             // Without a page to count on, the first that is made has it.
-            (Some(_), None) if facts.iter().all(|rank| rank.location.family == ANY_FAMILY) => {
+            (Some(_), None) if sizes::are_alone(facts) => {
                 if leads {
                     seat.lease();
                 }

@@ -152,7 +152,7 @@ impl Fused {
     }
 
     /// Ranks of the communicator.
-    pub(super) fn world(&self) -> usize {
+    pub(crate) fn world(&self) -> usize {
         self.layout.rings.world
     }
 

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 
 use self::instances::{Instance, Verb};
 use self::shared::{
-    CHANNEL_SHARED_BYTES, CombineArgs, DequantizeArgs, EXACT_THREADS, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS,
+    CHANNEL_SHARED_BYTES, CombineArgs, DequantizeArgs, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS,
     one_hop_shared_bytes,
 };
 use crate::cuda::{Context, CudaError, CudaResult, Function, Module, Shape, StreamHandle};
@@ -26,7 +26,7 @@ mod instances;
 mod shared;
 
 pub use shared::ExactArgs;
-pub(crate) use shared::{ABORTED, AllReduceArgs, GaveUp};
+pub(crate) use shared::{ABORTED, AllReduceArgs, EXACT_THREADS, GaveUp, HOST_CHANNELS};
 
 /// Every kernel for every architecture, from build.rs.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbin"));
@@ -38,6 +38,18 @@ pub enum Areas {
     InGpuMemory,
     /// In host memory.
     InHostMemory,
+}
+
+impl Areas {
+    const ALL: [Self; 2] = [Self::InGpuMemory, Self::InHostMemory];
+
+    /// Channels of a block, where a device takes so many.
+    pub(crate) fn block_channels(self, device: usize) -> usize {
+        match self {
+            Self::InGpuMemory => device,
+            Self::InHostMemory => device.min(HOST_CHANNELS),
+        }
+    }
 }
 
 /// The kernels of one element type and pair of widths.
@@ -150,20 +162,20 @@ impl Kernels {
         })
     }
 
-    /// Readies the fused kernels for blocks of as many channels as the device takes; how many that is.
+    /// Readies the fused kernels for blocks of as many channels as the device takes over GPU memory; how many that is.
     ///
     /// # Errors
     /// The driver's, when not even one channel fits.
     pub fn prepare_fused(&self, context: &Context) -> CudaResult<usize> {
         let optin = cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let mut channels = context.attribute(optin)? / self.channel_bytes;
-        let fused = || self.entries.iter().flat_map(|entries| entries.all_reduce);
-        for function in fused() {
-            channels = channels.min(function.max_threads()? / TILE_THREADS);
+        for entries in &self.entries {
+            channels = channels.min(entries.all_reduce[Areas::InGpuMemory as usize].max_threads()? / TILE_THREADS);
         }
-        for function in fused() {
+        for (function, areas) in self.entries.iter().flat_map(|entries| entries.all_reduce.into_iter().zip(Areas::ALL))
+        {
             function.allow_shared(channels * self.channel_bytes)?;
-            let shape = self.fused_shape(1, channels);
+            let shape = self.fused_shape(1, areas.block_channels(channels));
             if function.occupancy(shape.block.0 * shape.block.1, shape.shared_bytes as usize)? == 0 {
                 return Ok(0);
             }
@@ -189,20 +201,18 @@ impl Kernels {
         unsafe { function.launch(self.fused_shape(n_blocks, block_channels), stream, args) }
     }
 
-    /// The whole all-reduce over mailboxes, uncompressed, by `n_blocks` blocks.
+    /// The whole all-reduce over mailboxes, uncompressed, by `n_blocks` blocks of `n_warps` warps.
     ///
     /// # Safety
     /// As for [`Kernels::all_reduce`].
     pub unsafe fn exact(
         &self,
         element: ElementType,
-        n_blocks: usize,
+        (n_blocks, n_warps): (usize, usize),
         args: &ExactArgs,
         stream: StreamHandle,
     ) -> CudaResult<()> {
-        // A warp for each stripe, as far as that goes.
-        let n_threads = (args.block_stripes as usize * LANES).clamp(LANES, EXACT_THREADS);
-        let shape = Shape { grid: (n_blocks as u32, 1), block: (n_threads as u32, 1), shared_bytes: 0 };
+        let shape = Shape { grid: (n_blocks as u32, 1), block: ((n_warps * LANES) as u32, 1), shared_bytes: 0 };
         // SAFETY: as the caller vouches; the struct is the kernel's.
         unsafe { self.exact[element as usize].launch(shape, stream, args) }
     }

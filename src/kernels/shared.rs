@@ -47,6 +47,10 @@ pub const fn one_hop_shared_bytes(codec: Codec) -> usize {
     CHANNEL_SHARED_BYTES + 2 * ROUND_TILES * words * TILE_THREADS * 4
 }
 
+/// Channels of a block at most where the areas are in host memory: what is under way then stays in the caches of the host,
+/// and each channel has registers for payloads that come late.
+pub const HOST_CHANNELS: usize = 3;
+
 /// Threads of a block of the exact kernel at most.
 pub const EXACT_THREADS: usize = 512;
 
@@ -62,7 +66,7 @@ const fn params_bytes(code: Code) -> usize {
 }
 
 /// For `shared.cuh`: type, name and value of each constant.
-pub const CONSTANTS: [(&str, &str, usize); 27] = [
+pub const CONSTANTS: [(&str, &str, usize); 28] = [
     ("int", "kTileElems", TILE_ELEMS),
     ("int", "kTileThreads", TILE_THREADS),
     ("int", "kWarpElems", WARP_ELEMS),
@@ -82,6 +86,7 @@ pub const CONSTANTS: [(&str, &str, usize); 27] = [
     ("unsigned", "kRoundTiles", ROUND_TILES),
     ("unsigned", "kPlainWords", PLAIN_WORDS),
     ("unsigned", "kBlocksWords", BLOCKS_WORDS),
+    ("unsigned", "kHostChannels", HOST_CHANNELS),
     ("unsigned", "kExactThreads", EXACT_THREADS),
     ("unsigned", "kTurns", TURNS),
     ("uint32_t", "kRenewal", RENEWAL as usize),

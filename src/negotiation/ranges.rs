@@ -54,15 +54,16 @@ pub(super) fn exact_room(facts: &[Blob], kind: ExchangeKind) -> u64 {
 /// The same by default, of ranks with a GPU each: none where that has not been measured.
 pub const fn default_exact_max_bytes(kind: ExchangeKind, world: usize) -> u64 {
     match (kind, world) {
-        (ExchangeKind::Peer | ExchangeKind::Host, 2..=4) => crossover(kind),
+        (ExchangeKind::Peer | ExchangeKind::Host, 2..=4) => crossover(kind, world),
         _ => 0,
     }
 }
 
 /// From how many bytes on 8 bits are faster than an exact sum, of two to four ranks with a GPU each.
-const fn crossover(kind: ExchangeKind) -> u64 {
-    match kind {
-        ExchangeKind::Host => 160 << 10,
+const fn crossover(kind: ExchangeKind, world: usize) -> u64 {
+    match (kind, world) {
+        (ExchangeKind::Host, 2) => 160 << 10,
+        (ExchangeKind::Host, _) => 288 << 10,
         _ => 1280 << 10,
     }
 }
@@ -74,7 +75,8 @@ const fn crossover(kind: ExchangeKind) -> u64 {
 const fn one_hop_max_bytes(kind: ExchangeKind, world: usize) -> u64 {
     match (kind, world) {
         (_, ..3) => u64::MAX,
-        (ExchangeKind::Host, ..5) => 32 << 10,
+        (ExchangeKind::Host, 3) => 48 << 10,
+        (ExchangeKind::Host, 4) => 24 << 10,
         (ExchangeKind::Host, _) => 16 << 10,
         (_, ..5) => 128 << 10,
         (_, _) => 32 << 10,
@@ -129,7 +131,7 @@ pub const fn default_min_bytes(kind: ExchangeKind, world: usize, sharing: usize,
     match kind {
         ExchangeKind::Nccl if one_host => u64::MAX,
         ExchangeKind::Nccl => 1 << 20,
-        _ if world == 2 || world <= 4 && sharing == 1 => crossover(kind),
+        _ if world == 2 || world <= 4 && sharing == 1 => crossover(kind, world),
         // Between more GPUs it has not been measured, hence a reserve.
         ExchangeKind::Peer => 4 << 20,
         ExchangeKind::Host => 256 << 10,
@@ -214,7 +216,8 @@ mod tests {
             [Peer, Host].map(|kind| ways(facts, kind)).map(|ways| (ways.plain.exact_max(), ways.coded.compress_min()))
         };
         for world in 2..=4 {
-            let each = [1280 << 10, 160 << 10].map(|n_bytes| (n_bytes, n_bytes));
+            let over_host = if world == 2 { 160 << 10 } else { 288 << 10 };
+            let each = [1280 << 10, over_host].map(|n_bytes| (n_bytes, n_bytes));
             assert_eq!(ranges(&ranks(world, "auto")), each, "{world} ranks");
         }
         assert_eq!(ranges(&ranks(5, "auto")), [(0, 4 << 20), (0, 256 << 10)], "not measured");

@@ -130,7 +130,8 @@ impl<M: Meeting> Rounds<M> {
             offer: *offer,
         };
         let peers: Vec<Peer> = offers.iter().map(peer).collect();
-        let shape = (sizes::blocks(facts).usual, sizes::block_channels(facts));
+        let kind = areas.exchange();
+        let shape = (sizes::blocks(facts, kind).usual, sizes::block_channels(facts, kind));
         let fused = prepared.connect(rank, &peers, context, shape, *timeout);
         let fused = fused.and_then(|fused| fused.warm_up(kernels, stream).map(|()| fused));
         let round = self.next(fused.is_ok(), offer)?;

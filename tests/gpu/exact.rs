@@ -66,8 +66,9 @@ fn reduce(kernels: &Kernels, ranks: &[Rank; WORLD], count: usize, block_stripes:
             two_hops: u32::from(seed.is_multiple_of(3)),
             scale: 1.0,
         };
+        let shape = (MAILBOXES.blocks, block_stripes);
         // SAFETY: memory of the mailboxes' sizes, waited for below; a few blocks fit on any GPU.
-        unsafe { kernels.exact(ElementType::Fp16, MAILBOXES.blocks, &args, rank.stream.handle()) }.unwrap();
+        unsafe { kernels.exact(ElementType::Fp16, shape, &args, rank.stream.handle()) }.unwrap();
     }
     ranks.iter().for_each(|rank| rank.stream.synchronize().unwrap());
     let expected = bytes(&reference::exact(&inputs.iter().map(Vec::as_slice).collect::<Vec<_>>(), Op::Sum));

@@ -15,7 +15,8 @@ use crate::cu_result::{CuResult, Result};
 use crate::element::ElementType;
 use crate::instances::{Instance, Verb};
 use crate::shared::{
-    AllReduceArgs, CombineArgs, DequantizeArgs, EXACT_THREADS, ExactArgs, QuantizeArgs, ReduceArgs, Slice, TILE_THREADS,
+    AllReduceArgs, CombineArgs, DequantizeArgs, EXACT_THREADS, ExactArgs, HOST_CHANNELS, QuantizeArgs, ReduceArgs,
+    Slice, TILE_THREADS,
 };
 use crate::{exact, fused, one_hop};
 
@@ -80,13 +81,13 @@ pub fn find(name: &str) -> Option<Kernel> {
         Verb::Combine => {
             (by_type(Run::Blocks(combine::<f16>), Run::Blocks(combine::<bf16>)), size_of::<CombineArgs>(), ROW)
         }
-        Verb::OneHop | Verb::HostOneHop => {
+        verb @ (Verb::OneHop | Verb::HostOneHop) => {
             let run = by_type(Run::Grid(one_hop::run::<f16>), Run::Grid(one_hop::run::<bf16>));
-            (run, size_of::<AllReduceArgs>(), one_hop::MAX_BLOCK_CHANNELS * ROW)
+            (run, size_of::<AllReduceArgs>(), max_channels(verb) * ROW)
         }
-        Verb::AllReduce | Verb::HostAllReduce => {
+        verb @ (Verb::AllReduce | Verb::HostAllReduce) => {
             let run = by_type(Run::Grid(fused::run::<f16>), Run::Grid(fused::run::<bf16>));
-            (run, size_of::<AllReduceArgs>(), fused::MAX_BLOCK_CHANNELS * ROW)
+            (run, size_of::<AllReduceArgs>(), max_channels(verb) * ROW)
         }
         Verb::Exact => {
             let run = match instance.element() {
@@ -98,6 +99,14 @@ pub fn find(name: &str) -> Option<Kernel> {
         }
     };
     Some(Kernel { name: name.into(), arg_bytes, max_threads, instance, run })
+}
+
+/// Channels of a block of a fused kernel at most.
+const fn max_channels(verb: Verb) -> u32 {
+    match verb {
+        Verb::HostAllReduce | Verb::HostOneHop => HOST_CHANNELS as u32,
+        _ => 7,
+    }
 }
 
 impl Kernel {

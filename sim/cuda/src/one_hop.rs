@@ -13,9 +13,6 @@ use crate::kernels::{Kernel, Shape};
 use crate::shared::AllReduceArgs;
 use crate::turns::{self, Part, Patience, Progress, stores_to, word};
 
-/// Channels of a block at most.
-pub const MAX_BLOCK_CHANNELS: u32 = 7;
-
 /// The parts of an iteration: up to where it may have to wait, and on.
 #[derive(Clone, Copy)]
 enum Phase {

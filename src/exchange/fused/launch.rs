@@ -3,14 +3,14 @@
 use std::ffi::c_void;
 use std::time::Duration;
 
-use flashcomm_wire::mailboxes::{STRIPE_VECS, VEC_BYTES};
+use flashcomm_wire::mailboxes::{LANES, STRIPE_VECS, VEC_BYTES};
 use flashcomm_wire::{Mailboxes, Plan, rings};
 
 use super::Fused;
 use crate::cuda::{Stream, StreamHandle};
 use crate::element::ElementType;
 use crate::error::{Error, Result};
-use crate::kernels::{self, AllReduceArgs, ExactArgs, Kernels};
+use crate::kernels::{self, AllReduceArgs, Areas, EXACT_THREADS, ExactArgs, HOST_CHANNELS, Kernels};
 
 /// An all-reduce.
 pub struct Call {
@@ -60,12 +60,19 @@ impl Fused {
         let Call { element, scale, input, output, is_large } = *call;
         let chunk_tiles = plan.chunk_tiles();
         let max_blocks = if is_large { self.max_blocks } else { self.usual_blocks };
-        // In one hop tiles share rounds where a channel would have several of those anyway.
-        let is_shared = plan.one_hop().is_some() && chunk_tiles > max_blocks * self.block_channels;
+        let is_host = self.memory() == Areas::InHostMemory;
+        // In one hop tiles share rounds where a channel would have several of those anyway: over host memory many, in which
+        // the ways of signals to and fro hide one another.
+        let several = if is_host { 8 } else { 1 };
+        let is_shared = plan.one_hop().is_some() && chunk_tiles > several * max_blocks * self.block_channels;
         let round_tiles = if is_shared { rings::ROUND_TILES } else { 1 };
         let n_channels = chunk_tiles.div_ceil(round_tiles);
         // Few channels rather spread over multiprocessors than share one; many take as few blocks as do with as many rounds.
-        let block_channels = n_channels.div_ceil(max_blocks).min(self.block_channels);
+        // (Over host memory those that share one are faster as soon as some have to.)
+        let block_channels = match n_channels.div_ceil(max_blocks) {
+            2.. if is_host => self.block_channels,
+            block_channels => block_channels.min(self.block_channels),
+        };
         let n_rounds = n_channels.div_ceil(max_blocks * block_channels);
         let n_blocks = n_channels.div_ceil(n_rounds * block_channels);
         let args = AllReduceArgs {
@@ -130,8 +137,16 @@ impl Fused {
         let two_hops = two_hops.into();
         let args = ExactArgs { input, output, count, block_stripes, two_hops, scale, timeout_ns, ..self.exact_args() };
         // SAFETY: the mailboxes are every rank's and stay; the rest as for `launch`.
-        unsafe { kernels.exact(element, n_blocks, &args, stream) }
+        unsafe { kernels.exact(element, (n_blocks, self.exact_warps(block_stripes)), &args, stream) }
             .map_err(Error::cuda("launching the exact all-reduce"))
+    }
+
+    /// A warp for each stripe of a block, as far as that goes. Of more than two ranks over host memory, more warps than
+    /// compressed sums have would wait there, and looking whether something has come takes from what comes.
+    fn exact_warps(&self, block_stripes: u32) -> usize {
+        let is_crowded = self.memory() == Areas::InHostMemory && self.world() > 2;
+        let most = if is_crowded { HOST_CHANNELS } else { EXACT_THREADS / LANES };
+        (block_stripes as usize).min(most)
     }
 
     /// Runs the kernels once over nothing, as large as they ever are. What the driver does at the first launch of a kernel
@@ -149,11 +164,12 @@ impl Fused {
                 .map_err(Error::cuda(doing))?;
         }
         if let Some(mailboxes) = self.layout.mailboxes {
-            let args = ExactArgs { block_stripes: mailboxes.block_stripes as u32, ..self.exact_args() };
+            let block_stripes = mailboxes.block_stripes as u32;
+            let args = ExactArgs { block_stripes, ..self.exact_args() };
+            let shape = (mailboxes.blocks, self.exact_warps(block_stripes));
             for element in ElementType::ALL {
                 // SAFETY: without elements the kernel touches no memory.
-                unsafe { kernels.exact(element, mailboxes.blocks, &args, stream.handle()) }
-                    .map_err(Error::cuda(doing))?;
+                unsafe { kernels.exact(element, shape, &args, stream.handle()) }.map_err(Error::cuda(doing))?;
             }
         }
         stream.synchronize().map_err(Error::cuda("running the all-reduce for the first time"))
