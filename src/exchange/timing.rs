@@ -71,21 +71,22 @@ impl Timing {
         Ok((f64::from(self.ended.milliseconds_since(&self.begun)?).max(0.0) * 1e6) as u64)
     }
 
-    /// Issues one sum of ours, of as many bytes of the buffer, to `stream`, of the current context.
+    /// Issues one sum of ours, of as many bytes of the buffer, to `stream`, of the current context; one that is compressed by
+    /// the blocks of the large share, if `is_large`.
     ///
     /// # Errors
     /// The driver's.
     pub(crate) fn launch(
         &self,
         way: Way,
-        (element, n_bytes): (ElementType, usize),
+        (element, n_bytes, is_large): (ElementType, usize, bool),
         fused: &Fused,
         kernels: &Kernels,
         stream: &Stream,
     ) -> Result<()> {
         let count = n_bytes / element.n_bytes();
         let (buffer, handle) = (self.buffer(), stream.handle());
-        let call = Call { element, scale: 1.0, input: buffer, output: buffer, is_large: false };
+        let call = Call { element, scale: 1.0, input: buffer, output: buffer, is_large };
         match way {
             Way::Forward => Ok(()),
             Way::ExactOneHop | Way::ExactTwoHops => {

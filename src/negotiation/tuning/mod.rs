@@ -13,38 +13,28 @@
 
 mod cache;
 pub(crate) mod figures;
+mod stopwatch;
 
 use self::cache::Key;
-use self::figures::{Bounds, Figures, Measured, Row, SIZES, WAYS};
+use self::figures::{Bounds, Figures, Measured};
+use self::stopwatch::BUDGET_NS;
 use super::choice::{Preference, against};
 use super::facts::{Agreement, Blob, Location};
-use super::meeting::{Meeting, Rounds, poll};
+use super::meeting::{Meeting, Rounds};
 use super::over_nccl::Sum;
 use super::ranges;
-use super::setup::{Local, NotSetUp, SetUp};
+use super::setup::{Local, NotSetUp};
+use super::sizes;
 use crate::config::{ExchangeKind, Tune};
 use crate::cuda;
-use crate::element::ElementType;
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use crate::exchange::area::{OFFER_BYTES, Offer};
-use crate::exchange::fused::Fused;
-use crate::exchange::timing::Timing;
 use crate::kernels::Areas;
 use crate::negotiation::disagreement::Disagreement;
 use crate::real;
 use crate::variables;
 use crate::verdict::{Way, Ways};
-
-/// Nanoseconds that all measurements may take together, without the first launches.
-const BUDGET_NS: u64 = 250_000_000;
-
-/// Sums that are timed one behind the other take about so long, and are so many at most.
-const BATCH_NS: u64 = 100_000;
-const MAX_BATCH: u64 = 10;
-
-/// Of so many batches the middle one counts.
-const BATCHES: usize = 3;
 
 /// The calls of the real NCCL that a set-up makes.
 pub(crate) struct RealCalls<'a> {
@@ -128,16 +118,21 @@ impl<M: Meeting> Rounds<M> {
             None => None,
         };
         let mut exchanges: Vec<Exchange> = [Some(first), second].into_iter().flatten().collect();
-        let n_exchanges = exchanges.len() as u64;
+        let mut stopwatch = match self.stopwatch(sizes::are_alone(facts), local, calls)? {
+            Ok(stopwatch) => stopwatch,
+            Err(not_set_up) => {
+                self.tell(not_set_up);
+                return Ok(Ok(unmeasured(facts, exchanges.swap_remove(0))));
+            }
+        };
+        let budget_ns = BUDGET_NS / exchanges.len() as u64;
         for exchange in &exchanges {
             let Exchange::Fused(fused) = exchange else { continue };
             let known = measured.0.first().map(|(_, figures)| figures);
-            match self.measure(fused, local, calls, known, (facts.len(), BUDGET_NS / n_exchanges))? {
+            match self.measure(&mut stopwatch, fused, known, budget_ns)? {
                 Ok(figures) => measured.0.push((exchange.kind(), figures)),
-                Err(NotSetUp { why, mine }) => {
-                    if let Some((doing, error)) = mine {
-                        log::warn!("rank {} cannot {doing}: {error}", self.blob.rank);
-                    }
+                Err(not_set_up) => {
+                    let why = self.tell(not_set_up);
                     if fused.is_lost() {
                         return Ok(Err(why));
                     }
@@ -145,8 +140,7 @@ impl<M: Meeting> Rounds<M> {
             }
         }
         if measured.0.is_empty() {
-            log::warn!("nothing could be measured; FLASHCOMM_TUNE=off says what holds then without this");
-            return Ok(Ok(untuned(facts, exchanges.swap_remove(0))));
+            return Ok(Ok(unmeasured(facts, exchanges.swap_remove(0))));
         }
         cache::keep(key, &measured);
         let preference = preference(&measured, facts);
@@ -160,139 +154,19 @@ impl<M: Meeting> Rounds<M> {
         Ok(exchange.map(|exchange| tuned(&measured, facts, exchange)))
     }
 
-    /// Times every way at every size, as long as that does not take too long.
-    fn measure(
-        &mut self,
-        fused: &Fused,
-        local: &Local<'_>,
-        calls: &RealCalls<'_>,
-        known: Option<&Figures>,
-        (world, budget_ns): (usize, u64),
-    ) -> Result<SetUp<Figures>> {
-        let element = if self.blob.agreement.dtypes.0 { ElementType::Fp16 } else { ElementType::Bf16 };
-        let timing = Timing::new(SIZES[SIZES.len() - 1] as usize, local.context.device(), local.stream);
-        let round = self.next(timing.is_ok(), [0; OFFER_BYTES])?;
-        let mut timing = match (timing, round) {
-            (Ok(timing), Ok(_)) => timing,
-            (timing, Err(why)) => {
-                let mine = timing.err().map(|error| ("measure", error));
-                return Ok(Err(NotSetUp { why, mine }));
-            }
-            (Err(error), Ok(_)) => return Err(error), // not possible: a rank that is not ready keeps all from going on
-        };
-        let (mut figures, mut spent) = (Figures::default(), 0);
-        for (i, size) in SIZES.into_iter().enumerate() {
-            self.meet_neighbors()?;
-            let n_sums =
-                BATCH_NS.checked_div(figures.slowest(size)).map_or(MAX_BATCH, |n_sums| n_sums.clamp(1, MAX_BATCH));
-            let mut row: Row = [0; WAYS.len()];
-            for (ns, way) in row.iter_mut().zip(WAYS) {
-                let is_there = match way {
-                    Way::Forward => known.is_none(),
-                    Way::Compressed => true,
-                    Way::ExactTwoHops => world > 2 && size <= fused.exact_room(),
-                    Way::ExactOneHop => size <= fused.exact_room(),
-                };
-                if is_there {
-                    let sums = (way, element, size as usize, n_sums);
-                    *ns = self.time(&mut timing, sums, fused, local, calls)?;
-                }
-            }
-            let round = self.next(fused.gave_up().is_none(), as_offer(&row))?;
-            let ranks = match round {
-                Ok(ranks) => ranks,
-                Err(why) => {
-                    let mine = fused.failure().map(|error| ("measure", error));
-                    return Ok(Err(NotSetUp { why, mine }));
-                }
-            };
-            let mut row = slowest(&ranks);
-            match known.map(|Figures(rows)| rows.get(i)) {
-                Some(Some(of_nccl)) => row[0] = of_nccl[0],
-                Some(None) => break, // there is nothing to compare with
-                None if row[0] == 0 => {
-                    let why = Disagreement::NotReady { rank: without_time(&ranks) };
-                    return Ok(Err(NotSetUp { why, mine: None }));
-                }
-                None => {}
-            }
-            figures.0.push(row);
-            spent += row.iter().map(|ns| u64::from(*ns)).sum::<u64>() * (1 + BATCHES as u64 * n_sums);
-            // The next size has four times the bytes.
-            let next: u64 = row.iter().map(|ns| 4 * u64::from(*ns)).sum::<u64>() * (1 + BATCHES as u64);
-            if spent + next > budget_ns {
-                break;
-            }
+    /// What this rank could not do is logged. Answers what the ranks know of it.
+    fn tell(&self, NotSetUp { why, mine }: NotSetUp) -> Disagreement {
+        if let Some((doing, error)) = mine {
+            log::warn!("rank {} cannot {doing}: {error}", self.blob.rank);
         }
-        if self.blob.rank == 0 {
-            log::info!("measured over {}: {}", fused.memory().exchange().name(), figures.in_words());
-        }
-        Ok(Ok(figures))
-    }
-
-    /// Nanoseconds of one sum, of several one behind the other.
-    fn time(
-        &self,
-        timing: &mut Timing,
-        (way, element, n_bytes, n_sums): (Way, ElementType, usize, u64),
-        fused: &Fused,
-        local: &Local<'_>,
-        calls: &RealCalls<'_>,
-    ) -> Result<u32> {
-        let Local { kernels, stream, .. } = local;
-        let mut batches = [0; BATCHES];
-        // The first sum alone: it connects ranks, loads kernels and finds memory.
-        for batch in 0..=BATCHES {
-            timing.begin(stream)?;
-            for _ in 0..if batch == 0 { 1 } else { n_sums } {
-                match way {
-                    Way::Forward => {
-                        if !(calls.all_reduce)((element, timing.buffer(), n_bytes / element.n_bytes()))? {
-                            return Ok(0);
-                        }
-                    }
-                    _ => timing.launch(way, (element, n_bytes), fused, kernels, stream)?,
-                }
-            }
-            timing.end(stream)?;
-            let is_over = || timing.is_over().map_err(Error::cuda("waiting for a measurement"));
-            if let Err(error) = poll(|| self.meeting.check(), is_over) {
-                fused.abort();
-                timing.lose();
-                return Err(error);
-            }
-            if let Some(ns) = batch.checked_sub(1).and_then(|batch| batches.get_mut(batch)) {
-                *ns = timing.nanoseconds().map_err(Error::cuda("reading an event"))? / n_sums;
-            }
-        }
-        batches.sort_unstable();
-        Ok(u32::try_from(batches[BATCHES / 2]).unwrap_or(u32::MAX).max(1))
+        why
     }
 }
 
-fn as_offer(row: &Row) -> Offer {
-    let mut offer = [0; OFFER_BYTES];
-    for (place, ns) in offer.chunks_exact_mut(4).zip(row) {
-        place.copy_from_slice(&ns.to_le_bytes());
-    }
-    offer
-}
-
-fn of_offer(rank: &Blob, way: usize) -> u32 {
-    u32::from_le_bytes(rank.offer[4 * way..][..4].try_into().expect("4 bytes"))
-}
-
-/// The first rank that has no time of the real NCCL: its communicator does not block.
-fn without_time(ranks: &[Blob]) -> usize {
-    ranks.iter().position(|rank| of_offer(rank, 0) == 0).unwrap_or(0)
-}
-
-/// The slowest rank's time of each way; 0 where one of them has none.
-fn slowest(ranks: &[Blob]) -> Row {
-    std::array::from_fn(|i| {
-        let times = || ranks.iter().map(|rank| of_offer(rank, i));
-        if times().any(|ns| ns == 0) { 0 } else { times().max().unwrap_or(0) }
-    })
+/// As constants have it, since ranks could not measure.
+fn unmeasured(facts: &[Blob], exchange: Exchange) -> Tuned {
+    log::warn!("nothing could be measured; FLASHCOMM_TUNE=off says what holds then without this");
+    untuned(facts, exchange)
 }
 
 /// Whether anything is to be found out.
@@ -357,10 +231,12 @@ fn untuned(facts: &[Blob], exchange: Exchange) -> Tuned {
     Tuned { exchange, ways, figures: None }
 }
 
-/// All on which the measurements depend: the GPUs and how they reach each other, what the ranks have set, and the versions.
+/// All on which the measurements depend: the GPUs and how they reach each other, what the ranks have set, the versions, and
+/// whether the communicator has the large share of the GPUs.
 fn key(facts: &[Blob]) -> Result<Key> {
     let driver = cuda::driver_version().map_err(Error::cuda("asking for the driver's version"))?;
-    let mut bytes = format!("{} {driver} {}\n", env!("CARGO_PKG_VERSION"), real::version()).into_bytes();
+    let (ours, nccl, alone) = (env!("CARGO_PKG_VERSION"), real::version(), sizes::are_alone(facts));
+    let mut bytes = format!("{ours} {driver} {nccl} {alone}\n").into_bytes();
     bytes.extend(variables::of_nccl());
     for rank in facts {
         let process = facts.iter().position(|other| other.location.process == rank.location.process);
