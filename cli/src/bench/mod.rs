@@ -306,17 +306,15 @@ impl BenchPlan<'_> {
         let ways: Vec<Way> =
             caps.iter().map(|max_ctas| Way::Nccl { max_ctas: *max_ctas }).chain(self.ways_of_the_shim()).collect();
         bar.set_message(format!("{world} ranks: start"));
-        let mut started: Vec<(Way, Result<Job>)> = Vec::new();
+        // One after the other: ranks may measure the machine when they start, which must be theirs alone.
+        let mut jobs: Vec<(Way, Job)> = Vec::new();
         for way in ways {
             let mut settings = self.settings_of(&way);
             let cap = if let Way::Nccl { max_ctas } = &way { *max_ctas } else { caps.iter().copied().flatten().max() };
             settings.extend(cap.map(|cap| ("NCCL_MAX_CTAS".to_string(), cap.to_string())));
             let shim = matches!(way, Way::Flashcomm { .. });
             let start = Start { role: Role::Bench, world, processes: self.args.processes, shim, settings, limit };
-            started.push((way, Job::start(machine, &start)));
-        }
-        let mut jobs: Vec<(Way, Job)> = Vec::new();
-        for (way, job) in started {
+            let job = Job::start(machine, &start);
             let ready = job.and_then(|mut job| job.answers::<Option<()>>(limit).map(|_| job));
             match ready {
                 Ok(job) => jobs.push((way, job)),
