@@ -5,6 +5,7 @@ first, so that a run that is cut short has them.
 """
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -28,13 +29,13 @@ def fewer_than(several):
     return several - 1 if several > 2 else pytest.skip("two GPUs are the smallest world")
 
 
-def torchrun(runner, ranks, bits, exchange, program, *arguments, min_bytes=0):
+def torchrun(runner, ranks, bits, exchange, program, *arguments, min_bytes=0, limit_s=150):
     """A PyTorch job as users start it."""
     run = [FLASHCOMM, "run", "--quiet", "--engine", "torch", "--bits", bits, "--exchange", exchange, "--min-bytes", min_bytes]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     with scratch() as folder:
         command = [*run, "--", *torchrun, JOBS / program, *arguments]
-        runner.run(command, 150, FLASHCOMM_SCRATCH=folder)
+        runner.run(command, limit_s, FLASHCOMM_SCRATCH=folder)
 
 
 def bench(runner, nccl, to, worlds, *options, **settings):
@@ -95,7 +96,9 @@ def test_checkpoint(runner, packed_nccl, several):
 @pytest.mark.parametrize("bits", ["4", "4:8"])
 def test_random_operations(runner, several, bits, exchange):
     """Exact and compressed ones mixed. Between two GPUs 4 bits go in one hop, 4:8 in two."""
-    torchrun(runner, several, bits, exchange, "soak_job.py", 20_000, min_bytes=64 << 10)
+    n_operations = int(os.environ.get("FLASHCOMM_TEST_SOAK_OPS", "20000"))
+    limit_s = 150 + n_operations // 1000
+    torchrun(runner, several, bits, exchange, "soak_job.py", n_operations, min_bytes=64 << 10, limit_s=limit_s)
 
 
 def test_green_contexts(runner, packed_nccl, several):
