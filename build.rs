@@ -28,8 +28,8 @@ mod instances;
 #[allow(dead_code, reason = "the library and the simulator use the rest")]
 mod shared;
 
-/// Compute capabilities times ten; 8.6 runs the code of 8.0. The last is also embedded as PTX, for GPUs to come.
-const ARCHS: &str = "80,89,90,100,120";
+/// Compute capabilities times ten; 8.6 and 8.9 run the code of 8.0. The last is also embedded as PTX, for GPUs to come.
+const ARCHS: &str = "80,90,100,120";
 
 fn main() {
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libflashcomm.so");
