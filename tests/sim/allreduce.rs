@@ -250,8 +250,7 @@ fn sixteen_ranks_equal_the_reference_over_peer_memory_fp16_int4() {
 
 #[test]
 fn processes_equal_the_reference() {
-    for (world, exchange) in [(2, "peer"), (3, "peer"), (5, "peer"), (2, "host"), (3, "host"), (2, "nccl"), (5, "nccl")]
-    {
+    for (world, exchange) in [(2, "peer"), (5, "peer"), (2, "host"), (3, "host"), (2, "nccl"), (3, "nccl")] {
         let ends = processes(
             world,
             |_| {
