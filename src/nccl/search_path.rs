@@ -83,9 +83,15 @@ fn expand(entry: &[u8], origin: &[u8]) -> Vec<u8> {
 
 /// All that is loaded, in the loader's order.
 fn objects() -> Vec<Object> {
-    let mut objects: Vec<Object> = Vec::new();
+    // The loader holds its lock while it tells of them. `note` frees nothing meanwhile: ThreadSanitizer, and whoever else
+    // looks at each free, may wait for that lock under one that a free takes.
+    let mut objects: Vec<Object> = Vec::with_capacity(1024);
     // SAFETY: `note` takes the pointer that it is given for what it is, and keeps none.
     unsafe { libc::dl_iterate_phdr(Some(note), (&raw mut objects).cast()) };
+    // The program has no name there.
+    for program in objects.iter_mut().filter(|object| object.path.as_os_str().is_empty()) {
+        program.path = env::current_exe().unwrap_or_default();
+    }
     objects
 }
 
@@ -95,11 +101,7 @@ extern "C" fn note(info: *mut libc::dl_phdr_info, _: usize, objects: *mut c_void
     // SAFETY: what `objects` passes, and nobody else has.
     let objects = unsafe { &mut *objects.cast::<Vec<Object>>() };
     let mut object = dynamic(info);
-    // The program has no name there.
-    object.path = match string(info.dlpi_name) {
-        name if name.is_empty() => env::current_exe().unwrap_or_default(),
-        name => name.into(),
-    };
+    object.path = owned(string(info.dlpi_name)).into();
     objects.push(object);
     0
 }
@@ -135,9 +137,9 @@ fn dynamic(info: &libc::dl_phdr_info) -> Object {
     for Entry { tag, value } in entries() {
         let text = || string((strings + value) as *const c_char);
         match *tag {
-            DT_NEEDED => object.needs_nccl |= text().as_bytes() == SONAME.to_bytes(),
-            DT_RPATH => object.rpath = text(),
-            DT_RUNPATH => object.runpath = text(),
+            DT_NEEDED => object.needs_nccl |= text() == SONAME.to_bytes(),
+            DT_RPATH => object.rpath = owned(text()),
+            DT_RUNPATH => object.runpath = owned(text()),
             _ => {}
         }
     }
@@ -147,12 +149,17 @@ fn dynamic(info: &libc::dl_phdr_info) -> Object {
     object
 }
 
-fn string(text: *const c_char) -> OsString {
+/// Not to be kept: of an object that the loader has as long as it holds its lock.
+fn string<'a>(text: *const c_char) -> &'a [u8] {
     if text.is_null() {
-        return OsString::new();
+        return &[];
     }
     // SAFETY: the loader's, or a loaded object's, NUL-terminated string.
-    OsString::from_vec(unsafe { CStr::from_ptr(text) }.to_bytes().to_vec())
+    unsafe { CStr::from_ptr(text) }.to_bytes()
+}
+
+fn owned(text: &[u8]) -> OsString {
+    OsString::from_vec(text.to_vec())
 }
 
 #[cfg(test)]
