@@ -24,7 +24,7 @@
 #define FLASHCOMM_REASONS 16
 
 // Ways of a sum.
-#define FLASHCOMM_WAYS 4
+#define FLASHCOMM_WAYS 5
 
 // To the real NCCL.
 #define FLASHCOMM_WAY_FORWARDED 0
@@ -37,6 +37,9 @@
 
 // At the communicator's bits.
 #define FLASHCOMM_WAY_COMPRESSED 3
+
+// The same, read from the ranks that have it, not written to those that want it. The same bits.
+#define FLASHCOMM_WAY_PULLED 4
 
 // Result of a flashcomm call, with the values of ncclResult_t.
 typedef int flashcommResult_t;

@@ -23,6 +23,10 @@
 // peer will do, and what is under way between many ranks that share a GPU, in proportion to the square of their number,
 // stays in its L2: at 8 ranks and 4 bits 22 MB instead of 66.
 //
+// Payloads are pushed: written to the area of who reads them. Or they are pulled: written to the own area, whence the
+// reader reads them. On some machines GPUs write to many others at once much slower than they read. The signals are the
+// same, and who may overwrite what, too.
+//
 // Where the result is to be batch invariant, a channel pushes the tile of its own chunk, too, to its own area, and adds
 // what that decodes to instead of its input.
 //
@@ -86,9 +90,11 @@ struct AllReduce {
     return {size_t(start), rest < kTileElems ? int(rest) : kTileElems};
   }
 
-  // Behind the signals an area has, for each channel, hop and sender, a ring.
-  __device__ uint8_t* slot(unsigned at_rank, unsigned hop, unsigned from, unsigned round) const {
-    const uint32_t ring = (channel * 2 + hop) * args.world + from;
+  // Behind the signals an area has, for each channel, hop and peer, a ring: in the area of who reads it, or, where
+  // payloads are pulled, of who writes it.
+  __device__ uint8_t* slot(unsigned reader, unsigned hop, unsigned writer, unsigned round) const {
+    const unsigned at_rank = args.pulls ? writer : reader, peer = args.pulls ? reader : writer;
+    const uint32_t ring = (channel * 2 + hop) * args.world + peer;
     const uint32_t slot = lag() == 0 ? ring : ring * kLaggingSlots + round % kLaggingSlots;
     return args.areas[at_rank] + (args.max_channels * kSignalWords * 4 + slot * slot_bytes);
   }

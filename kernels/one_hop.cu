@@ -21,6 +21,8 @@
 // by the count of signals. That goes on from operation to operation: when one begins, the peer may
 // not have decoded the last round of the one before.
 //
+// Payloads are pushed or pulled, as in all_reduce.cu.
+//
 // No credits travel. A test in wire/src/rings.rs goes through every interleaving of the steps.
 // signals.cuh has the signals and their memory order.
 //
@@ -82,7 +84,7 @@ struct OneHop {
         ThreadVecs x;
         caller.rows(x);
         const Thread encoded = C::encode_input(x, args.group_shift);
-        Payloads<C, Memory, kBundles>::send(slot(1 - args.rank, n_signals, part), args.group_shift, encoded);
+        Payloads<C, Memory, kBundles>::send(slot(args.pulls ? args.rank : 1 - args.rank, n_signals, part), args.group_shift, encoded);
         keep(encoded, round, part);
       }
     }
@@ -111,7 +113,7 @@ struct OneHop {
       const Tile t = tile(round, part);
       if (t.n_elems != 0) {
         const Thread theirs =
-            Payloads<C, Memory, kBundles>::receive(slot(args.rank, n_signals, part), args.group_shift);
+            Payloads<C, Memory, kBundles>::receive(slot(args.pulls ? 1 - args.rank : args.rank, n_signals, part), args.group_shift);
         // (To choose one of two structs would put them into memory.)
         Thread first = kept(round, part), second = theirs;
         if (args.rank != 0) {

@@ -73,6 +73,7 @@ impl Operation {
             input: self.input,
             output: self.output,
             is_large: attached.share.as_ref().is_some_and(|share| share.has_next()),
+            pulls: route == Route::Compress { pulls: true },
         };
         let _entered = enter(attached)?;
         // SAFETY: a stream of the communicator's context.
@@ -131,7 +132,7 @@ pub(crate) fn discard(batch: &mut Vec<Operation>) {
 /// Answers `ncclInProgress` where a communicator that does not block says so: the application must wait for it.
 fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
     let reason = |operation: &Operation| match operation.route() {
-        Route::Exact { .. } | Route::Compress => None,
+        Route::Exact { .. } | Route::Compress { .. } => None,
         Route::Forward(reason) => Some(reason),
     };
     if batch.iter().all(|operation| reason(operation).is_none()) {

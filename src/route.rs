@@ -36,7 +36,10 @@ pub(crate) enum Route {
     /// Uncompressed, in one hop or in two.
     Exact { two_hops: bool },
     /// Through the two hops.
-    Compress,
+    Compress {
+        /// Whether ranks read payloads from their writers.
+        pulls: bool,
+    },
 }
 
 /// Why a call is forwarded.
@@ -140,7 +143,8 @@ pub(crate) fn route(element: ElementType, request: &Request, verdict: Verdict, c
     let is_coded = config.compresses(element);
     let (table, n_bytes) = (if is_coded { &ways.coded } else { &ways.plain }, request.n_bytes());
     match table.way(n_bytes) {
-        Way::Compressed => Route::Compress,
+        Way::Compressed => Route::Compress { pulls: false },
+        Way::Pulled => Route::Compress { pulls: true },
         Way::ExactOneHop => Route::Exact { two_hops: false },
         Way::ExactTwoHops => Route::Exact { two_hops: true },
         Way::Forward if !is_coded => Route::Forward(Reason::DataType),
@@ -179,7 +183,8 @@ mod tests {
 
     #[test]
     fn the_table() {
-        use Route::{Compress, Forward};
+        use Route::Forward;
+        const COMPRESS: Route = Route::Compress { pulls: false };
         const EXACT: Route = Route::Exact { two_hops: false };
         // In two hops from a size on, and to the real NCCL again from another.
         let between = |n_bytes| match n_bytes {
@@ -197,8 +202,8 @@ mod tests {
         let off = Config { enable: false, ..Config::default() };
         let bf16_only = Config { fp16: false, ..Config::default() };
         for (count, datatype, op, verdict, config, expected) in [
-            (500, fp16, sum, on, &config, Compress),
-            (500, bf16, sum, on, &config, Compress),
+            (500, fp16, sum, on, &config, COMPRESS),
+            (500, bf16, sum, on, &config, COMPRESS),
             (499, fp16, sum, on, &config, Forward(Reason::Small)),
             (301, fp16, sum, on, &config, Forward(Reason::Small)),
             (300, fp16, sum, on, &config, EXACT),
@@ -207,14 +212,14 @@ mod tests {
             (151, fp32, sum, on, &config, Forward(Reason::DataType)),
             (5000, fp32, sum, on, &config, Forward(Reason::DataType)),
             (usize::MAX, fp32, sum, Verdict::On(&all), &config, Forward(Reason::DataType)),
-            (1, fp16, sum, Verdict::On(&all), &config, Compress),
+            (1, fp16, sum, Verdict::On(&all), &config, COMPRESS),
             (300, fp16, sum, Verdict::On(&exact), &config, EXACT),
             (301, fp16, sum, Verdict::On(&exact), &config, Forward(Reason::NotFaster)),
             (1, fp16, sum, never, &config, Forward(Reason::NotFaster)),
             (usize::MAX, fp16, sum, never, &config, Forward(Reason::NotFaster)),
-            (usize::MAX, fp16, sum, on, &config, Compress),
+            (usize::MAX, fp16, sum, on, &config, COMPRESS),
             (99, fp16, sum, Verdict::On(&between), &config, Route::Exact { two_hops: true }),
-            (100, fp16, sum, Verdict::On(&between), &config, Compress),
+            (100, fp16, sum, Verdict::On(&between), &config, COMPRESS),
             (200, fp16, sum, Verdict::On(&between), &config, Forward(Reason::NotFaster)),
             (100, fp32, sum, Verdict::On(&between), &config, Forward(Reason::DataType)),
             (500, fp16, sum, Verdict::Open, &config, Forward(Reason::Unattached)),
@@ -224,7 +229,7 @@ mod tests {
             (0, fp16, sum, on, &config, Forward(Reason::Empty)),
             (1, INT8, sum, on, &config, Forward(Reason::DataType)),
             (500, fp16, RedOp(1), on, &config, Forward(Reason::Operation)),
-            (500, fp16, RedOp::AVG, on, &config, Compress),
+            (500, fp16, RedOp::AVG, on, &config, COMPRESS),
             (1, fp16, RedOp(3), on, &config, Forward(Reason::Operation)),
             (500, fp16, RedOp(5), on, &config, Forward(Reason::Operation)), // a user-defined one
             (500, fp16, sum, on, &off, Forward(Reason::Disabled)),

@@ -51,9 +51,10 @@ pub mod negotiation {
     pub use crate::error::{Error, Result};
     pub use crate::exchange::residency::Seat;
     pub use crate::kernels::Areas;
+    pub use crate::negotiation::agreement::Agreement;
     pub use crate::negotiation::choice::{Against, Choice, choose};
     pub use crate::negotiation::disagreement::Disagreement;
-    pub use crate::negotiation::facts::{Agreement, BLOB_BYTES, Blob, Location, agree};
+    pub use crate::negotiation::facts::{BLOB_BYTES, Blob, Location, agree};
     pub use crate::negotiation::meeting::{Meeting, Rounds};
     pub use crate::negotiation::ranges::{default_exact_max_bytes, default_min_bytes};
     pub use crate::negotiation::setup::{Local, NotSetUp};

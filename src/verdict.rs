@@ -11,12 +11,22 @@ pub(crate) enum Way {
     ExactTwoHops,
     /// At the agreed widths.
     Compressed,
+    /// The same, over `peer`: ranks do not write payloads to their peers, but read them from there. The same bits.
+    Pulled,
 }
 
 impl Way {
+    /// Every one.
+    pub(crate) const ALL: [Way; 5] = [Way::Forward, Way::ExactOneHop, Way::ExactTwoHops, Way::Compressed, Way::Pulled];
+
     /// Whether it is ours, and loses nothing.
     pub(crate) const fn is_exact(self) -> bool {
         matches!(self, Way::ExactOneHop | Way::ExactTwoHops)
+    }
+
+    /// Whether it goes at the agreed widths.
+    pub(crate) const fn is_compressed(self) -> bool {
+        matches!(self, Way::Compressed | Way::Pulled)
     }
 }
 
@@ -65,7 +75,7 @@ impl Table {
 
     /// From how many bytes on some are compressed; `u64::MAX`: none is.
     pub(crate) fn compress_min(&self) -> u64 {
-        let compressed = self.entries().iter().find(|(_, way)| *way == Way::Compressed);
+        let compressed = self.entries().iter().find(|(_, way)| way.is_compressed());
         compressed.map_or(u64::MAX, |(start, _)| *start)
     }
 

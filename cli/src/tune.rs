@@ -56,8 +56,9 @@ pub struct Answer {
 struct Size {
     bytes: u64,
     way: String,
-    /// Of the real NCCL, of exact sums in one hop and in two, and of compressed ones; absent: not measured.
-    microseconds: [Option<f64>; 4],
+    /// Of the real NCCL, of exact sums in one hop and in two, of compressed ones whose payloads are written to peers, and of
+    /// those whose payloads are read from them; absent: not measured.
+    microseconds: [Option<f64>; 5],
 }
 
 #[derive(Serialize)]
@@ -73,7 +74,7 @@ struct Found<'a> {
 }
 
 /// The ways, as they are shown.
-const WAYS: [&str; 4] = ["NCCL", "exact, one hop", "exact, two hops", "compressed"];
+const WAYS: [&str; 5] = ["NCCL", "exact, one hop", "exact, two hops", "compressed", "compressed, pulled"];
 
 /// Runs it; whether anything is to be had from the shim here.
 pub fn run(args: &Args) -> Result<bool> {
@@ -121,7 +122,7 @@ impl Answer {
 }
 
 fn shown(answer: &Answer) -> String {
-    let mut table = table(&["bytes", WAYS[0], WAYS[1], WAYS[2], WAYS[3], "taken", "faster"]);
+    let mut table = table(&["bytes", WAYS[0], WAYS[1], WAYS[2], WAYS[3], WAYS[4], "taken", "faster"]);
     for Size { bytes, way, microseconds } in &answer.sizes {
         let cell = |us: &Option<f64>| us.map_or("-".into(), |us| format!("{us:.1}"));
         let taken = WAYS.iter().position(|name| name == way).and_then(|way| microseconds[way]);

@@ -11,7 +11,7 @@ use crate::route::{self, Request, Route};
 use crate::verdict::{Verdict, Way};
 
 /// Ways of a sum.
-pub const FLASHCOMM_WAYS: usize = 4;
+pub const FLASHCOMM_WAYS: usize = 5;
 
 /// To the real NCCL.
 pub const FLASHCOMM_WAY_FORWARDED: c_int = 0;
@@ -21,6 +21,8 @@ pub const FLASHCOMM_WAY_EXACT_ONE_HOP: c_int = 1;
 pub const FLASHCOMM_WAY_EXACT_TWO_HOPS: c_int = 2;
 /// At the communicator's bits.
 pub const FLASHCOMM_WAY_COMPRESSED: c_int = 3;
+/// The same, read from the ranks that have it, not written to those that want it. The same bits.
+pub const FLASHCOMM_WAY_PULLED: c_int = 4;
 
 /// Their numbers.
 const fn number(way: Way) -> c_int {
@@ -29,6 +31,7 @@ const fn number(way: Way) -> c_int {
         Way::ExactOneHop => FLASHCOMM_WAY_EXACT_ONE_HOP,
         Way::ExactTwoHops => FLASHCOMM_WAY_EXACT_TWO_HOPS,
         Way::Compressed => FLASHCOMM_WAY_COMPRESSED,
+        Way::Pulled => FLASHCOMM_WAY_PULLED,
     }
 }
 
@@ -80,11 +83,12 @@ pub unsafe extern "C" fn flashcommGetCommWay(
             Route::Forward(_) => Way::Forward,
             Route::Exact { two_hops: false } => Way::ExactOneHop,
             Route::Exact { two_hops: true } => Way::ExactTwoHops,
-            Route::Compress => Way::Compressed,
+            Route::Compress { pulls: false } => Way::Compressed,
+            Route::Compress { pulls: true } => Way::Pulled,
         };
         let figures = comm.as_ref().and_then(|comm| comm.attached()?.figures.as_ref());
         let mut nanoseconds = [0; FLASHCOMM_WAYS];
-        for way in [Way::Forward, Way::ExactOneHop, Way::ExactTwoHops, Way::Compressed] {
+        for way in Way::ALL {
             nanoseconds[number(way) as usize] =
                 figures.and_then(|figures| figures.nanoseconds(way, nBytes)).unwrap_or(0);
         }

@@ -19,7 +19,7 @@ pub struct Setting {
 }
 
 /// Every setting.
-pub const SETTINGS: [Setting; 22] = [
+pub const SETTINGS: [Setting; 23] = [
     setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
     setting(
         "FLASHCOMM_BITS",
@@ -61,6 +61,13 @@ pub const SETTINGS: [Setting; 22] = [
     setting("FLASHCOMM_EXCHANGE", "auto", "auto, peer, host or nccl", "what carries the payloads", true),
     setting("FLASHCOMM_BUFFER_MIB", "64", "1 to 16384", "staging memory of a communicator, MiB of GPU memory", true),
     setting("FLASHCOMM_MAX_CTAS", "0", "0 to 1024", "blocks of a waiting kernel at most; 0: its own choice", true),
+    setting(
+        "FLASHCOMM_P2P_READ",
+        "auto",
+        "auto, 0 or 1",
+        "1: ranks read payloads from their peers' GPUs; 0: they write them there; auto: as measured, else 0",
+        true,
+    ),
     setting(
         "FLASHCOMM_TUNE",
         "off",

@@ -86,7 +86,7 @@ impl Timing {
     ) -> Result<()> {
         let count = n_bytes / element.n_bytes();
         let (buffer, handle) = (self.buffer(), stream.handle());
-        let call = Call { element, scale: 1.0, input: buffer, output: buffer, is_large };
+        let call = Call { element, scale: 1.0, input: buffer, output: buffer, is_large, pulls: way == Way::Pulled };
         match way {
             Way::Forward => Ok(()),
             Way::ExactOneHop | Way::ExactTwoHops => {
@@ -94,7 +94,7 @@ impl Timing {
                 // SAFETY: the buffer stays until it is over, or for good.
                 unsafe { fused.launch_exact(kernels, how, &call, Some(DEADLINE), handle) }
             }
-            Way::Compressed => {
+            Way::Compressed | Way::Pulled => {
                 let world = fused.world();
                 let plan =
                     Plan::new(count, world, fused.legs(), usize::MAX).map_err(|_| Error::BufferTooSmall { world })?;

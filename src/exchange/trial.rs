@@ -57,7 +57,14 @@ impl Trial {
     ///
     /// # Errors
     /// The driver's.
-    pub(crate) fn launch(&mut self, rank: usize, fused: &Fused, kernels: &Kernels, stream: &Stream) -> Result<()> {
+    pub(crate) fn launch(
+        &mut self,
+        rank: usize,
+        pulls: bool,
+        fused: &Fused,
+        kernels: &Kernels,
+        stream: &Stream,
+    ) -> Result<()> {
         let count = Self::count(self.world);
         let input = self.memory.address().cast::<f16>();
         let output = input.wrapping_add(count);
@@ -71,7 +78,7 @@ impl Trial {
         let plan = Plan::new(count, self.world, fused.legs(), usize::MAX)
             .map_err(|_| Error::BufferTooSmall { world: self.world })?;
         let (input, output, handle) = (input.cast_const().cast(), output.cast(), stream.handle());
-        let call = Call { element: ElementType::Fp16, scale: 1.0, input, output, is_large: false };
+        let call = Call { element: ElementType::Fp16, scale: 1.0, input, output, is_large: false, pulls };
         // SAFETY: the buffers stay until `result`, or for good.
         unsafe { fused.launch(kernels, &plan, &call, Some(DEADLINE), handle) }?;
         // SAFETY: the stream is ours.

@@ -260,6 +260,8 @@ shared_structs! {
         batch_invariant: u32,
         /// Tiles that a channel takes in a round, at most [`ROUND_TILES`]. Of one hop.
         round_tiles: u32,
+        /// Not 0: payloads are read from the area of who wrote them, not written to that of who reads them.
+        pulls: u32,
     }
 
     /// What the exact kernel gets.

@@ -132,7 +132,7 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::negotiation::facts::Agreement;
+    use crate::negotiation::agreement::Agreement;
     use crate::negotiation::samples::ranks;
 
     fn not_ready(kind: ExchangeKind) -> (ExchangeKind, Disagreement) {

@@ -5,8 +5,9 @@
 
 use flashcomm_wire::{Code, Codec, GroupSize, Legs, WIRE_VERSION, Width};
 
+use super::agreement::{Agreement, difference};
 use super::disagreement::Disagreement;
-use crate::config::{Config, ExchangeKind, Tune};
+use crate::config::{ExchangeKind, Tune};
 use crate::exchange::area::{OFFER_BYTES, Offer};
 
 /// Bytes of a blob.
@@ -17,48 +18,6 @@ const OFFER_AT: usize = BLOB_BYTES - OFFER_BYTES;
 
 /// Marks a blob: "flashcom" in ASCII.
 const MAGIC: u64 = u64::from_le_bytes(*b"flashcom");
-
-/// The settings that all ranks must share, as one rank has them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Agreement {
-    /// `FLASHCOMM_BITS`, `FLASHCOMM_GROUP`, `FLASHCOMM_CODE` and `FLASHCOMM_BATCH_INVARIANT`.
-    pub legs: Legs,
-    /// `FLASHCOMM_MIN_BYTES`.
-    pub min_bytes: Option<u64>,
-    /// `FLASHCOMM_EXACT_MAX_BYTES`.
-    pub exact_max: Option<u64>,
-    /// `FLASHCOMM_DTYPES`: fp16, bf16.
-    pub dtypes: (bool, bool),
-    /// `FLASHCOMM_EXCHANGE`; `None`: auto.
-    pub exchange: Option<ExchangeKind>,
-    /// `FLASHCOMM_BUFFER_MIB`, in bytes.
-    pub buffer_bytes: usize,
-    /// `FLASHCOMM_MAX_CTAS`.
-    pub max_ctas: u32,
-    /// `FLASHCOMM_TUNE`.
-    pub tune: Tune,
-    /// `FLASHCOMM_PLUGIN`.
-    pub plugin: bool,
-    /// Whether the engine wants it off.
-    pub switched_off: bool,
-}
-
-impl From<&Config> for Agreement {
-    fn from(config: &Config) -> Self {
-        Self {
-            legs: config.legs,
-            min_bytes: config.min_bytes,
-            exact_max: config.exact_max,
-            dtypes: (config.fp16, config.bf16),
-            exchange: config.exchange,
-            buffer_bytes: config.buffer_bytes,
-            max_ctas: config.max_ctas,
-            tune: config.tune,
-            plugin: config.plugin,
-            switched_off: false,
-        }
-    }
-}
 
 /// One rank's word in attach.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -121,6 +80,7 @@ impl Blob {
             exchange,
             buffer_bytes,
             max_ctas,
+            p2p_read,
             tune,
             plugin,
             switched_off,
@@ -137,7 +97,15 @@ impl Blob {
             u64::from(legs.gather.width.bits()),
             legs.reduce.group.n_elems() as u64,
             min_bytes.unwrap_or(u64::MAX),
-            flags([dtypes.0, dtypes.1, switched_off, legs.batch_invariant, plugin]),
+            flags([
+                dtypes.0,
+                dtypes.1,
+                switched_off,
+                legs.batch_invariant,
+                plugin,
+                p2p_read.is_some(),
+                p2p_read == Some(true),
+            ]),
             exchange.map_or(0, |kind| 1 + kind as u64),
             buffer_bytes as u64,
             u64::from(max_ctas),
@@ -187,7 +155,7 @@ impl Blob {
         let codec = |width| Codec { width, group, code };
         // What no settings and no device give is not ours; and settings that look alike when told are alike.
         let within = |i, min: u64, max: u64| Some(field(i)).filter(|value| (min..=max).contains(value));
-        let flags = within(9, 0, 31).filter(|flags| flags & 3 != 0)?;
+        let flags = within(9, 0, 127).filter(|flags| flags & 3 != 0)?;
         Some(Self {
             rank: u32::try_from(field(2)).ok()?,
             ready: within(3, 0, 1)? == 1,
@@ -214,6 +182,7 @@ impl Blob {
                 exact_max: Some(field(27)).filter(|n_bytes| *n_bytes != u64::MAX),
                 dtypes: (flags & 1 != 0, flags & 2 != 0),
                 switched_off: flags & 4 != 0,
+                p2p_read: (flags & 32 != 0).then_some(flags & 64 != 0),
                 tune: *Tune::ALL.get(usize::try_from(field(28)).ok()?)?,
                 plugin: flags & 16 != 0,
                 exchange: match field(10) {
@@ -228,7 +197,7 @@ impl Blob {
 }
 
 /// Bits, the first one lowest.
-fn flags(bits: [bool; 5]) -> u64 {
+fn flags(bits: [bool; 7]) -> u64 {
     bits.into_iter().enumerate().map(|(i, bit)| u64::from(bit) << i).sum()
 }
 
@@ -254,32 +223,6 @@ pub fn agree(gathered: &[u8]) -> Result<Vec<Blob>, Disagreement> {
     }
 }
 
-/// The first setting that differs, with both values.
-fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, String, String)> {
-    let rows: [(&str, fn(&Agreement) -> String); 13] = [
-        ("FLASHCOMM_BITS", |a| a.legs.to_string()),
-        ("FLASHCOMM_GROUP", |a| a.legs.reduce.group.n_elems().to_string()),
-        ("FLASHCOMM_CODE", |a| a.legs.code().name().into()),
-        ("FLASHCOMM_BATCH_INVARIANT", |a| u8::from(a.legs.batch_invariant).to_string()),
-        ("FLASHCOMM_MIN_BYTES", |a| a.min_bytes.map_or("auto".into(), |n_bytes| n_bytes.to_string())),
-        ("FLASHCOMM_EXACT_MAX_BYTES", |a| a.exact_max.map_or("auto".into(), |n_bytes| n_bytes.to_string())),
-        ("FLASHCOMM_DTYPES", |a| match a.dtypes {
-            (true, true) => "fp16,bf16".into(),
-            (true, false) => "fp16".into(),
-            _ => "bf16".into(),
-        }),
-        ("FLASHCOMM_EXCHANGE", |a| a.exchange.map_or("auto", ExchangeKind::name).into()),
-        ("FLASHCOMM_BUFFER_MIB", |a| (a.buffer_bytes >> 20).to_string()),
-        ("FLASHCOMM_MAX_CTAS", |a| a.max_ctas.to_string()),
-        ("FLASHCOMM_TUNE", |a| a.tune.name().into()),
-        ("FLASHCOMM_PLUGIN", |a| u8::from(a.plugin).to_string()),
-        ("flashcommSetCommEnabled", |a| u8::from(!a.switched_off).to_string()),
-    ];
-    rows.into_iter()
-        .map(|(setting, value)| (setting, value(&theirs), value(&first)))
-        .find(|(_, theirs, first)| theirs != first)
-}
-
 /// Ranks that share a device at most.
 pub(super) fn sharing(facts: &[Blob]) -> usize {
     let sharing =
@@ -292,6 +235,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::config::Config;
 
     fn blob(rank: u32) -> Blob {
         let device_uuid = *b"0123456789abcdef";
@@ -349,6 +293,7 @@ mod tests {
             ("FLASHCOMM_EXCHANGE", "nccl"),
             ("FLASHCOMM_BUFFER_MIB", "3"),
             ("FLASHCOMM_MAX_CTAS", "24"),
+            ("FLASHCOMM_P2P_READ", "1"),
             ("FLASHCOMM_TUNE", "always"),
             ("FLASHCOMM_PLUGIN", "1"),
         ] {
@@ -358,7 +303,7 @@ mod tests {
             assert!(error.to_string().contains(name) && error.to_string().contains("rank 2"));
         }
         let shared = crate::config::table::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
-        assert_eq!(shared, 13, "twelve are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
+        assert_eq!(shared, 14, "thirteen are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //!
 //! Attach (`comm::attach`) and `flashcomm doctor` go through the same rounds, over other meetings.
 
+pub(crate) mod agreement;
 pub(crate) mod choice;
 pub(crate) mod disagreement;
 pub(crate) mod facts;

@@ -10,6 +10,8 @@ use crate::verdict::{Table, Way, Ways};
 pub(crate) fn ways(facts: &[Blob], kind: ExchangeKind) -> Ways {
     let (exact_max, compress_min) = (exact_max_bytes(facts, kind), min_bytes(facts, kind));
     let one_hop_max = one_hop_max_bytes(kind, facts.len());
+    let is_pulled = kind == ExchangeKind::Peer && facts[0].agreement.p2p_read == Some(true);
+    let compressed = if is_pulled { Way::Pulled } else { Way::Compressed };
     let plain = |n_bytes| match n_bytes {
         n_bytes if n_bytes > exact_max => Way::Forward,
         n_bytes if n_bytes > one_hop_max => Way::ExactTwoHops,
@@ -18,7 +20,7 @@ pub(crate) fn ways(facts: &[Blob], kind: ExchangeKind) -> Ways {
         _ => Way::ExactOneHop,
     };
     let coded = |n_bytes| match n_bytes {
-        n_bytes if n_bytes >= compress_min && compress_min != u64::MAX => Way::Compressed,
+        n_bytes if n_bytes >= compress_min && compress_min != u64::MAX => compressed,
         n_bytes => plain(n_bytes),
     };
     let mut starts = [exact_max.saturating_add(1), one_hop_max.saturating_add(1), compress_min];

@@ -1,6 +1,7 @@
 //! Facts of ranks, for tests.
 
-use super::facts::{Agreement, Blob, Location};
+use super::agreement::Agreement;
+use super::facts::{Blob, Location};
 use crate::config::Config;
 
 /// Ranks of one host with a GPU each, all of which reach each other.

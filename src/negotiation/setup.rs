@@ -9,14 +9,15 @@ use std::time::{Duration, Instant};
 
 use flashcomm_wire::Plan;
 
+use super::agreement::Agreement;
 use super::choice::{Against, Preference, choose};
 use super::disagreement::Disagreement;
-use super::facts::{Agreement, Blob, Location};
+use super::facts::{Blob, Location};
 use super::identity;
 use super::meeting::{Meeting, Round, Rounds, poll};
 use super::ranges;
 use super::sizes;
-use crate::config::ExchangeKind;
+use crate::config::{ExchangeKind, Tune};
 use crate::cuda::{self, Context, CudaResult, Distance, Stream};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
@@ -139,22 +140,22 @@ impl<M: Meeting> Rounds<M> {
             (Ok(fused), Ok(_)) => fused,
             (fused, round) => return Ok(Err(not_set_up(fused, round, "use others' memory"))),
         };
-        let tried = self.try_links(&mut trial, &fused, local)?;
-        let round = self.next(tried.is_ok(), offer)?;
-        Ok(match (tried, round) {
-            (Ok(()), Ok(_)) => {
-                let mut fused = fused;
-                fused.unlink();
-                Ok(fused)
+        let mut fused = fused;
+        for pulls in [false, true].into_iter().take(1 + usize::from(may_pull(facts, areas))) {
+            let tried = self.try_links(&mut trial, pulls, &fused, local)?;
+            let round = self.next(tried.is_ok(), offer)?;
+            if !matches!((&tried, &round), (Ok(()), Ok(_))) {
+                return Ok(Err(not_set_up(tried, round, "believe its links")));
             }
-            (tried, round) => Err(not_set_up(tried, round, "believe its links")),
-        })
+        }
+        fused.unlink();
+        Ok(Ok(fused))
     }
 
     /// Sends something over every link and looks at what arrives.
-    fn try_links(&mut self, trial: &mut Trial, fused: &Fused, local: &Local<'_>) -> Result<Result<()>> {
+    fn try_links(&mut self, trial: &mut Trial, pulls: bool, fused: &Fused, local: &Local<'_>) -> Result<Result<()>> {
         self.meet_neighbors()?;
-        if let Err(error) = trial.launch(self.blob.rank as usize, fused, local.kernels, local.stream) {
+        if let Err(error) = trial.launch(self.blob.rank as usize, pulls, fused, local.kernels, local.stream) {
             // Now, since the others' kernels wait for this one, and who waits for those may give up first.
             log::warn!("rank {}: trying the links: {error}", self.blob.rank);
             return Ok(Err(error));
@@ -174,6 +175,13 @@ impl<M: Meeting> Rounds<M> {
         }
         over.map(|()| trial.result(fused))
     }
+}
+
+/// Whether payloads may be read from peers' areas.
+fn may_pull(facts: &[Blob], areas: Areas) -> bool {
+    let agreement = &facts[0].agreement;
+    areas == Areas::InGpuMemory
+        && (agreement.p2p_read == Some(true) || agreement.tune != Tune::Off && agreement.p2p_read.is_none())
 }
 
 /// What a rank that could do its part, or could not, makes of a round in which not all could.

@@ -4,6 +4,10 @@ use flashcomm_test_support::*;
 use flashcomm_wire::{Code, Element, Legs, Op, Plan, TILE_ELEMS};
 use half::{bf16, f16};
 
+/// `FLASHCOMM_WAY_COMPRESSED` and `FLASHCOMM_WAY_PULLED`.
+const WAY_COMPRESSED: i32 = 3;
+const WAY_PULLED: i32 = 4;
+
 /// Sizes on both sides of every border: group, tile, chunk, slice.
 fn sizes(world: usize, legs: Legs) -> Vec<usize> {
     let slice_tiles = (1 << 20) / Plan::staging_bytes_per_tile(world, legs);
@@ -65,27 +69,33 @@ fn two_to_five_ranks_equal_the_reference_over_host_memory_fp16_int4_int6() {
 /// With one block a rank its channels go through their rings again and again, in either lag.
 #[test]
 fn rings_go_round_in_gpu_memory() {
-    rings_go_round("peer");
+    rings_go_round(&[2, 5], &[("FLASHCOMM_EXCHANGE", "peer")], WAY_COMPRESSED);
+}
+
+#[test]
+fn rings_go_round_in_gpu_memory_where_payloads_are_read() {
+    rings_go_round(&[2, 3, 5], &[("FLASHCOMM_EXCHANGE", "peer"), ("FLASHCOMM_P2P_READ", "1")], WAY_PULLED);
 }
 
 #[test]
 fn rings_go_round_in_host_memory() {
-    rings_go_round("host");
+    rings_go_round(&[2, 5], &[("FLASHCOMM_EXCHANGE", "host"), ("FLASHCOMM_P2P_READ", "1")], WAY_COMPRESSED);
 }
 
-/// Among two and five ranks: with and without a lag.
-fn rings_go_round(exchange: &str) {
-    in_process(&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_EXCHANGE", exchange), ("FLASHCOMM_MAX_CTAS", "1")], || {
-        for world in [2, 5] {
+/// Among few ranks and among five: with and without a lag.
+fn rings_go_round(worlds: &[usize], settings: &[(&str, &str)], way: i32) {
+    in_process(&[&[("FLASHCOMM_BITS", "4"), ("FLASHCOMM_MAX_CTAS", "1")], settings].concat(), || {
+        for &world in worlds {
             let case = Case::<f16>::new(world * 40 * TILE_ELEMS - 77, 3, world, legs(4, 4));
             let id = unique_id();
             threads(world, |rank| {
                 let (comm, stream) = (init(world, id, rank), Stream::new());
+                assert_eq!(Way::of(comm, dtype::FP16, 1 << 20).way, way);
                 reduce_both_ways(comm, &stream, rank, &case);
                 ok!(ncclCommDestroy(comm));
             });
         }
-        assert_eq!(n_compressed(), 2 * (2 + 5));
+        assert_eq!(n_compressed(), 2 * worlds.iter().sum::<usize>() as u64);
     });
 }
 

@@ -44,7 +44,7 @@ pub struct Args {
     /// Bytes that each rank sums; A..B doubles from A to B [default: 256K..64M; with --quick 1M,16M,64M]
     #[arg(long, value_delimiter = ',')]
     sizes: Option<Vec<Sizes>>,
-    /// What carries the payloads: values of FLASHCOMM_EXCHANGE
+    /// What carries the payloads: values of FLASHCOMM_EXCHANGE, or peer-read: peer with FLASHCOMM_P2P_READ=1
     #[arg(long, value_delimiter = ',', default_value = "peer,host")]
     exchanges: Vec<String>,
     /// Element types
@@ -127,10 +127,13 @@ pub enum Way {
     Flashcomm {
         /// `FLASHCOMM_BITS`.
         bits: String,
-        /// `FLASHCOMM_EXCHANGE`.
+        /// `FLASHCOMM_EXCHANGE`, or that with [`READ`].
         exchange: String,
     },
 }
+
+/// Behind an exchange: with `FLASHCOMM_P2P_READ=1`.
+const READ: &str = "-read";
 
 impl std::fmt::Display for Way {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -238,12 +241,14 @@ impl<'a> BenchPlan<'a> {
                 ("FLASHCOMM_CODE", values::bits_and_code(bits).1.into()),
                 ("FLASHCOMM_GROUP", values::GROUP.to_string()),
                 ("FLASHCOMM_DTYPES", "fp16,bf16".into()),
-                ("FLASHCOMM_EXCHANGE", exchange.clone()),
+                ("FLASHCOMM_EXCHANGE", exchange.strip_suffix(READ).unwrap_or(exchange).into()),
                 ("FLASHCOMM_MIN_BYTES", self.args.min_bytes.clone()),
                 ("FLASHCOMM_MAX_CTAS", self.args.max_ctas.to_string()),
             ],
         };
-        settings.into_iter().map(|(name, value)| (name.into(), value)).collect()
+        let reads = matches!(way, Way::Flashcomm { exchange, .. } if exchange.ends_with(READ));
+        let settings = settings.into_iter().chain(reads.then(|| ("FLASHCOMM_P2P_READ", "1".into())));
+        settings.map(|(name, value)| (name.into(), value)).collect()
     }
 
     /// Measurements of all worlds.

@@ -67,6 +67,16 @@ pub fn send(stores: Stores, slot: usize, payload: &[u8]) -> Result<()> {
     }
 }
 
+/// Reads a payload of so many bytes from a slot, over a link that does that to it.
+pub fn receive(stores: Stores, slot: usize, n_bytes: usize) -> Result<Vec<u8>> {
+    let payload = load(slot, n_bytes)?;
+    Ok(match stores {
+        Stores::Arrive => payload,
+        Stores::Lost => vec![0; n_bytes],
+        Stores::Garbled => payload.iter().map(|byte| byte ^ 0x11).collect(),
+    })
+}
+
 /// Decodes a payload to the elements at `start` of `output`.
 pub fn store_decoded<E: Element>(
     codec: Codec,

@@ -70,6 +70,7 @@ fn fused(fabric: &Fabric, kernel: &Kernel, bytes: &[u8], hops: Hops) -> Result<u
         Hops::Two => (bits(0)? + bits(1)?) / 2.0,
     };
     let carrier = match memory_of(args.areas[peer_of(args.rank, args.world)] as usize) {
+        Memory::Peer if args.pulls != 0 => Carrier::PeerPull,
         Memory::Peer => Carrier::PeerPush,
         Memory::Host => Carrier::HostKernels,
     };

@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use flashcomm_wire::{Element, Legs, Rings, TILE_ELEMS, rings};
 
-use crate::access::{args, decode, encode, enter, load, send, store_decoded};
+use crate::access::{args, decode, encode, enter, receive, send, store_decoded};
 use crate::cu_result::{CuResult, Result};
 use crate::device::Stores;
 use crate::kernels::{Kernel, Shape};
@@ -72,8 +72,10 @@ impl Launch {
         (round < channel.n_rounds && start < count).then(|| (start, (count - start).min(TILE_ELEMS)))
     }
 
-    fn slot(&self, at_rank: usize, channel: &Channel<impl Element>, hop: usize, from: usize, round: usize) -> usize {
-        self.args.areas[at_rank] as usize + self.rings.slot(channel.number, hop, from, round)
+    /// In the area of the reader, or, where payloads are pulled, of the writer.
+    fn slot(&self, reader: usize, channel: &Channel<impl Element>, hop: usize, writer: usize, round: usize) -> usize {
+        let (at, peer) = if self.args.pulls != 0 { (writer, reader) } else { (reader, writer) };
+        self.args.areas[at] as usize + self.rings.slot(channel.number, hop, peer, round)
     }
 
     /// What becomes of what is written to the area of `rank`.
@@ -81,9 +83,16 @@ impl Launch {
         if rank == self.args.rank as usize { Stores::Arrive } else { stores_to(self.args.areas[rank] as usize) }
     }
 
-    /// Writes a payload to a slot in the area of `rank`.
-    fn send(&self, rank: usize, slot: usize, payload: &[u8]) -> Result<()> {
-        send(self.stores_to(rank), slot, payload)
+    /// Writes a payload to a slot, for `reader`.
+    fn send(&self, reader: usize, slot: usize, payload: &[u8]) -> Result<()> {
+        let at = if self.args.pulls != 0 { self.args.rank as usize } else { reader };
+        send(self.stores_to(at), slot, payload)
+    }
+
+    /// Reads a payload from a slot, of `writer`.
+    fn receive(&self, writer: usize, slot: usize, n_bytes: usize) -> Result<Vec<u8>> {
+        let at = if self.args.pulls != 0 { writer } else { self.args.rank as usize };
+        receive(self.stores_to(at), slot, n_bytes)
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
@@ -197,7 +206,8 @@ impl<E: Element> Channel<E> {
     fn decode(&self, launch: &Launch, owner: usize, round: usize) -> Result<()> {
         let Some(tile) = launch.tile(self, owner, round) else { return Ok(()) };
         let gather = launch.rings.legs.gather;
-        let payload = load(launch.slot(launch.args.rank as usize, self, 1, owner, round), gather.tile_bytes())?;
+        let slot = launch.slot(launch.args.rank as usize, self, 1, owner, round);
+        let payload = launch.receive(owner, slot, gather.tile_bytes())?;
         store_decoded::<E>(gather, &payload, launch.args.output as usize, tile)
     }
 
@@ -210,7 +220,7 @@ impl<E: Element> Channel<E> {
             let term = if from == rank && !batch_invariant {
                 enter::<E>(reduce, launch.args.input as usize, tile)?
             } else {
-                let payload = load(launch.slot(rank, self, 0, from, round), reduce.tile_bytes())?;
+                let payload = launch.receive(from, launch.slot(rank, self, 0, from, round), reduce.tile_bytes())?;
                 decode::<E>(reduce, &payload, n_values)
             };
             sum.iter_mut().zip(term).for_each(|(sum, term)| *sum += term);

@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use flashcomm_wire::{Codec, Element, Legs, Rings, TILE_ELEMS};
 
-use crate::access::{args, encode, enter, load, send, store_both};
+use crate::access::{args, encode, enter, receive, send, store_both};
 use crate::cu_result::{CuResult, Result};
 use crate::device::Stores;
 use crate::kernels::{Kernel, Shape};
@@ -86,8 +86,18 @@ impl Launch {
         starts.map(move |start| (start, (count - start).min(TILE_ELEMS)))
     }
 
-    fn slot(&self, at_rank: usize, channel: &Channel<impl Element>, n_signals: u32, part: usize) -> usize {
-        self.args.areas[at_rank] as usize + self.rings.one_hop_slot(channel.number, n_signals, part)
+    /// In the area of the reader, or, where payloads are pulled, of the writer; with what the link there does.
+    fn slot(
+        &self,
+        (reader, writer): (usize, usize),
+        channel: &Channel<impl Element>,
+        n_signals: u32,
+        part: usize,
+    ) -> (Stores, usize) {
+        let at = if self.args.pulls != 0 { writer } else { reader };
+        let area = self.args.areas[at] as usize;
+        let stores = if at == self.rank() { Stores::Arrive } else { stores_to(area) };
+        (stores, area + self.rings.one_hop_slot(channel.number, n_signals, part))
     }
 }
 
@@ -141,11 +151,11 @@ impl<E: Element> Part for Channel<E> {
 
 impl<E: Element> Channel<E> {
     fn push(&mut self, launch: &Launch) -> Result<()> {
-        let stores = stores_to(launch.args.areas[launch.peer()] as usize);
         let mut own = Vec::new();
         for (part, tile) in launch.tiles(self.number, self.iteration).enumerate() {
             let payload = encode::<E>(launch.codec, &enter::<E>(launch.codec, launch.args.input as usize, tile)?);
-            send(stores, launch.slot(launch.peer(), self, self.n_signals, part), &payload)?;
+            let (stores, slot) = launch.slot((launch.peer(), launch.rank()), self, self.n_signals, part);
+            send(stores, slot, &payload)?;
             own.push(payload);
         }
         self.own[self.iteration % 2] = own;
@@ -173,8 +183,9 @@ impl<E: Element> Channel<E> {
     fn decode(&self, launch: &Launch) -> Result<()> {
         let round = self.iteration - 1;
         for (part, tile) in launch.tiles(self.number, round).enumerate() {
-            let slot = launch.slot(launch.rank(), self, self.n_signals.wrapping_sub(1), part);
-            let (own, theirs) = (&self.own[round % 2][part], load(slot, launch.codec.tile_bytes())?);
+            let n_signals = self.n_signals.wrapping_sub(1);
+            let (stores, slot) = launch.slot((launch.rank(), launch.peer()), self, n_signals, part);
+            let (own, theirs) = (&self.own[round % 2][part], receive(stores, slot, launch.codec.tile_bytes())?);
             let both = if launch.rank() == 0 { [own, &theirs] } else { [&theirs, own] };
             let (scale, output) = (launch.args.scale, launch.args.output as usize);
             store_both::<E>(launch.codec, both.map(Vec::as_slice), scale, output, tile)?;

@@ -24,6 +24,8 @@ pub struct Call {
     pub output: *mut c_void,
     /// Whether it has the device's large share; the same on all ranks.
     pub is_large: bool,
+    /// Whether ranks read payloads from their writers; the same on all ranks. Of compressed ones.
+    pub pulls: bool,
 }
 
 impl Fused {
@@ -57,7 +59,7 @@ impl Fused {
         timeout: Option<Duration>,
         stream: StreamHandle,
     ) -> Result<()> {
-        let Call { element, scale, input, output, is_large } = *call;
+        let Call { element, scale, input, output, is_large, pulls } = *call;
         let chunk_tiles = plan.chunk_tiles();
         let max_blocks = if is_large { self.max_blocks } else { self.usual_blocks };
         let is_host = self.memory() == Areas::InHostMemory;
@@ -81,6 +83,7 @@ impl Fused {
             count: plan.count() as u64,
             chunk_tiles: chunk_tiles as u64,
             round_tiles: round_tiles as u32,
+            pulls: pulls.into(),
             scale,
             timeout_ns: nanoseconds(timeout),
             ..self.all_reduce_args()
@@ -195,6 +198,7 @@ impl Fused {
             scale: 1.0,
             batch_invariant: rings.legs.batch_invariant.into(),
             round_tiles: 1,
+            pulls: 0,
         }
     }
 

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::exchange::area::{OFFER_BYTES, Offer};
 use crate::exchange::fused::Fused;
 use crate::exchange::timing::Timing;
+use crate::kernels::Areas;
 use crate::negotiation::disagreement::Disagreement;
 use crate::negotiation::facts::Blob;
 use crate::negotiation::meeting::{Meeting, Rounds, poll};
@@ -165,6 +166,8 @@ impl<M: Meeting> Rounds<M> {
         budget_ns: u64,
     ) -> Result<SetUp<Figures>> {
         let (mut figures, mut spent) = (Figures::default(), 0);
+        let p2p_read = self.blob.agreement.p2p_read;
+        let is_peer = fused.memory() == Areas::InGpuMemory;
         for (i, size) in SIZES.into_iter().enumerate() {
             self.meet_neighbors()?;
             let n_sums = BATCH_NS
@@ -174,7 +177,8 @@ impl<M: Meeting> Rounds<M> {
             for (ns, way) in row.iter_mut().zip(WAYS) {
                 let is_there = match way {
                     Way::Forward => known.is_none(),
-                    Way::Compressed => true,
+                    Way::Compressed => !(is_peer && p2p_read == Some(true)),
+                    Way::Pulled => is_peer && p2p_read != Some(false),
                     Way::ExactTwoHops => fused.world() > 2 && size <= fused.exact_room(),
                     Way::ExactOneHop => size <= fused.exact_room(),
                 };
