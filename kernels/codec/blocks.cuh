@@ -4,51 +4,9 @@
 
 #include <type_traits>
 
-#include "planes.cuh"
+#include "scales.cuh"
 
 namespace flashcomm {
-
-// Arithmetic on two elements in a word.
-template <class T>
-struct Pairs;
-
-template <>
-struct Pairs<__half> {
-  using E = Element<__half>;
-  // In both halves, or in the lower and in the upper one.
-  static constexpr uint32_t kEighth = 0x30003000, kMinusEighth = 0xb000b000;
-  static constexpr uint32_t kPlusMinus = 0xbc003c00, kMinusPlus = 0x3c00bc00;
-  static constexpr float kLeastUnit = kLeastUnitFp16, kGreatest = kGreatestFp16;
-  __device__ static uint32_t mul(uint32_t a, uint32_t b) { return E::word(__hmul2_rn(E::pair(a), E::pair(b))); }
-  __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
-    return E::word(__hfma2(E::pair(a), E::pair(b), E::pair(c)));
-  }
-  // Lower + upper, lower - upper.
-  __device__ static uint32_t butterfly(uint32_t a) {
-    return E::word(__hfma2(__high2half2(E::pair(a)), E::pair(kPlusMinus), __low2half2(E::pair(a))));
-  }
-  __device__ static uint32_t abs_max(uint32_t a, uint32_t b) {
-    return E::word(__hmax2_nan(__habs2(E::pair(a)), __habs2(E::pair(b))));
-  }
-};
-
-template <>
-struct Pairs<__nv_bfloat16> {
-  using E = Element<__nv_bfloat16>;
-  static constexpr uint32_t kEighth = 0x3e003e00, kMinusEighth = 0xbe00be00;
-  static constexpr uint32_t kPlusMinus = 0xbf803f80, kMinusPlus = 0x3f80bf80;
-  static constexpr float kLeastUnit = kLeastUnitBf16, kGreatest = kGreatestBf16;
-  __device__ static uint32_t mul(uint32_t a, uint32_t b) { return E::word(__hmul2_rn(E::pair(a), E::pair(b))); }
-  __device__ static uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
-    return E::word(__hfma2(E::pair(a), E::pair(b), E::pair(c)));
-  }
-  __device__ static uint32_t butterfly(uint32_t a) {
-    return E::word(__hfma2(__high2bfloat162(E::pair(a)), E::pair(kPlusMinus), __low2bfloat162(E::pair(a))));
-  }
-  __device__ static uint32_t abs_max(uint32_t a, uint32_t b) {
-    return E::word(__hmax2_nan(__habs2(E::pair(a)), __habs2(E::pair(b))));
-  }
-};
 
 template <class T, int kBits>
 struct Blocks {
@@ -57,8 +15,7 @@ struct Blocks {
 
   struct Thread {
     typename P::Words quants;
-    uint32_t levels;    // of row r in byte r % 2, from bit r / 2 * 4 on
-    uint32_t units[2];  // of the group in each row
+    Scales<T, kHalfRange> scales;
   };
 
   static constexpr unsigned kQuantsBytes = P::kBytes;
@@ -67,7 +24,7 @@ struct Blocks {
   // x: turned into its transform.
   __device__ static Thread encode_input(ThreadVecs& x, unsigned group_shift) {
     float largest[kRows];
-    bool maybe_constant = false;
+    bool maybe_constant = false, may_have_bands = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       enter(x[row]);
@@ -76,6 +33,7 @@ struct Blocks {
       const uint32_t two = Pairs<T>::abs_max(Pairs<T>::abs_max(w[0], w[1]), upper);
       largest[row] = max_nan(Element<T>::to_float(uint16_t(two)), Element<T>::to_float(uint16_t(two >> 16)));
       maybe_constant |= (upper == 0) | !(largest[row] <= Pairs<T>::kGreatest);
+      may_have_bands |= allows_band(lowest(x[row]), largest[row]);
     }
     // Rare. (Asked of the whole warp, here and below, since a branch that may diverge takes registers.)
     if (__any_sync(kAllLanes, maybe_constant)) {
@@ -89,11 +47,12 @@ struct Blocks {
     }
     Thread out = {};
     float inverse[kRows];
-    scales(largest, group_shift, out, inverse);
+    const bool has_bands = scale(x, largest, may_have_bands, group_shift, out, inverse);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       float wide[kLaneElems];
       widen<T>(x[row], wide);
+      if (has_bands) out.scales.bring_to_zero(wide, row);
       encode_row(wide, row, inverse[row], out);
     }
     return out;
@@ -101,12 +60,13 @@ struct Blocks {
 
   __device__ static Thread encode(ThreadElems& x, unsigned group_shift) {
     float largest[kRows];
-    bool maybe_constant = false;
+    bool maybe_constant = false, may_have_bands = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float upper = largest_of_4(x[row] + 4);
       largest[row] = max_nan(largest_of_4(x[row]), upper);
       maybe_constant |= (upper == 0.0f) | !(largest[row] <= Pairs<T>::kGreatest);
+      may_have_bands |= allows_band(lowest(x[row]), largest[row]);
     }
     if (__any_sync(kAllLanes, maybe_constant)) {
 #pragma unroll
@@ -114,7 +74,10 @@ struct Blocks {
     }
     Thread out = {};
     float inverse[kRows];
-    scales(largest, group_shift, out, inverse);
+    if (scale(x, largest, may_have_bands, group_shift, out, inverse)) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) out.scales.bring_to_zero(x[row], row);
+    }
 #pragma unroll
     for (int row = 0; row < kRows; ++row) encode_row(x[row], row, inverse[row], out);
     return out;
@@ -126,31 +89,24 @@ struct Blocks {
   }
 
   __device__ static void add(const Thread& in, ThreadElems& sum) {
-    // The middle of the cell of quant 0, under the pattern that puts the quant into bits 8 to 15 of the mantissa: 2^15 + quant.
-    constexpr uint32_t kPattern = 0x47000000;
-    constexpr float kMiddle = 32768.0f + kHalfRange - 0.5f;
+    const bool is_special = __any_sync(kAllLanes, in.scales.has_special());
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float step = __fmul_rn(half_bound(in, row), 2.0f / kHalfRange);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t quants = P::get_half(in.quants, row * 2 + half);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float middle = __fsub_rn(__uint_as_float(__byte_perm(quants, kPattern, 0x7504 + e * 16)), kMiddle);
-          float& s = sum[row][half * 4 + e];
-          s = __fmaf_rn(middle, step, s);  // the product is exact
-        }
-      }
-    }
-    // To a constant octet, whose step is 0, nothing has been added so far.
-    if (__builtin_expect(has_constants(in), false)) {
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        if ((in.levels >> level_shift(row) & kMaxLevel) != 0) continue;
+      if (!is_special) {
+        const float step = __fmul_rn(in.scales.half_bound(row), 2.0f / kHalfRange);
+        for_each_middle(in, row, [&](int e, float middle) {
+          sum[row][e] = __fmaf_rn(middle, step, sum[row][e]);  // the product is exact
+        });
+      } else {
+        const auto [bound, base] = in.scales.limits(row);
+        const float step = __fmul_rn(bound, 1.0f / kHalfRange);
+        const bool is_constant = in.scales.level(row) == 0;
         const float half = __fmul_rn(0.5f, Element<T>::to_float(constant(in, row)));
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[row][e] = __fadd_rn(sum[row][e], e == 3 ? -half : half);
+        for_each_middle(in, row, [&](int e, float middle) {
+          const float value = __fmaf_rn(middle, step, copysignf(base, middle));  // exact
+          const float of_constant = e > 3 ? 0.0f : e == 3 ? -half : half;
+          sum[row][e] = __fadd_rn(sum[row][e], select(is_constant, of_constant, value));
+        });
       }
     }
   }
@@ -159,7 +115,7 @@ struct Blocks {
     using H = Element<__half>;
     uint32_t integers[4];
     transform_back(in, row, integers);
-    const float half = half_bound(in, row);
+    const float half = in.scales.half_bound(row);
     Vec16 out;
     if constexpr (std::is_same_v<T, __half>) {
       const uint32_t even = H::word(__float2half2_rn(half)), odd = even ^ 0x80000000u;
@@ -173,11 +129,7 @@ struct Blocks {
         out.words[n] = Element<T>::word(__floats2bfloat162_rn(low, high));
       }
     }
-    if (__any_sync(kAllLanes, half == 0.0f)) {
-      const uint16_t element = constant(in, row);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) out.words[n] = half == 0.0f ? two_elements(element, element) : out.words[n];
-    }
+    if (__any_sync(kAllLanes, half == 0.0f)) decode_special(in, row, half == 0.0f, integers, out);
     return out;
   }
 
@@ -186,7 +138,7 @@ struct Blocks {
     uint32_t a[4], b[4];
     transform_back(first, row, a);
     transform_back(second, row, b);
-    const float bound_a = half_bound(first, row), bound_b = half_bound(second, row);
+    const float bound_a = first.scales.half_bound(row), bound_b = second.scales.half_bound(row);
     const float half_a = __fmul_rn(bound_a, scale), half_b = __fmul_rn(bound_b, scale);
     Vec16 out;
     if constexpr (std::is_same_v<T, __half>) {
@@ -207,8 +159,8 @@ struct Blocks {
                                                               __fmaf_rn(__high2float(H::pair(b[n])), high_b, high)));
       }
     }
-    const bool is_constant = bound_a == 0.0f || bound_b == 0.0f;
-    if (__any_sync(kAllLanes, is_constant)) {
+    const bool is_special = bound_a == 0.0f || bound_b == 0.0f;
+    if (__any_sync(kAllLanes, is_special)) {
       float sum[kLaneElems];
       widen<T>(decode_row(first, row), sum);
       add_vec<T>(decode_row(second, row), sum);
@@ -217,7 +169,7 @@ struct Blocks {
       Vec16 both;
       narrow<T>(sum, both);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) out.words[n] = is_constant ? both.words[n] : out.words[n];
+      for (int n = 0; n < 4; ++n) out.words[n] = is_special ? both.words[n] : out.words[n];
     }
     return out;
   }
@@ -225,12 +177,12 @@ struct Blocks {
   __device__ static void load_quants(const uint8_t* payload, Thread& t) { P::load(payload, t.quants); }
   __device__ static void store_quants(uint8_t* payload, const Thread& t) { P::store(payload, t.quants); }
   __device__ static void load_params(const uint8_t* params, unsigned group_shift, Thread& t) {
-    t.levels = *reinterpret_cast<const uint16_t*>(params + threadIdx.x * 2);
-    get<2>(params + kUnitsAt + my_groups(group_shift) * 8, t.units);
+    t.scales.levels = *reinterpret_cast<const uint16_t*>(params + threadIdx.x * 2);
+    get<2>(params + kUnitsAt + my_groups(group_shift) * 8, t.scales.units);
   }
   __device__ static void store_params(uint8_t* params, unsigned group_shift, const Thread& t) {
-    *reinterpret_cast<uint16_t*>(params + threadIdx.x * 2) = uint16_t(t.levels);
-    if (leads_groups(group_shift)) put<2>(params + kUnitsAt + my_groups(group_shift) * 8, t.units);
+    *reinterpret_cast<uint16_t*>(params + threadIdx.x * 2) = uint16_t(t.scales.levels);
+    if (leads_groups(group_shift)) put<2>(params + kUnitsAt + my_groups(group_shift) * 8, t.scales.units);
   }
 
  private:
@@ -239,17 +191,20 @@ struct Blocks {
   // The elements of a row over half of its bound, but for the signs of 3 and 7: integers times 2^(2 - b). In fp16 whatever
   // the type.
   __device__ static void transform_back(const Thread& in, int row, uint32_t (&integers)[4]) {
+    transform_back(P::get_half(in.quants, row * 2), P::get_half(in.quants, row * 2 + 1), integers);
+  }
+
+  // The same of 8 quants, as bytes.
+  __device__ static void transform_back(uint32_t lower, uint32_t upper, uint32_t (&integers)[4]) {
     // 2^(12 - b) + 2^(2 - b) * quant. What is transformed is 2^(2 - b) times the middles.
     using H = Element<__half>;
     constexpr uint32_t kExponent = (12 - kBits + 15) << 2, kPattern = kExponent * 0x01010101u;
     constexpr uint32_t kZero = kExponent << 24 | kExponent << 8, kLast = kZero + (2 * kHalfRange - 1) * 0x00010001u;
     __half2 w[4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t quants = P::get_half(in.quants, row * 2 + half);
-      w[half * 2] = H::pair(__byte_perm(quants, kPattern, 0x4140));
-      w[half * 2 + 1] = H::pair(__byte_perm(quants, kPattern, 0x4342));
-    }
+    w[0] = H::pair(__byte_perm(lower, kPattern, 0x4140));
+    w[1] = H::pair(__byte_perm(lower, kPattern, 0x4342));
+    w[2] = H::pair(__byte_perm(upper, kPattern, 0x4140));
+    w[3] = H::pair(__byte_perm(upper, kPattern, 0x4342));
     __half2 a[4];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -260,6 +215,49 @@ struct Blocks {
     integers[1] = Pairs<__half>::butterfly(H::word(__hsub2_rn(a[0], a[1])));
     integers[2] = Pairs<__half>::butterfly(H::word(__hadd2_rn(a[2], a[3])));
     integers[3] = Pairs<__half>::butterfly(H::word(__hsub2_rn(a[2], a[3])));
+  }
+
+  // A row of a constant octet, or of one whose group has bands. integers: of transform_back; out: where it is special.
+  __device__ static void decode_special(const Thread& in, int row, bool is_special, const uint32_t (&integers)[4],
+                                        Vec16& out) {
+    using H = Element<__half>;
+    // Of quants on either side of 0, the nearest to it: 2^(1 - b) times what the signs become.
+    const auto nearest_quants = [&](int half) {
+      return (P::get_half(in.quants, row * 2 + half) >> (kBits - 1) & 0x01010101) + (kHalfRange - 1) * 0x01010101u;
+    };
+    uint32_t signs[4];
+    transform_back(nearest_quants(0), nearest_quants(1), signs);
+    const auto [bound, base] = in.scales.limits(row);
+    const float half = __fmul_rn(bound, 0.5f), scaled_base = __fmul_rn(base, float(kHalfRange));
+    const auto value = [&](float integer, float sign, bool is_negated) {
+      return __fmaf_rn(integer, is_negated ? -half : half, __fmaf_rn(sign, is_negated ? -scaled_base : scaled_base, 0.0f));
+    };
+    const bool is_constant = in.scales.level(row) == 0;
+    const uint32_t element = constant(in, row);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float low = value(__low2float(H::pair(integers[n])), __low2float(H::pair(signs[n])), false);
+      const float high = value(__high2float(H::pair(integers[n])), __high2float(H::pair(signs[n])), n % 2 == 1);
+      const uint32_t banded = two_elements(Element<T>::nearest(low), Element<T>::nearest(high));
+      const uint32_t special = is_constant ? two_elements(element, element) : banded;
+      out.words[n] = is_special ? special : out.words[n];
+    }
+  }
+
+  // Calls use(e, the middle of the cell of element e) of a row.
+  template <class Use>
+  __device__ static void for_each_middle(const Thread& in, int row, Use use) {
+    // The middle of the cell of quant 0, under the pattern that puts the quant into bits 8 to 15 of the mantissa: 2^15 + quant.
+    constexpr uint32_t kPattern = 0x47000000;
+    constexpr float kMiddle = 32768.0f + kHalfRange - 0.5f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t quants = P::get_half(in.quants, row * 2 + half);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        use(half * 4 + e, __fsub_rn(__uint_as_float(__byte_perm(quants, kPattern, 0x7504 + e * 16)), kMiddle));
+      }
+    }
   }
 
   __device__ static void enter(Vec16& x) {
@@ -274,20 +272,13 @@ struct Blocks {
     w[3] = X::butterfly(X::fma(t3, X::kMinusPlus, t2));
   }
 
-  // About 1 / x.
-  __device__ static float inverse_of(float x) {
-    float y = __uint_as_float(0x7ef311c7u - __float_as_uint(x));
-    y = __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
-    return __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
-  }
-
   // The largest magnitude of 4 values.
   __device__ static float largest_of_4(const float* x) {
     return max_nan(max_nan(fabsf(x[0]), fabsf(x[1])), max_nan(fabsf(x[2]), fabsf(x[3])));
   }
 
   // Where an octet is to be a constant, c becomes what has its quants when encoded with an inverse of 1, and its largest
-  // magnitude 0, which tells scales() of it and takes no part in the group's.
+  // magnitude 0, which tells Scales of it and takes no part in the group's.
   __device__ static void make_constant(float (&c)[kLaneElems], float& largest) {
     const bool is_equal = c[1] == c[0] && c[2] == c[0] && c[3] == -c[0] && largest_of_4(c + 4) == 0.0f;
     const bool is_constant = is_equal || !(largest <= Pairs<T>::kGreatest);
@@ -298,13 +289,6 @@ struct Blocks {
       c[e] = select(is_constant, float(int(quant) - kHalfRange), c[e]);
     }
     largest = select(is_constant, 0.0f, largest);
-  }
-
-  __device__ static int level_shift(int row) { return row % 2 * 8 + row / 2 * 4; }
-
-  // Whether a level is 0.
-  __device__ static bool has_constants(const Thread& in) {
-    return ((in.levels - 0x1111) & ~in.levels & 0x8888) != 0;
   }
 
   // The element of a constant octet.
@@ -319,28 +303,41 @@ struct Blocks {
     return uint16_t(element);
   }
 
-  // Units and levels, and the inverse of the step in each row.
-  // largest: the largest magnitude of each octet; 0: it is a constant, of level 0.
-  __device__ static void scales(const float (&largest)[kRows], unsigned group_shift, Thread& out, float (&inverse)[kRows]) {
-    const float max = reduce_rows(largest, group_shift, max_nan);
-    const float share = __fmul_rn(max, (1.0f + 1.0f / 2048) / kMaxLevel);
-    float unit = __uint_as_float((__float_as_uint(share) + 0x1ffffu) & ~0x1ffffu);  // 7 significant bits, rounded up
-    unit = fmaxf(unit, Pairs<T>::kLeastUnit);
-    const float my_per_unit = __fmul_rn(inverse_of(unit), 1.0f + 1.0f / 4096);
-    uint32_t level_bits[kRows], units[kRows];
+  // Of an octet whose magnitudes are between these, whether it could be one of level 15 with a band.
+  __device__ static bool allows_band(float lowest, float largest) { return lowest > __fmul_rn(0.75f, largest); }
+
+  // The smallest magnitude of a row.
+  __device__ static float lowest(const Vec16& x) {
+    const uint32_t(&w)[4] = x.words;
+    const uint32_t two = Pairs<T>::abs_min(Pairs<T>::abs_min(w[0], w[1]), Pairs<T>::abs_min(w[2], w[3]));
+    return fminf(Element<T>::to_float(uint16_t(two)), Element<T>::to_float(uint16_t(two >> 16)));
+  }
+  __device__ static float lowest(const float (&x)[kLaneElems]) {
+    float lowest = fabsf(x[0]);
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const float unit_here = of_row(unit, row);
-      units[row] = Element<T>::nearest(unit_here);
-      const float level = __fmaf_ru(largest[row], of_row(my_per_unit, row), kIntegerMagic);
-      level_bits[row] = __float_as_uint(level);
-      const float step = __fmul_rn(__fsub_rn(level, kIntegerMagic), __fmul_rn(unit_here, 1.0f / kHalfRange));
-      inverse[row] = largest[row] == 0.0f ? 1.0f : inverse_of(step);
-    }
-    out.levels = (__byte_perm(level_bits[0], level_bits[1], 0x0040) & 0x0f0f) |
-                 (__byte_perm(level_bits[2], level_bits[3], 0x0040) & 0x0f0f) << 4;
-    out.units[0] = units[0] | units[1] << 16;
-    out.units[1] = units[2] | units[3] << 16;
+    for (int e = 1; e < kLaneElems; ++e) lowest = fminf(lowest, fabsf(x[e]));
+    return lowest;
+  }
+
+  // The largest one.
+  __device__ static float largest(const Vec16& x) {
+    const uint32_t(&w)[4] = x.words;
+    const uint32_t two = Pairs<T>::abs_max(Pairs<T>::abs_max(w[0], w[1]), Pairs<T>::abs_max(w[2], w[3]));
+    return max_nan(Element<T>::to_float(uint16_t(two)), Element<T>::to_float(uint16_t(two >> 16)));
+  }
+  __device__ static float largest(const float (&x)[kLaneElems]) { return max_nan(largest_of_4(x), largest_of_4(x + 4)); }
+
+  // Units and levels, and the inverse of the step in each row; whether there are groups with bands in the warp.
+  // largest: the largest magnitude of each octet; 0: it is a constant, of level 0.
+  template <class Row>
+  __device__ static bool scale(const Row (&x)[kRows], const float (&largest)[kRows], bool may_have_bands,
+                               unsigned group_shift, Thread& out, float (&inverse)[kRows]) {
+    out.scales.set(largest, group_shift, inverse);
+    if (!__any_sync(kAllLanes, may_have_bands)) return false;
+    // Worked out again, since there are no registers to keep them in.
+    const auto lowest_of = [&](int row) { return lowest(x[row]); };
+    const auto largest_of = [&](int row) { return Blocks::largest(x[row]); };
+    return out.scales.add_bands(lowest_of, largest_of, group_shift, inverse);
   }
 
   // Adds a row's quants. No clamp: the margins of unit and level keep them within their bits.
@@ -351,22 +348,6 @@ struct Blocks {
       q[e] = __float_as_uint(__fmaf_rd(x[e], inverse, kIntegerMagic + kHalfRange));
     }
     P::put_row(q, row, out.quants);
-  }
-
-  // Half of L, the bound of a row's octet: its level / 2 times its unit.
-  __device__ static float half_bound(const Thread& in, int row) {
-    const uint32_t levels = in.levels >> (row / 2 * 4) & 0x0f0f;
-    if constexpr (std::is_same_v<T, __half>) {
-      // For both rows of the pair at once: 512, whose last mantissa bit is worth 1/2, and the level in the low bits.
-      using H = Element<__half>;
-      const __half2 half_levels = __hsub2_rn(H::pair(__byte_perm(levels, 0x60606060, 0x4140)), H::pair(0x60006000));
-      const __half2 halves = __hmul2_rn(half_levels, H::pair(in.units[row / 2]));
-      return row % 2 == 0 ? __low2float(halves) : __high2float(halves);
-    } else {
-      const uint32_t integer = __byte_perm(levels, kIntegerPattern, row % 2 == 0 ? 0x7550 : 0x7551);
-      const float unit = Element<T>::to_float(uint16_t(in.units[row / 2] >> (row % 2 * 16)));
-      return __fmul_rn(__fsub_rn(__uint_as_float(integer), kIntegerMagic), __fmul_rn(0.5f, unit));
-    }
   }
 };
 

@@ -43,13 +43,13 @@ impl Random {
 }
 
 /// Adversarial and ordinary elements, in stretches: bell-like, any bits, subnormal, constant, zeros of both signs,
-/// extremes, octets of equal elements, and now and then a NaN, an infinity or what is too large for a code.
+/// extremes, octets of equal elements, hot elements, and now and then a NaN, an infinity or what is too large for a code.
 pub fn elements<E: Element>(count: usize, seed: u64) -> Vec<E> {
     let mut random = Random(seed);
     let mut out = Vec::with_capacity(count);
     while out.len() < count {
         let stretch = 1 + random.next() as usize % 700;
-        let kind = random.next() % 10;
+        let kind = random.next() % 11;
         let fixed = E::from_bits(random.next() as u16);
         let scale = (random.next() % 1000) as f32 / 50.0;
         for _ in 0..stretch {
@@ -68,6 +68,11 @@ pub fn elements<E: Element>(count: usize, seed: u64) -> Vec<E> {
                     octet if octet % 3 == 0 => E::from_bits(0x8000),
                     octet => E::from_f32_nearest((octet % 997) as f32 / 8.0 - 50.0),
                 },
+                // Some at the same places of every rank, so that sums have bands, too.
+                9 => {
+                    let is_hot = out.len() % 61 == 0 || random.next() % 97 == 0;
+                    E::from_f32_nearest(if is_hot { (unit + 1.0) * scale * scale } else { unit })
+                }
                 _ => match random.next() % 400 {
                     0 => E::CANONICAL_NAN,
                     1 => E::from_f32_nearest(f32::INFINITY),

@@ -20,9 +20,10 @@ use crate::element::Element;
 mod blocks;
 mod layout;
 mod plain;
+mod scale;
 
-pub use blocks::MAX_LEVEL;
 pub use layout::{LANE_ELEMS, ROW_ELEMS, WARP_ELEMS};
+pub use scale::MAX_LEVEL;
 
 /// Elements of a tile, the unit of coding and of chunking.
 pub const TILE_ELEMS: usize = 4096;

@@ -3,7 +3,8 @@
 //! An octet is what one lane holds of a row. Each is transformed, and coded with a scale of its own.
 //! An outlier spoils 8 elements instead of a group, and less of it since the transform spreads it over them; nothing
 //! but the largest value of a group passes between lanes. The scale is symmetric: 2^b cells between -L and L, decoded
-//! to their middles. L is a *level* of 0 to 15 times the group's *unit*.
+//! to their middles. L is a *level* of 0 to 15 times the group's *unit*. A group with values much larger than its others
+//! has bands, by which L is less than that, and the cells are on both sides of B instead of 0: `scale.rs`.
 //!
 //! # The transform
 //!
@@ -27,14 +28,15 @@
 //! ```text
 //! unit U  = max(up7(max |v| of the group * ((1 + 2^-11) / 15)), least)
 //! level k = ceil(max |v| of the octet * (inv(U) * (1 + 2^-12))), the product unrounded
-//! step s  = U * k / 2^(b-1)
-//! q       = 2^(b-1) + floor(v * inv(s)), the product unrounded
-//! v'      = (q - 2^(b-1) + 1/2) * s, exact
-//! x'      = fma(I, s or -s (elements 3 and 7), +0), I the Hadamard matrix times q - 2^(b-1) + 1/2: integers
+//! step s  = L / 2^(b-1), where L = U * k and B = 0, but for bands
+//! q       = 2^(b-1) + floor((v - B or -B, as v) * inv(s)), the difference exact, the product unrounded
+//! v'      = (q - 2^(b-1) + 1/2) * s + B or -B, as q - 2^(b-1) + 1/2; exact
+//! x'      = fma(I, s, fma(S, B, +0)), of elements 3 and 7 with -s and -B, in fp32
 //! ```
 //!
-//! The margins see to it that k is 1 to 15 and q within its bits without a clamp, and that L = U * k is exact in the
-//! storage type: `least` is 2^-17 in fp16, 2^-100 in bf16.
+//! where I is the Hadamard matrix times q - 2^(b-1) + 1/2, and S that times the signs of it: integers. The margins see to
+//! it that k is 1 to 15 and q within its bits without a clamp, and that U * k is exact in the storage type: `least` is
+//! 2^-17 in fp16, 2^-100 in bf16.
 //!
 //! # Two ranks' octets
 //!
@@ -45,7 +47,7 @@
 //! ```
 //!
 //! in fp16 with h rounded to it (which it is, but for averages of the very smallest); in bf16 in fp32, rounded at the end.
-//! Where one of the two is constant, x' is (c_a + c_b) * scale in fp32, of both as elements, rounded to the storage type.
+//! Where one of the two is constant, or its group has bands, x' is (c_a + c_b) * scale in fp32, of both as elements, rounded to the storage type.
 //!
 //! # Constant octets
 //!
@@ -69,6 +71,7 @@
 //! group of 64.
 
 use super::layout::{Place, store, stored};
+use super::scale::{MAX_LEVEL, Scale, inverse};
 use super::{Codec, LANE_ELEMS, TILE_ELEMS};
 use crate::element::Element;
 
@@ -77,14 +80,6 @@ pub(super) const GROUP_BYTES: usize = 2;
 
 /// Bytes of a tile's levels: 4 bits per octet.
 pub(super) const LEVELS_BYTES: usize = TILE_ELEMS / LANE_ELEMS / 2;
-
-/// The greatest level.
-pub const MAX_LEVEL: u8 = 15;
-
-/// The largest value of a group times this is 1/15 of it and a margin.
-const UNIT_SHARE: f32 = (1.0 + 1.0 / 2048.0) / MAX_LEVEL as f32;
-/// A margin of half of that: levels are at most 15, and what they bound is strictly within.
-const LEVEL_MARGIN: f32 = 1.0 + 1.0 / 4096.0;
 
 /// Transforms one octet.
 pub(super) fn enter<E: Element>(octet: &mut [f32]) {
@@ -108,27 +103,26 @@ pub(super) fn enter<E: Element>(octet: &mut [f32]) {
 impl Codec {
     pub(super) fn encode_blocks<E: Element>(self, group: &[f32], start: usize, payload: &mut [u8]) {
         let octets = || group.chunks_exact(LANE_ELEMS);
-        let coded = octets().filter(|octet| constant::<E>(octet).is_none());
-        let unit = unit::<E>(coded.map(largest).fold(0.0, f32::max));
-        store::<E>(payload, self.unit_at(start), unit);
+        let scale = Scale::of::<E>(octets().filter(|octet| constant::<E>(octet).is_none()));
+        store(payload, self.unit_at(start), scale.to_element::<E>());
         for (n, octet) in octets().enumerate() {
             let at = start + n * LANE_ELEMS;
             if let Some(element) = constant::<E>(octet) {
                 self.write_constant(at, element, payload); // and the level stays 0
                 continue;
             }
-            let level = level(octet, unit);
+            let level = scale.level(octet);
             let (byte, bit) = self.level_at(at);
             payload[byte] |= level << bit;
-            let inverse = inverse(self.step(unit, level));
+            let (base, inverse) = (scale.base(level), inverse(self.step(scale, level)));
             for (e, v) in octet.iter().enumerate() {
-                self.write_quant(at + e, self.cell(*v, inverse), payload);
+                self.write_quant(at + e, self.cell(v - base.copysign(*v), inverse), payload);
             }
         }
     }
 
     pub(super) fn decode_blocks<E: Element>(self, payload: &[u8], start: usize, group: &mut [f32]) {
-        let unit = stored::<E>(payload, self.unit_at(start)).to_f32();
+        let scale = self.read_scale::<E>(start, payload);
         for (n, octet) in group.chunks_mut(LANE_ELEMS).enumerate() {
             let at = start + n * LANE_ELEMS;
             match self.read_level(at, payload) {
@@ -138,31 +132,36 @@ impl Codec {
                     octet.iter_mut().zip(values).for_each(|(v, value)| *v = value);
                 }
                 level => {
-                    let step = self.step(unit, level);
-                    octet.iter_mut().enumerate().for_each(|(e, v)| *v = self.middle(at + e, payload) * step);
+                    let (base, step) = (scale.base(level), self.step(scale, level));
+                    for (e, v) in octet.iter_mut().enumerate() {
+                        let middle = self.middle(at + e, payload);
+                        *v = middle * step + base.copysign(middle);
+                    }
                 }
             }
         }
     }
 
     pub(super) fn decode_blocks_to<E: Element>(self, payload: &[u8], start: usize, group: &mut [E]) {
-        let unit = stored::<E>(payload, self.unit_at(start)).to_f32();
+        let scale = self.read_scale::<E>(start, payload);
         for (n, octet) in group.chunks_mut(LANE_ELEMS).enumerate() {
-            self.decode_octet_to(payload, start + n * LANE_ELEMS, unit, octet);
+            self.decode_octet_to(payload, start + n * LANE_ELEMS, scale, octet);
         }
     }
 
     /// The octet that starts at element `at`.
-    fn decode_octet_to<E: Element>(self, payload: &[u8], at: usize, unit: f32, octet: &mut [E]) {
+    fn decode_octet_to<E: Element>(self, payload: &[u8], at: usize, scale: Scale, octet: &mut [E]) {
         let level = self.read_level(at, payload);
         if level == 0 {
             octet.fill(self.read_constant(at, payload));
             return;
         }
-        let (step, integers) = (self.step(unit, level), self.integers(at, payload));
+        let (step, base) = (self.step(scale, level), scale.base(level));
+        let integers = self.integers(at, payload);
+        let signs = if base == 0.0 { [0.0; LANE_ELEMS] } else { self.signs(at, payload) };
         for (e, x) in octet.iter_mut().enumerate() {
-            let step = if e % 4 == 3 { -step } else { step };
-            *x = E::from_f32_nearest(integers[e].mul_add(step, 0.0));
+            let (step, base) = if e % 4 == 3 { (-step, -base) } else { (step, base) };
+            *x = E::from_f32_nearest(integers[e].mul_add(step, signs[e].mul_add(base, 0.0)));
         }
     }
 
@@ -173,6 +172,13 @@ impl Codec {
         integers
     }
 
+    /// S of it.
+    fn signs(self, at: usize, payload: &[u8]) -> [f32; LANE_ELEMS] {
+        let mut signs = std::array::from_fn(|e| self.middle(at + e, payload).signum());
+        hadamard(&mut signs);
+        signs
+    }
+
     pub(super) fn decode_both_blocks<E: Element>(
         self,
         payloads: [&[u8]; 2],
@@ -180,15 +186,14 @@ impl Codec {
         scale: f32,
         group: &mut [E],
     ) {
-        let unit = |payload| stored::<E>(payload, self.unit_at(start)).to_f32();
-        let units = payloads.map(unit);
+        let scales = payloads.map(|payload| self.read_scale::<E>(start, payload));
         for (n, octet) in group.chunks_mut(LANE_ELEMS).enumerate() {
             let at = start + n * LANE_ELEMS;
             let levels = payloads.map(|payload| self.read_level(at, payload));
-            if levels.contains(&0) {
-                let elements = payloads.map(|payload| {
+            if levels.contains(&0) || scales.iter().any(|scale| scale.has_bands()) {
+                let elements = [0, 1].map(|rank| {
                     let mut elements = [E::from_bits(0); LANE_ELEMS];
-                    self.decode_octet_to(payload, at, unit(payload), &mut elements);
+                    self.decode_octet_to(payloads[rank], at, scales[rank], &mut elements);
                     elements.map(E::to_f32)
                 });
                 for (e, x) in octet.iter_mut().enumerate() {
@@ -197,7 +202,7 @@ impl Codec {
                 continue;
             }
             let integers = payloads.map(|payload| self.integers(at, payload).map(|i| i * 2.0 / self.half_range()));
-            let halves = [0, 1].map(|rank| units[rank] * f32::from(levels[rank]) / 2.0 * scale);
+            let halves = [0, 1].map(|rank| scales[rank].bound(levels[rank]) / 2.0 * scale);
             for (e, x) in octet.iter_mut().enumerate() {
                 let sign = if e % 4 == 3 { -1.0 } else { 1.0 };
                 *x = E::sum_of_products([integers[0][e], integers[1][e]], halves.map(|half| half * sign));
@@ -221,8 +226,8 @@ impl Codec {
     }
 
     /// The width of a cell. Exact.
-    fn step(self, unit: f32, level: u8) -> f32 {
-        unit * f32::from(level) / self.half_range()
+    fn step(self, scale: Scale, level: u8) -> f32 {
+        scale.bound(level) / self.half_range()
     }
 
     /// Cells on one side of 0, 2^(b-1).
@@ -230,7 +235,7 @@ impl Codec {
         f32::from(self.width.max_quant() / 2 + 1)
     }
 
-    /// The cell of `v`.
+    /// The cell of `v`, which has been brought to 0 by B.
     fn cell(self, v: f32, inverse: f32) -> u8 {
         let q = (f64::from(v) * f64::from(inverse)).floor() + f64::from(self.half_range());
         debug_assert!((0.0..=f64::from(self.width.max_quant())).contains(&q), "{v} {inverse}");
@@ -251,6 +256,11 @@ impl Codec {
     fn level_at(self, i: usize) -> (usize, usize) {
         let place = Place::of(i);
         (self.quants_bytes() + place.thread() * 2 + place.row % 2, place.row / 2 * 4)
+    }
+
+    /// Of the group that starts at element `start`.
+    fn read_scale<E: Element>(self, start: usize, payload: &[u8]) -> Scale {
+        Scale::from_element(stored::<E>(payload, self.unit_at(start)))
     }
 
     /// Byte of the payload where the unit stands of the group that starts at element `start`.
@@ -279,30 +289,4 @@ fn constant<E: Element>(octet: &[f32]) -> Option<E> {
     } else {
         Some(E::CANONICAL_NAN)
     }
-}
-
-/// The unit of a group whose largest value is that.
-fn unit<E: Element>(largest: f32) -> f32 {
-    let share = largest * UNIT_SHARE;
-    let low_bits = (1 << 17) - 1; // of the mantissa's 23, all but 6
-    f32::from_bits((share.to_bits() + low_bits) & !low_bits).max(E::LEAST_UNIT)
-}
-
-/// The level of an octet: the least whose L is greater than every value.
-fn level(octet: &[f32], unit: f32) -> u8 {
-    let per_unit = inverse(unit) * LEVEL_MARGIN;
-    let level = (f64::from(largest(octet)) * f64::from(per_unit)).ceil();
-    debug_assert!((1.0..=f64::from(MAX_LEVEL)).contains(&level), "{octet:?} {unit}");
-    level as u8
-}
-
-fn largest(values: &[f32]) -> f32 {
-    values.iter().fold(0.0, |largest, v| largest.max(v.abs()))
-}
-
-/// About 1 / `x`, of a positive `x`.
-pub(super) fn inverse(x: f32) -> f32 {
-    let y = f32::from_bits(0x7ef3_11c7 - x.to_bits());
-    let y = y.mul_add((-x).mul_add(y, 1.0), y);
-    y.mul_add((-x).mul_add(y, 1.0), y)
 }

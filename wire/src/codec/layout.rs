@@ -82,9 +82,9 @@ pub(super) fn stored<E: Element>(payload: &[u8], at: usize) -> E {
     E::from_bits(u16::from_le_bytes([payload[at], payload[at + 1]]))
 }
 
-/// Stores `x`, rounded to nearest, at byte `at`.
-pub(super) fn store<E: Element>(payload: &mut [u8], at: usize, x: f32) {
-    payload[at..at + 2].copy_from_slice(&E::from_f32_nearest(x).to_bits().to_le_bytes());
+/// Stores an element at byte `at`.
+pub(super) fn store<E: Element>(payload: &mut [u8], at: usize, x: E) {
+    payload[at..at + 2].copy_from_slice(&x.to_bits().to_le_bytes());
 }
 
 /// The digits of an element's index in a tile, in the bases (4, 4, 32, 8).

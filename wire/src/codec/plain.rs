@@ -101,8 +101,8 @@ impl Codec {
 
     fn write_params<E: Element>(self, start: usize, params: GroupParams, payload: &mut [u8]) {
         let at = self.quants_bytes() + self.group_at(start) * GROUP_BYTES;
-        store::<E>(payload, at, params.scale);
-        store::<E>(payload, at + 2, params.zero);
+        store(payload, at, E::from_f32_nearest(params.scale));
+        store(payload, at + 2, E::from_f32_nearest(params.zero));
     }
 
     fn read_params<E: Element>(self, start: usize, payload: &[u8]) -> GroupParams {

@@ -46,6 +46,24 @@ fn naive_blocks<E: Element>(x: &[f32], bits: u8) -> (Vec<f32>, Vec<f32>) {
         f64::from(y)
     };
     let half = f64::from(1u16 << (bits - 1));
+    let level = |octet: &[f32], unit: f64| {
+        (f64::from(largest(octet)) * f64::from((inverse(unit) as f32) * (1.0 + 1.0 / 4096.0))).ceil()
+    };
+    // (B, L) of an octet with the shift w, if it allows that.
+    let band = |octet: &[f32], w: i32| {
+        if w == 0 {
+            return Some((0.0, unit * level(octet, unit)));
+        }
+        let (top, smaller) = (15.0 * unit, unit / f64::from(1 << (w - 1)));
+        let (base, k) = (top - top / f64::from(1 << w), level(octet, smaller));
+        match level(octet, unit) {
+            15.0 => octet.iter().all(|v| f64::from(v.abs()) > base).then_some((base, top - base)),
+            _ => (k <= 14.0).then_some((0.0, smaller * k)),
+        }
+    };
+    let allows =
+        |w: &i32| *w == 0 || v.chunks_exact(8).all(|octet| constant(octet).is_some() || band(octet, *w).is_some());
+    let w = if unit > E::LEAST_UNIT.into() { [4, 2, 0].into_iter().find(allows).unwrap() } else { 0 };
     let (mut out, mut sum) = (Vec::new(), Vec::new());
     for octet in v.chunks_exact(8) {
         if let Some(x) = constant(octet) {
@@ -53,19 +71,18 @@ fn naive_blocks<E: Element>(x: &[f32], bits: u8) -> (Vec<f32>, Vec<f32>) {
             sum.extend([x / 2.0, x / 2.0, x / 2.0, -x / 2.0, 0.0, 0.0, 0.0, 0.0]);
             continue;
         }
-        let margin = f64::from((inverse(unit) as f32) * (1.0 + 1.0 / 4096.0));
-        let level = (f64::from(largest(octet)) * margin).ceil();
-        assert!((1.0..=15.0).contains(&level));
-        let step = unit * level / half;
-        let per_step = inverse(unit * level / half);
-        let cells: Vec<f64> = octet.iter().map(|v| (f64::from(*v) * per_step).floor()).collect();
+        assert!((1.0..=15.0).contains(&level(octet, unit)));
+        let (base, bound) = band(octet, w).unwrap();
+        let step = bound / half;
+        let signed = |v: f32| f64::from(v) - base.copysign(v.into());
+        let cells: Vec<f64> = octet.iter().map(|v| (signed(*v) * inverse(step)).floor()).collect();
         assert!(cells.iter().all(|cell| (-half..half).contains(cell)), "within the quants without a clamp");
         let middles: Vec<f64> = cells.iter().map(|cell| cell + 0.5).collect();
-        sum.extend(middles.iter().map(|middle| (middle * step) as f32));
-        out.extend((0..8).map(|e| {
-            let integer: f64 = (0..8).map(|j| octet_matrix(j, e) * middles[j]).sum();
-            (integer * step) as f32 + 0.0
-        }));
+        let values: Vec<f64> = middles.iter().map(|middle| middle * step + base.copysign(*middle)).collect();
+        assert!(values.iter().all(|value| f64::from(*value as f32) == *value), "exact");
+        sum.extend(values.iter().map(|value| *value as f32));
+        // Products and their sum are exact in 53 bits, and rounded to fp32 once.
+        out.extend((0..8).map(|e| (0..8).map(|j| octet_matrix(j, e) * values[j]).sum::<f64>() as f32 + 0.0));
     }
     (out, sum)
 }
@@ -108,6 +125,13 @@ fn values<E: Element>() -> impl Strategy<Value = Vec<f32>> {
             x.iter().map(|x| E::from_f32_nearest(x * (exponent as f32).exp2()).to_f32()).collect()
         }),
         proptest::collection::vec(prop_oneof![Just(0.0), Just(-3.0), Just(3.0)], 1..300),
+        // With an element now and then that is much larger.
+        (proptest::collection::vec((-1.0f32..1.0, 0u8..60), 1..300), 0i32..14, -9i32..3).prop_map(
+            |(x, larger, exponent)| {
+                let size = |hot: u8| (exponent as f32).exp2() * if hot == 0 { (larger as f32).exp2() } else { 1.0 };
+                x.iter().map(|(x, hot)| E::from_f32_nearest(x * size(*hot)).to_f32()).collect()
+            }
+        ),
     ]
 }
 
@@ -177,7 +201,7 @@ fn inverses_are_a_little_too_small() {
     for step in (0u32..1 << 23).step_by(if cfg!(miri) { 999_983 } else { 7 }) {
         for exponent in [-100, -24, 0, 7, 120] {
             let x = f32::from_bits(((127 + exponent) as u32) << 23 | step);
-            let one = f64::from(x) * f64::from(blocks::inverse(x));
+            let one = f64::from(x) * f64::from(scale::inverse(x));
             assert!((1.0 - 7e-6..=1.0 + 1e-7).contains(&one), "{x:e} {one}");
         }
     }
@@ -232,6 +256,79 @@ fn a_sum_beyond_what_units_reach_makes_nan_of_its_octet() {
         y[0].is_nan()
     };
     assert!(!becomes_nan(65504.0) && !becomes_nan(120_000.0) && becomes_nan(120_001.0));
+}
+
+// ---- bands ----------------------------------------------------------------------------------------------------------
+
+/// The unit as it is stored of the first group.
+fn stored_unit<E: Element>(codec: Codec, values: &[f32]) -> u16 {
+    let mut payload = vec![0; codec.tile_bytes()];
+    codec.encode_tile::<E>(values, &mut payload);
+    let at = TILE_ELEMS * usize::from(codec.width.bits()) / 8 + 256;
+    u16::from_le_bytes([payload[at], payload[at + 1]])
+}
+
+#[test]
+fn one_hot_element_costs_its_neighbours_little() {
+    // The largest error of an octet's other elements, and of other octets, in units of the others' size.
+    let errors = |hot: f32, bits: u8| {
+        let mut x: Vec<f32> = (0..64).map(|i| ((i * 37 + 11) as f32).sin()).collect();
+        x[20] = hot;
+        let (y, _) = sent::<f16>(blocks_of(bits, 64), &x);
+        let error = |i: usize| (x[i] - y[i]).abs();
+        let largest =
+            |within: bool| (0..64).filter(|i| *i != 20 && (*i / 8 == 2) == within).map(error).fold(0.0, f32::max);
+        (largest(true), largest(false), error(20) / hot.abs())
+    };
+    // Without bands a step beside 40 is 40 / 8 / 8 at 4 bits, and up to eight halves of it add up.
+    for (hot, bits, beside, elsewhere) in
+        [(40.0, 4, 0.7, 0.4), (-40.0, 4, 0.7, 0.4), (40.0, 6, 0.17, 0.1), (300.0, 4, 1.3, 0.7), (-300.0, 6, 0.33, 0.17)]
+    {
+        let (in_octet, in_others, of_hot) = errors(hot, bits);
+        assert!(in_octet < beside && in_others < elsewhere && of_hot < 0.02, "{hot} {bits}: {:?}", errors(hot, bits));
+    }
+}
+
+#[test]
+fn a_band_begins_above_its_base() {
+    // A unit of 1 and 15 for the top: up7(14.9 * ...) / 15. Of v equal to B the sign would be lost, so there is no band.
+    let codec = blocks_of(4, 64);
+    let group = |lowest: f32| {
+        let mut v = vec![0.25; 64];
+        v[..8].fill(-14.9);
+        v[5] = -lowest;
+        v
+    };
+    assert_eq!(stored_unit::<f16>(codec, &group(11.25)), f16::ONE.to_bits(), "3/4 of 15");
+    let banded = f16::ONE.to_bits() | 0x8000;
+    assert_eq!(stored_unit::<f16>(codec, &group(11.250_001)), banded);
+    assert_eq!(stored_unit::<f16>(codec, &group(14.062_5)), banded, "15/16 of 15");
+    assert_eq!(stored_unit::<f16>(codec, &group(14.062_501)), banded | 1);
+    let y = round_trip::<f16>(codec, &group(11.250_001));
+    assert!((-11.5..-11.25).contains(&y[5]) && (-15.0..-14.5).contains(&y[0]), "{y:?}");
+}
+
+#[test]
+fn other_octets_have_a_say_in_bands() {
+    // Of a shift of 2 the others' L is 15/2 of the unit at most, so none may have a level of more than 14 halves.
+    let codec = blocks_of(5, 64);
+    let stored = |other: f32| {
+        let mut v = vec![0.25; 64];
+        v[..8].fill(14.9);
+        v[8..16].copy_from_slice(&[other, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        stored_unit::<bf16>(codec, &v)
+    };
+    let one = bf16::ONE.to_bits();
+    assert_eq!([stored(1.0), stored(6.9), stored(7.1)], [one | 0x8001, one | 0x8000, one]);
+    assert_eq!(stored(f32::NAN), one | 0x8001, "a constant has none");
+}
+
+#[test]
+fn the_smallest_groups_have_no_bands() {
+    let v = |size: f32| [vec![size; 8], vec![size / 100.0; 56]].concat();
+    let codec = blocks_of(4, 64);
+    assert_eq!(stored_unit::<f16>(codec, &v(3e-6)), 0x0080, "the unit is the least");
+    assert_eq!(stored_unit::<f16>(codec, &v(1e-3)) & 0x8001, 0x8001);
 }
 
 // ---- layout ---------------------------------------------------------------------------------------------------------
@@ -312,7 +409,7 @@ fn payloads_are_as_they_were() {
     let hashes = Code::ALL.map(|code| [3, 4, 8].map(|bits| hash(Codec { code, ..codec(bits, 128) })));
     let expected = [
         [0x3ac1_7915, 0xd3a8_75c2, 0x3820_5ccd], // plain
-        [0x7591_0af5, 0xbf96_0eab, 0x9be8_a46f], // blocks
+        [0xbaae_9e70, 0xb19a_33c9, 0xf121_17c4], // blocks
     ];
     assert_eq!(hashes, expected, "{hashes:#010x?}");
 }
