@@ -59,6 +59,8 @@ struct Size {
     /// Of the real NCCL, of exact sums in one hop and in two, of compressed ones whose payloads are written to peers, and of
     /// those whose payloads are read from them; absent: not measured.
     microseconds: [Option<f64>; 5],
+    /// Why that way.
+    because: String,
 }
 
 #[derive(Serialize)]
@@ -75,6 +77,25 @@ struct Found<'a> {
 
 /// The ways, as they are shown.
 const WAYS: [&str; 5] = ["NCCL", "exact, one hop", "exact, two hops", "compressed", "compressed, pulled"];
+
+/// What a gain less than this is taken for noise.
+const WORTH_IT: f64 = 1.03;
+
+/// Why a size goes a way, by what the ways were measured to take.
+fn because(way: usize, microseconds: &[Option<f64>; 5]) -> String {
+    let (Some(nccl), Some(taken)) = (microseconds[0], microseconds[way]) else {
+        return "default, not measured".into();
+    };
+    let fastest = microseconds.iter().flatten().copied().fold(f64::INFINITY, f64::min);
+    let gain = (taken / fastest - 1.0) * 100.0;
+    match way {
+        _ if fastest == taken => "fastest".into(),
+        0 if nccl < fastest * WORTH_IT => format!("the best gains {gain:.0}%, not 3%"),
+        1 | 2 if taken < fastest * WORTH_IT => format!("compressing gains {gain:.0}%, not 3%"),
+        3 | 4 if taken < fastest * WORTH_IT => format!("another gains {gain:.0}%, not 3%"),
+        _ => "fastest within limits".into(),
+    }
+}
 
 /// Runs it; whether anything is to be had from the shim here.
 pub fn run(args: &Args) -> Result<bool> {
@@ -115,15 +136,16 @@ impl Answer {
     /// The table, as people read it.
     pub fn in_words(&self) -> String {
         format!(
-            "{}\n\nMicroseconds of a sum of fp16, of the slowest rank; between the sizes measured on a straight line.",
+            "{}\n\nMicroseconds of a sum of fp16, of the slowest rank; between the sizes measured on a straight line.\n\
+             Limits are those of settings and of memory. Gains of less than 3% are taken for noise.",
             shown(self)
         )
     }
 }
 
 fn shown(answer: &Answer) -> String {
-    let mut table = table(&["bytes", WAYS[0], WAYS[1], WAYS[2], WAYS[3], WAYS[4], "taken", "faster"]);
-    for Size { bytes, way, microseconds } in &answer.sizes {
+    let mut table = table(&["bytes", WAYS[0], WAYS[1], WAYS[2], WAYS[3], WAYS[4], "taken", "faster", "because"]);
+    for Size { bytes, way, microseconds, because } in &answer.sizes {
         let cell = |us: &Option<f64>| us.map_or("-".into(), |us| format!("{us:.1}"));
         let taken = WAYS.iter().position(|name| name == way).and_then(|way| microseconds[way]);
         let faster = match (microseconds[0], taken) {
@@ -132,7 +154,7 @@ fn shown(answer: &Answer) -> String {
         };
         let mut row = vec![Bytes(*bytes as usize).to_string()];
         row.extend(microseconds.iter().map(cell));
-        row.extend([way.clone(), faster]);
+        row.extend([way.clone(), faster, because.clone()]);
         table.add_row(row);
     }
     table.trim_fmt()
@@ -152,7 +174,31 @@ fn ask(rank: &Rank) -> Result<Answer> {
         let way = rank.way(Dtype::Fp16, bytes)?;
         let us = |ns: u64| Some(ns as f64 / 1e3).filter(|us| *us > 0.0);
         let name = WAYS.get(way.way as usize).context("a way of a later shim")?;
-        Ok(Size { bytes, way: (*name).into(), microseconds: way.nanoseconds.map(us) })
+        let microseconds = way.nanoseconds.map(us);
+        Ok(Size { bytes, way: (*name).into(), microseconds, because: because(way.way as usize, &microseconds) })
     };
     Ok(Answer { exchange: rank.exchange()?, sizes: SIZES.map(size).collect::<Result<_>>()? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_choice_has_its_reason() {
+        let us = |times: [u32; 5]| times.map(|us| Some(f64::from(us)).filter(|us| *us > 0.0));
+        for (way, times, reason) in [
+            (0, [0, 0, 0, 0, 0], "default, not measured"),
+            (3, [0, 0, 0, 90, 0], "default, not measured"),
+            (0, [100, 120, 0, 130, 0], "fastest"),
+            (0, [100, 99, 0, 130, 0], "the best gains 1%, not 3%"),
+            (1, [100, 50, 0, 49, 0], "compressing gains 2%, not 3%"),
+            (3, [100, 0, 0, 50, 49], "another gains 2%, not 3%"),
+            (3, [100, 40, 0, 50, 60], "fastest within limits"),
+            (0, [100, 40, 0, 50, 60], "fastest within limits"),
+            (4, [100, 60, 0, 50, 40], "fastest"),
+        ] {
+            assert_eq!(because(way, &us(times)), reason, "{way} {times:?}");
+        }
+    }
 }

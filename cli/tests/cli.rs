@@ -337,10 +337,11 @@ fn tune_measures_shows_and_keeps() {
     let times = |size: &Value| size["microseconds"].as_array().unwrap().iter().map(Value::as_f64).collect::<Vec<_>>();
     // At no size does what is taken take longer than NCCL.
     for size in sizes {
-        let of = ["NCCL", "exact, one hop", "exact, two hops", "compressed"];
+        let of = ["NCCL", "exact, one hop", "exact, two hops", "compressed", "compressed, pulled"];
         let way = of.iter().position(|name| size["way"] == *name).unwrap();
         let (taken, nccl) = (times(size)[way].unwrap(), times(size)[0].unwrap());
         assert!(way == 0 || taken < nccl, "{size}");
+        assert!(size["because"].as_str().is_some_and(|because| !because.is_empty()), "{size}");
     }
     assert_eq!(std::fs::read_dir(cache.path().join("flashcomm")).unwrap().count(), 2);
 

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod bands;
 mod blocks_code;
 mod isolation;
 
