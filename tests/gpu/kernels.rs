@@ -70,7 +70,7 @@ pub fn elements<E: Element>(count: usize, seed: u64) -> Vec<E> {
                 },
                 // Some at the same places of every rank, so that sums have bands, too.
                 9 => {
-                    let is_hot = out.len() % 61 == 0 || random.next() % 97 == 0;
+                    let is_hot = out.len().is_multiple_of(61) || random.next().is_multiple_of(97);
                     E::from_f32_nearest(if is_hot { (unit + 1.0) * scale * scale } else { unit })
                 }
                 _ => match random.next() % 400 {
