@@ -24,7 +24,7 @@
 #define FLASHCOMM_REASONS 16
 
 // Ways of a sum.
-#define FLASHCOMM_WAYS 5
+#define FLASHCOMM_WAYS 6
 
 // To the real NCCL.
 #define FLASHCOMM_WAY_FORWARDED 0
@@ -40,6 +40,9 @@
 
 // The same, read from the ranks that have it, not written to those that want it. The same bits.
 #define FLASHCOMM_WAY_PULLED 4
+
+// The same through memory of the host, carried by copy engines. The same bits.
+#define FLASHCOMM_WAY_COPIED 5
 
 // Result of a flashcomm call, with the values of ncclResult_t.
 typedef int flashcommResult_t;

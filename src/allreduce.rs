@@ -44,6 +44,7 @@ use crate::nccl::NcclResult;
 use crate::nvtx::Ranges;
 use crate::route::Route;
 use crate::thread;
+use crate::verdict::Carrier;
 
 impl Operation {
     /// Issues all of it, as one kernel.
@@ -63,9 +64,11 @@ impl Operation {
     /// Issues it to `stream`, which has the whole GPU.
     fn launch_on(&self, stream: StreamHandle, attached: &Attached, fused: &Fused) -> Result<()> {
         let route = self.route();
+        let by_copies = route == Route::Compress(Carrier::Copies);
+        let staging_bytes = fused.copy_staging_bytes(self.request.count).filter(|_| by_copies).unwrap_or(usize::MAX);
         let plan = match route {
             Route::Exact { .. } => None,
-            _ => Some(self.plan(attached, usize::MAX)?),
+            _ => Some(self.plan(attached, staging_bytes)?),
         };
         let call = Call {
             element: self.element,
@@ -73,7 +76,7 @@ impl Operation {
             input: self.input,
             output: self.output,
             is_large: attached.share.as_ref().is_some_and(|share| share.has_next()),
-            pulls: route == Route::Compress { pulls: true },
+            pulls: route == Route::Compress(Carrier::Reads),
         };
         let _entered = enter(attached)?;
         // SAFETY: a stream of the communicator's context.
@@ -82,6 +85,8 @@ impl Operation {
         unsafe { attached.order.begin(stream, capture) }.map_err(Error::cuda("ordering the all-reduce"))?;
         match &plan {
             // SAFETY: the application vouches for its buffers.
+            Some(plan) if by_copies => unsafe { fused.by_copies(&attached.kernels, plan, &call, stream) }?,
+            // SAFETY: as above.
             Some(plan) => unsafe { fused.all_reduce(&attached.kernels, plan, &call, stream) }?,
             None => {
                 let (count, two_hops) = (self.request.count, route == Route::Exact { two_hops: true });
@@ -132,7 +137,7 @@ pub(crate) fn discard(batch: &mut Vec<Operation>) {
 /// Answers `ncclInProgress` where a communicator that does not block says so: the application must wait for it.
 fn forward_some(batch: &mut Vec<Operation>) -> Result<NcclResult> {
     let reason = |operation: &Operation| match operation.route() {
-        Route::Exact { .. } | Route::Compress { .. } => None,
+        Route::Exact { .. } | Route::Compress(_) => None,
         Route::Forward(reason) => Some(reason),
     };
     if batch.iter().all(|operation| reason(operation).is_none()) {

@@ -84,6 +84,8 @@ pub struct Config {
     pub max_ctas: u32,
     /// `FLASHCOMM_P2P_READ`: whether payloads over `peer` are read, not written; `None`: auto, as measured.
     pub p2p_read: Option<bool>,
+    /// `FLASHCOMM_HOST_COPY`: whether copy engines carry payloads over `host`, not kernels; `None`: auto, as measured.
+    pub host_copy: Option<bool>,
     /// `FLASHCOMM_TUNE`.
     pub tune: Tune,
     /// `FLASHCOMM_PLUGIN`: whether a plugin of the engine routes all-reduces here by size, so all ranks' must.
@@ -151,10 +153,8 @@ impl Config {
             }),
             buffer_bytes: reader.read("FLASHCOMM_BUFFER_MIB", |text| parse_within(text, 1, 16384)) as usize * (1 << 20),
             max_ctas: reader.read("FLASHCOMM_MAX_CTAS", |text| parse_within(text, 0, 1024)) as u32,
-            p2p_read: reader.read("FLASHCOMM_P2P_READ", |text| match text {
-                "auto" => Some(None),
-                text => parse_switch(text).map(Some),
-            }),
+            p2p_read: reader.read("FLASHCOMM_P2P_READ", parse_auto_or_switch),
+            host_copy: reader.read("FLASHCOMM_HOST_COPY", parse_auto_or_switch),
             tune: reader.read("FLASHCOMM_TUNE", Tune::by_name),
             plugin: reader.read("FLASHCOMM_PLUGIN", parse_switch),
             timeout: match reader.read("FLASHCOMM_TIMEOUT_S", |text| parse_within(text, 0, 86400)) {
@@ -220,6 +220,11 @@ fn parse_switch(text: &str) -> Option<bool> {
         "1" => Some(true),
         _ => None,
     }
+}
+
+/// `auto` is `None`.
+fn parse_auto_or_switch(text: &str) -> Option<Option<bool>> {
+    if text == "auto" { Some(None) } else { parse_switch(text).map(Some) }
 }
 
 fn parse_bits(text: &str) -> Option<(Width, Width)> {

@@ -8,7 +8,7 @@ use std::ffi::CStr;
 use crate::config::Config;
 use crate::element::ElementType;
 use crate::nccl::{DataType, RedOp};
-use crate::verdict::{Verdict, Way};
+use crate::verdict::{Carrier, Verdict, Way};
 
 /// What one call asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,10 +36,7 @@ pub(crate) enum Route {
     /// Uncompressed, in one hop or in two.
     Exact { two_hops: bool },
     /// Through the two hops.
-    Compress {
-        /// Whether ranks read payloads from their writers.
-        pulls: bool,
-    },
+    Compress(Carrier),
 }
 
 /// Why a call is forwarded.
@@ -143,8 +140,9 @@ pub(crate) fn route(element: ElementType, request: &Request, verdict: Verdict, c
     let is_coded = config.compresses(element);
     let (table, n_bytes) = (if is_coded { &ways.coded } else { &ways.plain }, request.n_bytes());
     match table.way(n_bytes) {
-        Way::Compressed => Route::Compress { pulls: false },
-        Way::Pulled => Route::Compress { pulls: true },
+        Way::Compressed => Route::Compress(Carrier::Writes),
+        Way::Pulled => Route::Compress(Carrier::Reads),
+        Way::Copied => Route::Compress(Carrier::Copies),
         Way::ExactOneHop => Route::Exact { two_hops: false },
         Way::ExactTwoHops => Route::Exact { two_hops: true },
         Way::Forward if !is_coded => Route::Forward(Reason::DataType),
@@ -184,7 +182,7 @@ mod tests {
     #[test]
     fn the_table() {
         use Route::Forward;
-        const COMPRESS: Route = Route::Compress { pulls: false };
+        const COMPRESS: Route = Route::Compress(Carrier::Writes);
         const EXACT: Route = Route::Exact { two_hops: false };
         // In two hops from a size on, and to the real NCCL again from another.
         let between = |n_bytes| match n_bytes {

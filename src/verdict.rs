@@ -13,11 +13,25 @@ pub(crate) enum Way {
     Compressed,
     /// The same, over `peer`: ranks do not write payloads to their peers, but read them from there. The same bits.
     Pulled,
+    /// The same, over `host`: copy engines carry payloads, not kernels. The same bits.
+    Copied,
+}
+
+/// What carries the payloads of a compressed sum.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Carrier {
+    /// Kernels write them to peers.
+    Writes,
+    /// Kernels read them from peers.
+    Reads,
+    /// Copy engines.
+    Copies,
 }
 
 impl Way {
     /// Every one.
-    pub(crate) const ALL: [Way; 5] = [Way::Forward, Way::ExactOneHop, Way::ExactTwoHops, Way::Compressed, Way::Pulled];
+    pub(crate) const ALL: [Way; 6] =
+        [Way::Forward, Way::ExactOneHop, Way::ExactTwoHops, Way::Compressed, Way::Pulled, Way::Copied];
 
     /// Whether it is ours, and loses nothing.
     pub(crate) const fn is_exact(self) -> bool {
@@ -26,7 +40,7 @@ impl Way {
 
     /// Whether it goes at the agreed widths.
     pub(crate) const fn is_compressed(self) -> bool {
-        matches!(self, Way::Compressed | Way::Pulled)
+        matches!(self, Way::Compressed | Way::Pulled | Way::Copied)
     }
 }
 

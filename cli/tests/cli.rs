@@ -337,7 +337,8 @@ fn tune_measures_shows_and_keeps() {
     let times = |size: &Value| size["microseconds"].as_array().unwrap().iter().map(Value::as_f64).collect::<Vec<_>>();
     // At no size does what is taken take longer than NCCL.
     for size in sizes {
-        let of = ["NCCL", "exact, one hop", "exact, two hops", "compressed", "compressed, pulled"];
+        let of =
+            ["NCCL", "exact, one hop", "exact, two hops", "compressed", "compressed, pulled", "compressed, copied"];
         let way = of.iter().position(|name| size["way"] == *name).unwrap();
         let (taken, nccl) = (times(size)[way].unwrap(), times(size)[0].unwrap());
         assert!(way == 0 || taken < nccl, "{size}");

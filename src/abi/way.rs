@@ -8,10 +8,10 @@ use crate::comm;
 use crate::config::Config;
 use crate::nccl::{DataType, RedOp};
 use crate::route::{self, Request, Route};
-use crate::verdict::{Verdict, Way};
+use crate::verdict::{Carrier, Verdict, Way};
 
 /// Ways of a sum.
-pub const FLASHCOMM_WAYS: usize = 5;
+pub const FLASHCOMM_WAYS: usize = 6;
 
 /// To the real NCCL.
 pub const FLASHCOMM_WAY_FORWARDED: c_int = 0;
@@ -23,6 +23,8 @@ pub const FLASHCOMM_WAY_EXACT_TWO_HOPS: c_int = 2;
 pub const FLASHCOMM_WAY_COMPRESSED: c_int = 3;
 /// The same, read from the ranks that have it, not written to those that want it. The same bits.
 pub const FLASHCOMM_WAY_PULLED: c_int = 4;
+/// The same through memory of the host, carried by copy engines. The same bits.
+pub const FLASHCOMM_WAY_COPIED: c_int = 5;
 
 /// Their numbers.
 const fn number(way: Way) -> c_int {
@@ -32,6 +34,7 @@ const fn number(way: Way) -> c_int {
         Way::ExactTwoHops => FLASHCOMM_WAY_EXACT_TWO_HOPS,
         Way::Compressed => FLASHCOMM_WAY_COMPRESSED,
         Way::Pulled => FLASHCOMM_WAY_PULLED,
+        Way::Copied => FLASHCOMM_WAY_COPIED,
     }
 }
 
@@ -83,8 +86,9 @@ pub unsafe extern "C" fn flashcommGetCommWay(
             Route::Forward(_) => Way::Forward,
             Route::Exact { two_hops: false } => Way::ExactOneHop,
             Route::Exact { two_hops: true } => Way::ExactTwoHops,
-            Route::Compress { pulls: false } => Way::Compressed,
-            Route::Compress { pulls: true } => Way::Pulled,
+            Route::Compress(Carrier::Writes) => Way::Compressed,
+            Route::Compress(Carrier::Reads) => Way::Pulled,
+            Route::Compress(Carrier::Copies) => Way::Copied,
         };
         let figures = comm.as_ref().and_then(|comm| comm.attached()?.figures.as_ref());
         let mut nanoseconds = [0; FLASHCOMM_WAYS];

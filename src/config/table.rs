@@ -19,7 +19,7 @@ pub struct Setting {
 }
 
 /// Every setting.
-pub const SETTINGS: [Setting; 23] = [
+pub const SETTINGS: [Setting; 24] = [
     setting("FLASHCOMM_ENABLE", "1", "0 or 1", "0: every call goes to the real NCCL", true),
     setting(
         "FLASHCOMM_BITS",
@@ -66,6 +66,13 @@ pub const SETTINGS: [Setting; 23] = [
         "auto",
         "auto, 0 or 1",
         "1: ranks read payloads from their peers' GPUs; 0: they write them there; auto: as measured, else 0",
+        true,
+    ),
+    setting(
+        "FLASHCOMM_HOST_COPY",
+        "auto",
+        "auto, 0 or 1",
+        "1: copy engines carry payloads over host memory; 0: kernels do; auto: as measured, else 0",
         true,
     ),
     setting(

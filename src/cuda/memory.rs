@@ -61,6 +61,20 @@ impl Drop for DeviceMemory {
     }
 }
 
+/// Copies on `stream` from where to where it may be: memory of a device, or of the host as a device reaches it.
+///
+/// # Safety
+/// Both have so many bytes, and stay until the copy has run.
+pub(crate) unsafe fn copy(
+    target: *mut c_void,
+    source: *const c_void,
+    n_bytes: usize,
+    stream: StreamHandle,
+) -> CudaResult<()> {
+    // SAFETY: as the caller vouches.
+    check(unsafe { sys::cuMemcpyAsync(target as sys::CUdeviceptr, source as sys::CUdeviceptr, n_bytes, stream) })
+}
+
 /// What another process needs to map device memory of this one.
 pub(crate) type IpcHandle = [u8; 64];
 

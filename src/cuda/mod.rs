@@ -21,7 +21,7 @@ pub(crate) use capture::{
 };
 pub(crate) use context::{Context, Entered, ordinal_of};
 pub(crate) use driver::{CudaError, CudaResult, driver_version, init};
-pub(crate) use memory::{DeviceMemory, IpcHandle, PinnedMemory, Registered, close_ipc, open_ipc};
+pub(crate) use memory::{DeviceMemory, IpcHandle, PinnedMemory, Registered, close_ipc, copy, open_ipc};
 pub(crate) use module::{Function, Module, Shape};
 pub(crate) use partition::is_of_green_context;
 pub(crate) use pool::Lent;

@@ -4,6 +4,7 @@
 //! The two differ only in where an [`Area`] lives. How attach brings one about: every rank *prepares* its side and offers
 //! its area; when all have, each *connects* to the others'; when all could, the exchange is on.
 
+mod carry;
 mod launch;
 
 use std::ffi::c_void;
@@ -16,6 +17,7 @@ use flashcomm_wire::{Legs, Mailboxes, Rings, rings};
 
 pub(crate) use self::launch::Call;
 use super::area::{Area, Mapped, Offer, Peer};
+use super::copies::{Copies, CopyRoom};
 use crate::cuda::{Context, DeviceMemory, PinnedMemory, Stream};
 use crate::error::{Error, Result};
 use crate::kernels::{ABORTED, Areas, GaveUp};
@@ -27,6 +29,7 @@ pub(crate) struct Prepared {
     offer: Offer,
     counters: DeviceMemory,
     control: PinnedMemory,
+    copies: Option<Copies>,
 }
 
 /// A fused exchange of one rank.
@@ -42,6 +45,7 @@ pub struct Fused {
     /// How often each channel has signalled, then the epoch of each block that has mailboxes.
     counters: DeviceMemory,
     control: PinnedMemory,
+    copies: Option<Copies>,
     timeout: Option<Duration>,
     is_reported: AtomicBool,
 }
@@ -58,11 +62,18 @@ pub struct Layout {
     pub rings: Rings,
     /// Then, for exact ones, where there are any.
     pub mailboxes: Option<Mailboxes>,
+    /// Then, for compressed ones that copy engines carry, where they may.
+    pub copies: Option<CopyRoom>,
 }
 
 impl Layout {
     /// Bytes of it.
     pub fn n_bytes(&self) -> usize {
+        self.copies_at() + self.copies.map_or(0, |room| room.n_bytes())
+    }
+
+    /// A multiple of 128.
+    fn copies_at(&self) -> usize {
         self.mailboxes_at() + self.mailboxes.map_or(0, |mailboxes| mailboxes.area_bytes())
     }
 
@@ -87,7 +98,8 @@ impl Prepared {
         let counters = DeviceMemory::new(n_counters * 4).map_err(Error::cuda("allocating the kernels' counters"))?;
         counters.clear(stream).map_err(Error::cuda("clearing the kernels' counters"))?;
         let control = PinnedMemory::new(CONTROL_BYTES).map_err(Error::cuda("allocating the abort word"))?;
-        Ok(Self { layout, area, offer, counters, control })
+        let copies = layout.copies.map(|room| Copies::new(room, stream)).transpose()?;
+        Ok(Self { layout, area, offer, counters, control, copies })
     }
 
     /// What the others need to map the area.
@@ -134,6 +146,7 @@ impl Prepared {
             _theirs: theirs,
             counters: self.counters,
             control: self.control,
+            copies: self.copies,
             timeout,
             is_reported: AtomicBool::new(false),
         })

@@ -2,6 +2,7 @@
 //! ([`nccl`]), which reaches wherever it does.
 
 pub(crate) mod area;
+pub(crate) mod copies;
 pub(crate) mod fused;
 pub(crate) mod imports;
 pub(crate) mod nccl;

@@ -94,12 +94,17 @@ impl Timing {
                 // SAFETY: the buffer stays until it is over, or for good.
                 unsafe { fused.launch_exact(kernels, how, &call, Some(DEADLINE), handle) }
             }
-            Way::Compressed | Way::Pulled => {
-                let world = fused.world();
-                let plan =
-                    Plan::new(count, world, fused.legs(), usize::MAX).map_err(|_| Error::BufferTooSmall { world })?;
-                // SAFETY: as above.
-                unsafe { fused.launch(kernels, &plan, &call, Some(DEADLINE), handle) }
+            Way::Compressed | Way::Pulled | Way::Copied => {
+                let (world, by_copies) = (fused.world(), way == Way::Copied);
+                let staging_bytes = fused.copy_staging_bytes(count).filter(|_| by_copies).unwrap_or(usize::MAX);
+                let plan = Plan::new(count, world, fused.legs(), staging_bytes)
+                    .map_err(|_| Error::BufferTooSmall { world })?;
+                match by_copies {
+                    // SAFETY: as above.
+                    true => unsafe { fused.launch_copies(kernels, &plan, &call, Some(DEADLINE), handle) },
+                    // SAFETY: as above.
+                    false => unsafe { fused.launch(kernels, &plan, &call, Some(DEADLINE), handle) },
+                }
             }
         }
     }

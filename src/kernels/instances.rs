@@ -31,11 +31,15 @@ pub enum Verb {
     HostOneHop,
     /// The whole all-reduce, uncompressed.
     Exact,
+    /// Tells other ranks of copies.
+    Signal,
+    /// Waits for copies of other ranks.
+    Wait,
 }
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Verb; 9] = [
+    pub const ALL: [Verb; 11] = [
         Verb::Quantize,
         Verb::Reduce,
         Verb::Dequantize,
@@ -45,6 +49,8 @@ impl Verb {
         Verb::OneHop,
         Verb::HostOneHop,
         Verb::Exact,
+        Verb::Signal,
+        Verb::Wait,
     ];
 
     /// As in kernel names.
@@ -59,6 +65,8 @@ impl Verb {
             Verb::OneHop => "onehop",
             Verb::HostOneHop => "hostonehop",
             Verb::Exact => "exact",
+            Verb::Signal => "signal",
+            Verb::Wait => "wait",
         }
     }
 }
@@ -66,7 +74,7 @@ impl Verb {
 /// A kernel of the fatbin.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Instance {
-    /// `flashcomm_<verb>_<dtype>`, and `_<code><bits>` for each hop that it handles.
+    /// `flashcomm_<verb>`, `_<dtype>` where there are elements, and `_<code><bits>` for each hop that it handles.
     name: String,
     verb: Verb,
     element: ElementType,
@@ -79,8 +87,10 @@ impl Instance {
     /// gives. In host memory they are of the likely pairs of widths only; the other pairs take the
     /// one for GPU memory there, too. The exact one is the same for all legs.
     pub fn new(verb: Verb, element: ElementType, legs: Legs) -> Option<Self> {
-        if verb == Verb::Exact {
-            return Some(Self::exact(element));
+        match verb {
+            Verb::Exact => return Some(Self::exact(element)),
+            Verb::Signal | Verb::Wait => return Some(Self::without_elements(verb)),
+            _ => {}
         }
         let (code, pair) = (legs.code(), (legs.reduce.width, legs.gather.width));
         Legs::choose(Some(code), pair, legs.reduce.group)
@@ -94,7 +104,8 @@ impl Instance {
             Verb::HostAllReduce if reduce == gather && !reduce.is_uncompressed() => vec![reduce, gather],
             Verb::HostAllReduce if (reduce.bits(), gather.bits()) == (4, 8) => vec![reduce, gather],
             Verb::Combine | Verb::OneHop | Verb::HostOneHop if legs.one_hop(2).is_some() => vec![reduce],
-            Verb::HostAllReduce | Verb::Combine | Verb::OneHop | Verb::HostOneHop | Verb::Exact => return None,
+            Verb::HostAllReduce | Verb::Combine | Verb::OneHop | Verb::HostOneHop => return None,
+            Verb::Exact | Verb::Signal | Verb::Wait => unreachable!("answered above"),
         };
         Some(Self::named(verb, element, widths.into_iter().map(|width| (code, width)).collect()))
     }
@@ -102,6 +113,12 @@ impl Instance {
     /// The exact one.
     pub fn exact(element: ElementType) -> Self {
         Self::named(Verb::Exact, element, Vec::new())
+    }
+
+    /// One that touches none, so which type it is of says nothing.
+    pub fn without_elements(verb: Verb) -> Self {
+        let name = format!("flashcomm_{}", verb.name());
+        Self { name, verb, element: ElementType::Fp16, codings: Vec::new() }
     }
 
     fn named(verb: Verb, element: ElementType, codings: Vec<(Code, Width)>) -> Self {

@@ -26,7 +26,7 @@ mod instances;
 mod shared;
 
 pub use shared::ExactArgs;
-pub(crate) use shared::{ABORTED, AllReduceArgs, EXACT_THREADS, GaveUp, HOST_CHANNELS};
+pub(crate) use shared::{ABORTED, AllReduceArgs, EXACT_THREADS, GaveUp, HOST_CHANNELS, SignalArgs, WaitArgs};
 
 /// Every kernel for every architecture, from build.rs.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flashcomm.fatbin"));
@@ -101,6 +101,8 @@ pub struct Kernels {
     entries: [Entries; ElementType::CODED.len()],
     /// By element type.
     exact: [Function; ElementType::ALL.len()],
+    signal: Function,
+    wait: Function,
 }
 
 impl Kernels {
@@ -159,6 +161,8 @@ impl Kernels {
             channel_bytes: one_hop.map_or(CHANNEL_SHARED_BYTES, one_hop_shared_bytes),
             entries: [entries(ElementType::Fp16)?, entries(ElementType::Bf16)?],
             exact: [exact(ElementType::Fp16)?, exact(ElementType::Bf16)?, exact(ElementType::Fp32)?],
+            signal: named(Instance::without_elements(Verb::Signal))?,
+            wait: named(Instance::without_elements(Verb::Wait))?,
         })
     }
 
@@ -215,6 +219,24 @@ impl Kernels {
         let shape = Shape { grid: (n_blocks as u32, 1), block: ((n_warps * LANES) as u32, 1), shared_bytes: 0 };
         // SAFETY: as the caller vouches; the struct is the kernel's.
         unsafe { self.exact[element as usize].launch(shape, stream, args) }
+    }
+
+    /// Tells other ranks, by words of theirs, of what stands before it on the stream.
+    ///
+    /// # Safety
+    /// The words live until the kernel has run on `stream`, which is of the current context.
+    pub(crate) unsafe fn signal(&self, args: &SignalArgs, stream: StreamHandle) -> CudaResult<()> {
+        // SAFETY: as the caller vouches; the struct is the kernel's.
+        unsafe { self.signal.launch(A_WARP, stream, args) }
+    }
+
+    /// Waits for other ranks' words.
+    ///
+    /// # Safety
+    /// As for [`Kernels::signal`]; every rank launches alike.
+    pub(crate) unsafe fn wait(&self, args: &WaitArgs, stream: StreamHandle) -> CudaResult<()> {
+        // SAFETY: as the caller vouches; the struct is the kernel's.
+        unsafe { self.wait.launch(A_WARP, stream, args) }
     }
 
     /// Quantizes the chunks of all ranks but `rank` into the slots of `outgoing`; where one hop is enough, all of the operation.
@@ -333,6 +355,9 @@ impl Kernels {
     }
 }
 
+/// A block of one warp.
+const A_WARP: Shape = Shape { grid: (1, 1), block: (LANES as u32, 1), shared_bytes: 0 };
+
 /// A block for each tile.
 const fn tiles(x: u32, y: u32) -> Shape {
     Shape { grid: (x, y), block: (TILE_THREADS as u32, 1), shared_bytes: 0 }
@@ -352,49 +377,4 @@ struct Loaded {
 }
 
 #[cfg(test)]
-mod tests {
-    use flashcomm_wire::{Code, GroupSize, Width};
-
-    use super::*;
-
-    /// What `Legs::new` takes of any widths, codes and groups.
-    fn any_legs() -> impl Iterator<Item = Legs> {
-        let group = |n_elems| GroupSize::new(n_elems).unwrap();
-        let codecs: Vec<Codec> = (2..=16)
-            .filter_map(Width::new)
-            .flat_map(|width| Code::ALL.map(|code| Codec { width, group: group(128), code }))
-            .chain([Codec { width: Width::new(4).unwrap(), group: group(32), code: Code::Blocks }])
-            .collect();
-        let pairs =
-            codecs.clone().into_iter().flat_map(move |reduce| codecs.clone().into_iter().map(move |b| (reduce, b)));
-        pairs.filter_map(|(reduce, gather)| Legs::new(reduce, gather))
-    }
-
-    #[test]
-    fn what_settings_choose_has_kernels_and_nothing_else_has() {
-        let all = Instance::all();
-        for legs in any_legs() {
-            let widths = (legs.reduce.width, legs.gather.width);
-            let can_be_set = Legs::choose(Some(legs.code()), widths, legs.reduce.group) == Some(legs);
-            for element in ElementType::CODED {
-                for verb in [Verb::Quantize, Verb::Reduce, Verb::Dequantize, Verb::AllReduce] {
-                    let found = Instance::new(verb, element, legs);
-                    assert_eq!(found.is_some(), can_be_set, "{verb:?} {legs:?}");
-                    assert!(found.is_none_or(|found| all.contains(&found)), "{verb:?} {legs:?}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn kernels_are_as_many_as_documented_and_have_names_of_their_own() {
-        let all = Instance::all();
-        let of = |verb: Verb| all.iter().filter(|instance| instance.verb() == verb).count();
-        // For two types each: widths 2 to 8 in two codes and 16 bits; 28 plain pairs, 8 of blocks and 16:16; 8 of each code in
-        // host memory; one hop of widths 2 to 8 in two codes. For three: the exact one.
-        assert_eq!(Verb::ALL.map(of), [2 * 15, 2 * 37, 2 * 15, 2 * 14, 2 * 37, 2 * 16, 2 * 14, 2 * 14, 3]);
-        let names: std::collections::HashSet<&str> = all.iter().map(Instance::name).collect();
-        assert_eq!((all.len(), names.len()), (327, 327));
-        assert!(names.contains("flashcomm_allreduce_fp16_blocks4_blocks8"));
-    }
-}
+mod tests;

@@ -264,6 +264,34 @@ shared_structs! {
         pulls: u32,
     }
 
+    /// What `signal` gets.
+    struct SignalArgs {
+        /// Device memory: how often has been told so.
+        count: *mut u32,
+        /// Where each rank that is told looks; null: it is not.
+        words: [*mut u32; MAX_WORLD],
+        /// How much more often it is with this time: 0 or 1.
+        step: u32,
+    }
+
+    /// What `wait` gets.
+    struct WaitArgs {
+        /// Device memory: how often has been waited, or told.
+        count: *mut u32,
+        /// Where each rank that is waited for tells; null: it is not.
+        words: [*mut u32; MAX_WORLD],
+        /// As in [`AllReduceArgs`].
+        abort: *const u32,
+        /// As in [`AllReduceArgs`].
+        gave_up: *mut GaveUp,
+        /// As in [`AllReduceArgs`].
+        timeout_ns: u64,
+        /// As in [`SignalArgs`].
+        step: u32,
+        /// By how much less often than that others may have told.
+        lag: u32,
+    }
+
     /// What the exact kernel gets.
     struct ExactArgs {
         /// `count` elements.

@@ -23,12 +23,21 @@ pub struct Agreement {
     pub max_ctas: u32,
     /// `FLASHCOMM_P2P_READ`; `None`: auto.
     pub p2p_read: Option<bool>,
+    /// `FLASHCOMM_HOST_COPY`; `None`: auto.
+    pub host_copy: Option<bool>,
     /// `FLASHCOMM_TUNE`.
     pub tune: Tune,
     /// `FLASHCOMM_PLUGIN`.
     pub plugin: bool,
     /// Whether the engine wants it off.
     pub switched_off: bool,
+}
+
+impl Agreement {
+    /// Whether something may be done that has this setting, of `auto`, 0 and 1: where the ranks measure, `auto` may.
+    pub(super) fn may(&self, setting: Option<bool>) -> bool {
+        setting.unwrap_or(self.tune != Tune::Off)
+    }
 }
 
 impl From<&Config> for Agreement {
@@ -42,6 +51,7 @@ impl From<&Config> for Agreement {
             buffer_bytes: config.buffer_bytes,
             max_ctas: config.max_ctas,
             p2p_read: config.p2p_read,
+            host_copy: config.host_copy,
             tune: config.tune,
             plugin: config.plugin,
             switched_off: false,
@@ -51,7 +61,7 @@ impl From<&Config> for Agreement {
 
 /// The first setting that differs, with both values.
 pub(super) fn difference(theirs: Agreement, first: Agreement) -> Option<(&'static str, String, String)> {
-    let rows: [(&str, fn(&Agreement) -> String); 14] = [
+    let rows: [(&str, fn(&Agreement) -> String); 15] = [
         ("FLASHCOMM_BITS", |a| a.legs.to_string()),
         ("FLASHCOMM_GROUP", |a| a.legs.reduce.group.n_elems().to_string()),
         ("FLASHCOMM_CODE", |a| a.legs.code().name().into()),
@@ -66,7 +76,8 @@ pub(super) fn difference(theirs: Agreement, first: Agreement) -> Option<(&'stati
         ("FLASHCOMM_EXCHANGE", |a| a.exchange.map_or("auto", ExchangeKind::name).into()),
         ("FLASHCOMM_BUFFER_MIB", |a| (a.buffer_bytes >> 20).to_string()),
         ("FLASHCOMM_MAX_CTAS", |a| a.max_ctas.to_string()),
-        ("FLASHCOMM_P2P_READ", |a| a.p2p_read.map_or("auto".into(), |reads| u8::from(reads).to_string())),
+        ("FLASHCOMM_P2P_READ", |a| auto_or_switch(a.p2p_read)),
+        ("FLASHCOMM_HOST_COPY", |a| auto_or_switch(a.host_copy)),
         ("FLASHCOMM_TUNE", |a| a.tune.name().into()),
         ("FLASHCOMM_PLUGIN", |a| u8::from(a.plugin).to_string()),
         ("flashcommSetCommEnabled", |a| u8::from(!a.switched_off).to_string()),
@@ -74,4 +85,8 @@ pub(super) fn difference(theirs: Agreement, first: Agreement) -> Option<(&'stati
     rows.into_iter()
         .map(|(setting, value)| (setting, value(&theirs), value(&first)))
         .find(|(_, theirs, first)| theirs != first)
+}
+
+fn auto_or_switch(value: Option<bool>) -> String {
+    value.map_or("auto".into(), |value| u8::from(value).to_string())
 }

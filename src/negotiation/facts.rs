@@ -81,6 +81,7 @@ impl Blob {
             buffer_bytes,
             max_ctas,
             p2p_read,
+            host_copy,
             tune,
             plugin,
             switched_off,
@@ -105,6 +106,8 @@ impl Blob {
                 plugin,
                 p2p_read.is_some(),
                 p2p_read == Some(true),
+                host_copy.is_some(),
+                host_copy == Some(true),
             ]),
             exchange.map_or(0, |kind| 1 + kind as u64),
             buffer_bytes as u64,
@@ -155,7 +158,7 @@ impl Blob {
         let codec = |width| Codec { width, group, code };
         // What no settings and no device give is not ours; and settings that look alike when told are alike.
         let within = |i, min: u64, max: u64| Some(field(i)).filter(|value| (min..=max).contains(value));
-        let flags = within(9, 0, 127).filter(|flags| flags & 3 != 0)?;
+        let flags = within(9, 0, 511).filter(|flags| flags & 3 != 0)?;
         Some(Self {
             rank: u32::try_from(field(2)).ok()?,
             ready: within(3, 0, 1)? == 1,
@@ -183,6 +186,7 @@ impl Blob {
                 dtypes: (flags & 1 != 0, flags & 2 != 0),
                 switched_off: flags & 4 != 0,
                 p2p_read: (flags & 32 != 0).then_some(flags & 64 != 0),
+                host_copy: (flags & 128 != 0).then_some(flags & 256 != 0),
                 tune: *Tune::ALL.get(usize::try_from(field(28)).ok()?)?,
                 plugin: flags & 16 != 0,
                 exchange: match field(10) {
@@ -197,7 +201,7 @@ impl Blob {
 }
 
 /// Bits, the first one lowest.
-fn flags(bits: [bool; 7]) -> u64 {
+fn flags(bits: [bool; 9]) -> u64 {
     bits.into_iter().enumerate().map(|(i, bit)| u64::from(bit) << i).sum()
 }
 
@@ -294,6 +298,7 @@ mod tests {
             ("FLASHCOMM_BUFFER_MIB", "3"),
             ("FLASHCOMM_MAX_CTAS", "24"),
             ("FLASHCOMM_P2P_READ", "1"),
+            ("FLASHCOMM_HOST_COPY", "0"),
             ("FLASHCOMM_TUNE", "always"),
             ("FLASHCOMM_PLUGIN", "1"),
         ] {
@@ -303,7 +308,7 @@ mod tests {
             assert!(error.to_string().contains(name) && error.to_string().contains("rank 2"));
         }
         let shared = crate::config::table::SETTINGS.iter().filter(|setting| setting.same_on_all_ranks).count();
-        assert_eq!(shared, 14, "thirteen are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
+        assert_eq!(shared, 15, "fourteen are compared here; a rank with FLASHCOMM_ENABLE=0 never attaches");
     }
 
     #[test]

@@ -10,8 +10,12 @@ use crate::verdict::{Table, Way, Ways};
 pub(crate) fn ways(facts: &[Blob], kind: ExchangeKind) -> Ways {
     let (exact_max, compress_min) = (exact_max_bytes(facts, kind), min_bytes(facts, kind));
     let one_hop_max = one_hop_max_bytes(kind, facts.len());
-    let is_pulled = kind == ExchangeKind::Peer && facts[0].agreement.p2p_read == Some(true);
-    let compressed = if is_pulled { Way::Pulled } else { Way::Compressed };
+    let agreement = &facts[0].agreement;
+    let compressed = match kind {
+        ExchangeKind::Peer if agreement.p2p_read == Some(true) => Way::Pulled,
+        ExchangeKind::Host if agreement.host_copy == Some(true) => Way::Copied,
+        _ => Way::Compressed,
+    };
     let plain = |n_bytes| match n_bytes {
         n_bytes if n_bytes > exact_max => Way::Forward,
         n_bytes if n_bytes > one_hop_max => Way::ExactTwoHops,

@@ -17,7 +17,7 @@ use super::identity;
 use super::meeting::{Meeting, Round, Rounds, poll};
 use super::ranges;
 use super::sizes;
-use crate::config::{ExchangeKind, Tune};
+use crate::config::ExchangeKind;
 use crate::cuda::{self, Context, CudaResult, Distance, Stream};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
@@ -180,8 +180,7 @@ impl<M: Meeting> Rounds<M> {
 /// Whether payloads may be read from peers' areas.
 fn may_pull(facts: &[Blob], areas: Areas) -> bool {
     let agreement = &facts[0].agreement;
-    areas == Areas::InGpuMemory
-        && (agreement.p2p_read == Some(true) || agreement.tune != Tune::Off && agreement.p2p_read.is_none())
+    areas == Areas::InGpuMemory && agreement.may(agreement.p2p_read)
 }
 
 /// What a rank that could do its part, or could not, makes of a round in which not all could.

@@ -7,6 +7,7 @@ use super::facts::{Blob, sharing};
 use super::identity;
 use super::ranges::exact_room;
 use crate::config::ExchangeKind;
+use crate::exchange::copies::CopyRoom;
 use crate::exchange::fused::Layout;
 use crate::exchange::residency::{self, Blocks};
 use crate::kernels::Areas;
@@ -37,7 +38,10 @@ pub fn layout(facts: &[Blob], kind: ExchangeKind) -> Option<Layout> {
     let left = agreement.buffer_bytes - mailboxes.map_or(0, |mailboxes| mailboxes.area_bytes());
     let n_blocks = if family(facts).is_some() { large } else { usual };
     let rings = Rings::within(facts.len(), agreement.legs, n_blocks * block_channels(facts, kind), left)?;
-    Some(Layout { rings, mailboxes })
+    let may_copy = kind == ExchangeKind::Host && agreement.may(agreement.host_copy);
+    let copies =
+        may_copy.then_some(CopyRoom { world: facts.len(), legs: agreement.legs, buffer_bytes: agreement.buffer_bytes });
+    Some(Layout { rings, mailboxes, copies })
 }
 
 /// Blocks that a kernel may have on every rank.

@@ -4,9 +4,10 @@ use flashcomm_test_support::*;
 use flashcomm_wire::{Code, Element, Legs, Op, Plan, TILE_ELEMS};
 use half::{bf16, f16};
 
-/// `FLASHCOMM_WAY_COMPRESSED` and `FLASHCOMM_WAY_PULLED`.
+/// `FLASHCOMM_WAY_COMPRESSED`, `FLASHCOMM_WAY_PULLED` and `FLASHCOMM_WAY_COPIED`.
 const WAY_COMPRESSED: i32 = 3;
 const WAY_PULLED: i32 = 4;
+const WAY_COPIED: i32 = 5;
 
 /// Sizes on both sides of every border: group, tile, chunk, slice.
 fn sizes(world: usize, legs: Legs) -> Vec<usize> {
@@ -80,6 +81,11 @@ fn rings_go_round_in_gpu_memory_where_payloads_are_read() {
 #[test]
 fn rings_go_round_in_host_memory() {
     rings_go_round(&[2, 5], &[("FLASHCOMM_EXCHANGE", "host"), ("FLASHCOMM_P2P_READ", "1")], WAY_COMPRESSED);
+}
+
+#[test]
+fn copy_engines_carry_slice_by_slice() {
+    rings_go_round(&[2, 3, 5], &[("FLASHCOMM_EXCHANGE", "host"), ("FLASHCOMM_HOST_COPY", "1")], WAY_COPIED);
 }
 
 /// Among few ranks and among five: with and without a lag.

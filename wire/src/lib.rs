@@ -27,4 +27,4 @@ pub use reference::Op;
 pub use rings::Rings;
 
 /// Version of everything that ranks must agree on byte for byte: tile layout, chunking, attach blob.
-pub const WIRE_VERSION: u32 = 18;
+pub const WIRE_VERSION: u32 = 19;

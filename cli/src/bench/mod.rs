@@ -44,7 +44,7 @@ pub struct Args {
     /// Bytes that each rank sums; A..B doubles from A to B [default: 256K..64M; with --quick 1M,16M,64M]
     #[arg(long, value_delimiter = ',')]
     sizes: Option<Vec<Sizes>>,
-    /// What carries the payloads: values of FLASHCOMM_EXCHANGE, or peer-read: peer with FLASHCOMM_P2P_READ=1
+    /// What carries the payloads: values of FLASHCOMM_EXCHANGE, or peer-read, host-copy: with FLASHCOMM_P2P_READ=1, FLASHCOMM_HOST_COPY=1
     #[arg(long, value_delimiter = ',', default_value = "peer,host")]
     exchanges: Vec<String>,
     /// Element types
@@ -127,13 +127,19 @@ pub enum Way {
     Flashcomm {
         /// `FLASHCOMM_BITS`.
         bits: String,
-        /// `FLASHCOMM_EXCHANGE`, or that with [`READ`].
+        /// `FLASHCOMM_EXCHANGE`, or that with one of [`CARRIERS`].
         exchange: String,
     },
 }
 
-/// Behind an exchange: with `FLASHCOMM_P2P_READ=1`.
-const READ: &str = "-read";
+/// What may stand behind an exchange, with the setting that it means.
+const CARRIERS: [(&str, &str); 2] = [("-read", "FLASHCOMM_P2P_READ"), ("-copy", "FLASHCOMM_HOST_COPY")];
+
+/// An exchange, and the setting of what stands behind it.
+fn carrier_of(exchange: &str) -> (&str, Option<&'static str>) {
+    let found = CARRIERS.iter().find_map(|(end, setting)| Some((exchange.strip_suffix(end)?, Some(*setting))));
+    found.unwrap_or((exchange, None))
+}
 
 impl std::fmt::Display for Way {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -241,13 +247,13 @@ impl<'a> BenchPlan<'a> {
                 ("FLASHCOMM_CODE", values::bits_and_code(bits).1.into()),
                 ("FLASHCOMM_GROUP", values::GROUP.to_string()),
                 ("FLASHCOMM_DTYPES", "fp16,bf16".into()),
-                ("FLASHCOMM_EXCHANGE", exchange.strip_suffix(READ).unwrap_or(exchange).into()),
+                ("FLASHCOMM_EXCHANGE", carrier_of(exchange).0.into()),
                 ("FLASHCOMM_MIN_BYTES", self.args.min_bytes.clone()),
                 ("FLASHCOMM_MAX_CTAS", self.args.max_ctas.to_string()),
             ],
         };
-        let reads = matches!(way, Way::Flashcomm { exchange, .. } if exchange.ends_with(READ));
-        let settings = settings.into_iter().chain(reads.then(|| ("FLASHCOMM_P2P_READ", "1".into())));
+        let carrier = if let Way::Flashcomm { exchange, .. } = way { carrier_of(exchange).1 } else { None };
+        let settings = settings.into_iter().chain(carrier.map(|setting| (setting, "1".into())));
         settings.map(|(name, value)| (name.into(), value)).collect()
     }
 

@@ -34,6 +34,7 @@ pub fn of_kernel(fabric: &Fabric, kernel: &Kernel, bytes: &[u8], shape: Shape) -
         Verb::Combine => coding(args::<CombineArgs>(bytes).slice, tiles),
         Verb::AllReduce | Verb::HostAllReduce => fused(fabric, kernel, bytes, Hops::Two)?,
         Verb::OneHop | Verb::HostOneHop => fused(fabric, kernel, bytes, Hops::One)?,
+        Verb::Signal | Verb::Wait => fabric.gpu.launch_ns as u64,
         Verb::Exact => {
             let args: ExactArgs = args(bytes);
             let memory = memory_of(args.mailboxes[peer_of(args.rank, args.world)] as usize);

@@ -16,9 +16,9 @@ use crate::element::ElementType;
 use crate::instances::{Instance, Verb};
 use crate::shared::{
     AllReduceArgs, CombineArgs, DequantizeArgs, EXACT_THREADS, ExactArgs, HOST_CHANNELS, QuantizeArgs, ReduceArgs,
-    Slice, TILE_THREADS,
+    SignalArgs, Slice, TILE_THREADS, WaitArgs,
 };
-use crate::{exact, fused, one_hop};
+use crate::{copies, exact, fused, one_hop};
 
 /// The extent of a launch.
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +97,8 @@ pub fn find(name: &str) -> Option<Kernel> {
             };
             (Run::Grid(run), size_of::<ExactArgs>(), EXACT_THREADS as u32)
         }
+        Verb::Signal => (Run::Blocks(copies::signal), size_of::<SignalArgs>(), WARP),
+        Verb::Wait => (Run::Grid(copies::wait), size_of::<WaitArgs>(), WARP),
     };
     Some(Kernel { name: name.into(), arg_bytes, max_threads, instance, run })
 }
@@ -123,7 +125,7 @@ impl Kernel {
     /// Whether its blocks may have this shape.
     pub fn takes(&self, [threads, rows]: [u32; 2]) -> bool {
         let is_shape = match self.instance.verb() {
-            Verb::Exact => rows == 1 && threads > 0 && threads.is_multiple_of(WARP),
+            Verb::Exact | Verb::Signal | Verb::Wait => rows == 1 && threads > 0 && threads.is_multiple_of(WARP),
             _ => rows > 0 && threads == TILE_THREADS as u32,
         };
         is_shape && threads * rows <= self.max_threads

@@ -30,6 +30,7 @@
 pub mod access;
 pub mod api;
 pub mod clock;
+pub mod copies;
 pub mod cu_result;
 pub mod device;
 pub mod durations;

@@ -87,6 +87,9 @@ impl Carrier {
 /// What a flag beside each 12 bytes makes of them.
 const FLAGGED: f64 = 4.0 / 3.0;
 
+/// Of bytes that copy engines carry there are slices of as many as the geometric mean of them and this.
+const SLICE_UNIT: f64 = 262_144.0;
+
 /// Bits of an uncompressed element.
 const ELEMENT_BITS: f64 = 16.0;
 
@@ -251,7 +254,17 @@ impl Fabric {
                 let flows: Vec<Flow> = stages(pairs(world).collect()).concat().into_iter().map(as_reads).collect();
                 self.traffic(&flows) + Traffic { busy_ns: 0.0, latency_ns: signal_ns }
             }
-            _ => self.piped(&stages(pairs(world).collect())),
+            Carrier::HostCopies => {
+                // In slices: the last one comes in when nothing goes out any more. Kernels stand around the copies: one that
+                // codes, and on each side one that waits and one that signals.
+                let stages = stages(pairs(world).collect());
+                let n_slices = (n_bytes * (world - 1) as f64 / SLICE_UNIT).sqrt().max(1.0);
+                let slowest = stages.iter().map(|stage| self.traffic(stage).busy_ns).fold(0.0, f64::max);
+                let around = 2.0 * self.gpu.launch_ns + self.host_memory.copy_launch_ns;
+                let latency_ns = 5.0 * self.gpu.launch_ns + (n_slices - 1.0) * around;
+                self.piped(&stages) + Traffic { busy_ns: slowest / n_slices, latency_ns }
+            }
+            Carrier::PeerPush | Carrier::HostKernels => self.piped(&stages(pairs(world).collect())),
         }
     }
 }

@@ -175,6 +175,7 @@ impl Fused {
                 unsafe { kernels.exact(element, shape, &args, stream.handle()) }.map_err(Error::cuda(doing))?;
             }
         }
+        self.warm_up_copies(kernels, stream.handle()).map_err(Error::cuda(doing))?;
         stream.synchronize().map_err(Error::cuda("running the all-reduce for the first time"))
     }
 
@@ -227,7 +228,7 @@ impl Fused {
 }
 
 /// 0: no bound.
-fn nanoseconds(timeout: Option<Duration>) -> u64 {
+pub(super) fn nanoseconds(timeout: Option<Duration>) -> u64 {
     timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX))
 }
 

@@ -20,7 +20,7 @@ use crate::config::ExchangeKind;
 use crate::negotiation::identity::hash;
 
 /// What a file begins with.
-const TITLE: &str = "flashcomm tuning 2";
+const TITLE: &str = "flashcomm tuning 3";
 
 /// A file is no longer than this.
 const MAX_BYTES: u64 = 16 << 10;
@@ -143,7 +143,7 @@ mod tests {
     }
 
     fn some() -> Measured {
-        let figures = |ns| Figures(vec![[ns, 0, 7, u32::MAX, 1]; 3]);
+        let figures = |ns| Figures(vec![[ns, 0, 7, u32::MAX, 1, 2]; 3]);
         Measured(vec![(ExchangeKind::Peer, figures(5)), (ExchangeKind::Host, figures(6))])
     }
 

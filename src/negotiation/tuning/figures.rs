@@ -9,7 +9,7 @@ use crate::verdict::{Table, Way, Ways};
 pub(crate) const SIZES: [u64; 7] = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20];
 
 /// What is measured at each size, in the order of its figures.
-pub(crate) const WAYS: [Way; 5] = Way::ALL;
+pub(crate) const WAYS: [Way; 6] = Way::ALL;
 
 /// Nanoseconds of one sum at one size, by [`WAYS`]; 0 where that was not measured.
 pub(crate) type Row = [u32; WAYS.len()];
@@ -65,13 +65,14 @@ impl Figures {
     fn best(&self, n_bytes: u64, is_coded: bool, bounds: &Bounds) -> (Way, Option<u64>) {
         let within = |way: &Way| match way {
             Way::Forward => true,
-            Way::Compressed | Way::Pulled => is_coded && bounds.compress_min.is_none_or(|min| n_bytes >= min),
+            Way::Compressed | Way::Pulled | Way::Copied => {
+                is_coded && bounds.compress_min.is_none_or(|min| n_bytes >= min)
+            }
             _ => n_bytes <= bounds.exact_max.unwrap_or(u64::MAX).min(bounds.exact_room),
         };
         let is_set = |way: Way| match way {
             Way::Compressed => bounds.compress_min.is_some(),
-            Way::Pulled => false,
-            Way::Forward => false,
+            Way::Forward | Way::Pulled | Way::Copied => false,
             _ => bounds.exact_max.is_some(),
         };
         let mut best = (Way::Forward, self.nanoseconds(Way::Forward, n_bytes));
@@ -117,7 +118,8 @@ impl Figures {
 
     /// Each size with its microseconds, for the log.
     pub(crate) fn in_words(&self) -> String {
-        let mut text = String::from("microseconds over NCCL / exact, one hop / two hops / compressed / pulled:");
+        let mut text =
+            String::from("microseconds over NCCL / exact, one hop / two hops / compressed / pulled / copied:");
         for (size, row) in SIZES.iter().zip(&self.0) {
             let _ = write!(text, " {size} bytes");
             for (i, ns) in row.iter().enumerate() {
@@ -169,7 +171,7 @@ mod tests {
     const FREE: Bounds = Bounds { compress_min: None, exact_max: None, exact_room: 2 << 20 };
 
     /// Microseconds at each size, by way: what it takes at least, and bytes a microsecond.
-    fn figures(rows: usize, ways: [(u64, u64); 5]) -> Figures {
+    fn figures(rows: usize, ways: [(u64, u64); 6]) -> Figures {
         let time = |size: u64| {
             ways.map(|(least, rate)| (size * 1000).checked_div(rate).map_or(0, |ns| (least * 1000 + ns) as u32))
         };
@@ -179,7 +181,7 @@ mod tests {
     #[test]
     fn each_size_goes_the_fastest_way() {
         // NCCL 10 us and 20 GB/s; one hop 3 us and 15 GB/s; two hops 6 us and 30; compressed 12 us and 60.
-        let measured = figures(7, [(10, 20_000), (3, 15_000), (6, 30_000), (12, 60_000), (0, 0)]);
+        let measured = figures(7, [(10, 20_000), (3, 15_000), (6, 30_000), (12, 60_000), (0, 0), (0, 0)]);
         let ways = measured.ways(&FREE);
         let entries: Vec<Way> = ways.coded.entries().iter().map(|(_, way)| *way).collect();
         assert_eq!(entries, [ExactOneHop, ExactTwoHops, Compressed]);
@@ -199,68 +201,70 @@ mod tests {
 
     #[test]
     fn what_gains_less_than_noise_is_not_taken() {
-        let same = figures(7, [(10, 20_000), (10, 20_000), (10, 20_000), (10, 20_000), (0, 0)]);
+        let same = figures(7, [(10, 20_000), (10, 20_000), (10, 20_000), (10, 20_000), (0, 0), (0, 0)]);
         assert_eq!(same.ways(&FREE), Ways { coded: Table::new([], |_| Forward), plain: Table::new([], |_| Forward) });
         assert_eq!(same.nearest(), Some((SIZES[0], 10_204, 10_204)));
         // Compressed 1 in 50 faster than exact sums, and those much faster than NCCL.
-        let close = Figures(vec![[100_000, 50_000, 0, 49_000, 0]; 7]);
+        let close = Figures(vec![[100_000, 50_000, 0, 49_000, 0, 0]; 7]);
         assert_eq!(close.ways(&FREE).coded.way(4096), ExactOneHop, "it loses nothing");
         assert_eq!(close.ways(&FREE).coded.way(4 << 20), Compressed, "there is no room for exact ones");
-        let clear = Figures(vec![[100_000, 50_000, 0, 48_000, 0]; 7]);
+        let clear = Figures(vec![[100_000, 50_000, 0, 48_000, 0, 0]; 7]);
         assert_eq!(clear.ways(&FREE).coded.way(4096), Compressed);
     }
 
     #[test]
     fn payloads_are_read_where_that_is_clearly_faster_than_writing_them() {
-        let with = |pulled| Figures(vec![[100_000, 0, 0, 50_000, pulled]; 7]).ways(&FREE).coded.way(8 << 20);
+        let with = |pulled| Figures(vec![[100_000, 0, 0, 50_000, pulled, 0]; 7]).ways(&FREE).coded.way(8 << 20);
         assert_eq!([with(49_000), with(48_000), with(0)], [Compressed, Pulled, Compressed]);
-        let only = Figures(vec![[100_000, 0, 0, 0, 50_000]; 7]).ways(&FREE);
+        let only = Figures(vec![[100_000, 0, 0, 0, 50_000, 0]; 7]).ways(&FREE);
         assert_eq!((only.coded.way(8 << 20), only.plain.way(8 << 20)), (Pulled, Forward));
         assert_eq!(only.coded.compress_min(), 0);
+        let copied = |us| Figures(vec![[100_000, 0, 0, 50_000, 0, us]; 7]).ways(&FREE).coded.way(8 << 20);
+        assert_eq!([copied(49_000), copied(48_000)], [Compressed, Way::Copied]);
     }
 
     #[test]
     fn sizes_that_took_too_long_go_on_as_the_last_two_did() {
-        let measured = figures(3, [(10, 1000), (3, 500), (0, 0), (20, 4000), (0, 0)]);
+        let measured = figures(3, [(10, 1000), (3, 500), (0, 0), (20, 4000), (0, 0), (0, 0)]);
         assert_eq!(measured.nanoseconds(Way::Compressed, 1 << 20), Some(20_000 + (1 << 20) * 1000 / 4000));
         assert_eq!(measured.nanoseconds(Way::ExactTwoHops, 1 << 20), None);
         assert_eq!(measured.ways(&FREE).coded.way(1 << 30), Compressed);
         assert_eq!(Figures::default().ways(&FREE).coded.entries(), [(0, Forward)], "nothing was measured");
-        let one = figures(1, [(10, 1000), (3, 500), (0, 0), (20, 4000), (0, 0)]);
+        let one = figures(1, [(10, 1000), (3, 500), (0, 0), (20, 4000), (0, 0), (0, 0)]);
         assert_eq!(one.ways(&FREE).coded.way(1 << 30), Forward, "one size tells of no other");
     }
 
     #[test]
     fn times_that_fall_do_so_only_where_they_were_measured() {
-        let mut measured = Figures(vec![[1000; 5]; 7]);
-        measured.0[3] = [9000; 5];
+        let mut measured = Figures(vec![[1000; 6]; 7]);
+        measured.0[3] = [9000; 6];
         let at = |n_bytes| measured.nanoseconds(Forward, n_bytes).unwrap();
         assert_eq!([at(64 << 10), at(256 << 10), at(1 << 20), at(1 << 30)], [1000, 9000, 1000, 1000]);
         assert_eq!(at(640 << 10), 5000, "half way down");
-        let falling = Figures(vec![[9000; 5], [1000; 5]]);
+        let falling = Figures(vec![[9000; 6], [1000; 6]]);
         assert_eq!(falling.nanoseconds(Forward, 256), Some(9000));
         assert_eq!(falling.nanoseconds(Forward, 1 << 30), Some(9000), "as if it did not");
-        let rising = Figures(vec![[2000; 5], [3200; 5]]);
+        let rising = Figures(vec![[2000; 6], [3200; 6]]);
         assert_eq!(rising.nanoseconds(Forward, 1 << 10), Some(1700), "an even rise");
     }
 
     #[test]
     fn what_is_set_holds_whatever_was_measured() {
-        let slow = Figures(vec![[1000, 9000, 8000, 7000, 0]; 7]);
+        let slow = Figures(vec![[1000, 9000, 8000, 7000, 0, 0]; 7]);
         let set = Bounds { compress_min: Some(1 << 20), exact_max: Some(1000), ..FREE };
         let ways = slow.ways(&set);
         assert_eq!(ways.coded.entries(), [(0, ExactTwoHops), (1001, Forward), (1 << 20, Compressed)]);
         assert_eq!(ways.plain.entries(), [(0, ExactTwoHops), (1001, Forward)]);
         let none = Bounds { exact_max: Some(0), ..FREE };
-        let fast = Figures(vec![[9000, 1000, 8000, 7000, 0]; 7]);
+        let fast = Figures(vec![[9000, 1000, 8000, 7000, 0, 0]; 7]);
         assert_eq!(fast.ways(&none).plain.way(4096), Forward);
     }
 
     #[test]
     fn the_exchange_that_is_faster_in_all_is_the_better_one() {
         let (peer, host) = (
-            figures(7, [(10, 20_000), (3, 2_000), (0, 0), (9, 3_000), (0, 0)]),
-            figures(7, [(10, 20_000), (5, 5_000), (0, 0), (15, 40_000), (0, 0)]),
+            figures(7, [(10, 20_000), (3, 2_000), (0, 0), (9, 3_000), (0, 0), (0, 0)]),
+            figures(7, [(10, 20_000), (5, 5_000), (0, 0), (15, 40_000), (0, 0), (0, 0)]),
         );
         let measured = Measured(vec![(ExchangeKind::Peer, peer.clone()), (ExchangeKind::Host, host.clone())]);
         assert_eq!(measured.best(|_| FREE), Some(ExchangeKind::Host));

@@ -12,6 +12,7 @@ use crate::exchange::area::{OFFER_BYTES, Offer};
 use crate::exchange::fused::Fused;
 use crate::exchange::timing::Timing;
 use crate::kernels::Areas;
+use crate::negotiation::agreement::Agreement;
 use crate::negotiation::disagreement::Disagreement;
 use crate::negotiation::facts::Blob;
 use crate::negotiation::meeting::{Meeting, Rounds, poll};
@@ -166,8 +167,9 @@ impl<M: Meeting> Rounds<M> {
         budget_ns: u64,
     ) -> Result<SetUp<Figures>> {
         let (mut figures, mut spent) = (Figures::default(), 0);
-        let p2p_read = self.blob.agreement.p2p_read;
+        let Agreement { p2p_read, host_copy, .. } = self.blob.agreement;
         let is_peer = fused.memory() == Areas::InGpuMemory;
+        let is_set = if is_peer { p2p_read } else { host_copy } == Some(true); // to another way than the usual one
         for (i, size) in SIZES.into_iter().enumerate() {
             self.meet_neighbors()?;
             let n_sums = BATCH_NS
@@ -177,8 +179,9 @@ impl<M: Meeting> Rounds<M> {
             for (ns, way) in row.iter_mut().zip(WAYS) {
                 let is_there = match way {
                     Way::Forward => known.is_none(),
-                    Way::Compressed => !(is_peer && p2p_read == Some(true)),
+                    Way::Compressed => !is_set,
                     Way::Pulled => is_peer && p2p_read != Some(false),
+                    Way::Copied => fused.copy_staging_bytes(1).is_some(),
                     Way::ExactTwoHops => fused.world() > 2 && size <= fused.exact_room(),
                     Way::ExactOneHop => size <= fused.exact_room(),
                 };

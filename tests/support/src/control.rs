@@ -148,13 +148,13 @@ pub struct Way {
     size: usize,
     pub way: c_int,
     /// Forwarded, exact in one hop and in two, compressed.
-    pub nanoseconds: [u64; 5],
+    pub nanoseconds: [u64; 6],
 }
 
 impl Way {
     /// Of a sum of so many bytes.
     pub fn of(comm: Ptr, datatype: c_int, n_bytes: u64) -> Self {
-        let mut way = Way { size: size_of::<Way>(), way: -1, nanoseconds: [0; 5] };
+        let mut way = Way { size: size_of::<Way>(), way: -1, nanoseconds: [0; 6] };
         // SAFETY: `size` is set.
         assert_eq!(unsafe { (api().flashcommGetCommWay)(comm, datatype, n_bytes, &mut way) }, 0);
         way
