@@ -206,7 +206,7 @@ impl Rank<'_> {
 }
 
 /// A third of the operations over one exchange, in three processes: without delays, and with those of two schedules.
-fn soak(exchange: &str, reduce: u8, gather: u8) {
+fn soak(exchange: &str, host_copy: &str, reduce: u8, gather: u8) {
     for (part, schedule) in ["", "1", "2"].into_iter().enumerate() {
         let part = part.to_string();
         if std::env::var("WORLD_PART").is_ok_and(|mine| mine != part) {
@@ -216,6 +216,7 @@ fn soak(exchange: &str, reduce: u8, gather: u8) {
         let settings = [
             ("FLASHCOMM_BITS", bits.as_str()),
             ("FLASHCOMM_EXCHANGE", exchange),
+            ("FLASHCOMM_HOST_COPY", host_copy),
             ("FLASHCOMM_SIM_SEED", schedule),
             ("WORLD_PART", &part),
         ];
@@ -300,15 +301,20 @@ fn soak_part(exchange: &str, part: &str, reduce: u8, gather: u8) {
 
 #[test]
 fn random_jobs_over_nccl_equal_the_model() {
-    soak("nccl", 4, 4);
+    soak("nccl", "auto", 4, 4);
 }
 
 #[test]
 fn random_jobs_over_peer_memory_equal_the_model() {
-    soak("peer", 3, 8);
+    soak("peer", "auto", 3, 8);
 }
 
 #[test]
 fn random_jobs_over_host_memory_equal_the_model() {
-    soak("host", 4, 8);
+    soak("host", "auto", 4, 8);
+}
+
+#[test]
+fn random_jobs_over_host_memory_by_copy_engines_equal_the_model() {
+    soak("host", "1", 5, 5);
 }
