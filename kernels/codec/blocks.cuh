@@ -24,7 +24,7 @@ struct Blocks {
   // x: turned into its transform.
   __device__ static Thread encode_input(ThreadVecs& x, unsigned group_shift) {
     float largest[kRows];
-    bool maybe_constant = false, may_have_bands = false;
+    bool maybe_constant = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       enter(x[row]);
@@ -33,7 +33,6 @@ struct Blocks {
       const uint32_t two = Pairs<T>::abs_max(Pairs<T>::abs_max(w[0], w[1]), upper);
       largest[row] = max_nan(Element<T>::to_float(uint16_t(two)), Element<T>::to_float(uint16_t(two >> 16)));
       maybe_constant |= (upper == 0) | !(largest[row] <= Pairs<T>::kGreatest);
-      may_have_bands |= allows_band(lowest(x[row]), largest[row]);
     }
     // Rare. (Asked of the whole warp, here and below, since a branch that may diverge takes registers.)
     if (__any_sync(kAllLanes, maybe_constant)) {
@@ -47,7 +46,7 @@ struct Blocks {
     }
     Thread out = {};
     float inverse[kRows];
-    const bool has_bands = scale(x, largest, may_have_bands, group_shift, out, inverse);
+    const bool has_bands = scale(x, largest, group_shift, out, inverse);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       float wide[kLaneElems];
@@ -60,13 +59,12 @@ struct Blocks {
 
   __device__ static Thread encode(ThreadElems& x, unsigned group_shift) {
     float largest[kRows];
-    bool maybe_constant = false, may_have_bands = false;
+    bool maybe_constant = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float upper = largest_of_4(x[row] + 4);
       largest[row] = max_nan(largest_of_4(x[row]), upper);
       maybe_constant |= (upper == 0.0f) | !(largest[row] <= Pairs<T>::kGreatest);
-      may_have_bands |= allows_band(lowest(x[row]), largest[row]);
     }
     if (__any_sync(kAllLanes, maybe_constant)) {
 #pragma unroll
@@ -74,7 +72,7 @@ struct Blocks {
     }
     Thread out = {};
     float inverse[kRows];
-    if (scale(x, largest, may_have_bands, group_shift, out, inverse)) {
+    if (scale(x, largest, group_shift, out, inverse)) {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) out.scales.bring_to_zero(x[row], row);
     }
@@ -228,9 +226,10 @@ struct Blocks {
     uint32_t signs[4];
     transform_back(nearest_quants(0), nearest_quants(1), signs);
     const auto [bound, base] = in.scales.limits(row);
-    const float half = __fmul_rn(bound, 0.5f), scaled_base = __fmul_rn(base, float(kHalfRange));
+    const float half = __fmul_rn(bound, 0.5f);
     const auto value = [&](float integer, float sign, bool is_negated) {
-      return __fmaf_rn(integer, is_negated ? -half : half, __fmaf_rn(sign, is_negated ? -scaled_base : scaled_base, 0.0f));
+      const float whole_sign = __fmul_rn(sign, float(kHalfRange));  // the base times that may be too large for a float
+      return __fmaf_rn(integer, is_negated ? -half : half, __fmaf_rn(whole_sign, is_negated ? -base : base, 0.0f));
     };
     const bool is_constant = in.scales.level(row) == 0;
     const uint32_t element = constant(in, row);
@@ -303,9 +302,6 @@ struct Blocks {
     return uint16_t(element);
   }
 
-  // Of an octet whose magnitudes are between these, whether it could be one of level 15 with a band.
-  __device__ static bool allows_band(float lowest, float largest) { return lowest > __fmul_rn(0.75f, largest); }
-
   // The smallest magnitude of a row.
   __device__ static float lowest(const Vec16& x) {
     const uint32_t(&w)[4] = x.words;
@@ -330,10 +326,10 @@ struct Blocks {
   // Units and levels, and the inverse of the step in each row; whether there are groups with bands in the warp.
   // largest: the largest magnitude of each octet; 0: it is a constant, of level 0.
   template <class Row>
-  __device__ static bool scale(const Row (&x)[kRows], const float (&largest)[kRows], bool may_have_bands,
-                               unsigned group_shift, Thread& out, float (&inverse)[kRows]) {
+  __device__ static bool scale(const Row (&x)[kRows], const float (&largest)[kRows], unsigned group_shift, Thread& out,
+                               float (&inverse)[kRows]) {
     out.scales.set(largest, group_shift, inverse);
-    if (!__any_sync(kAllLanes, may_have_bands)) return false;
+    if (!out.scales.may_have_bands(group_shift)) return false;
     // Worked out again, since there are no registers to keep them in.
     const auto lowest_of = [&](int row) { return lowest(x[row]); };
     const auto largest_of = [&](int row) { return Blocks::largest(x[row]); };

@@ -87,6 +87,15 @@ struct Scales {
     units[1] = stored[2] | stored[3] << 16;
   }
 
+  // Whether a group of the warp may allow bands, by its levels: each is 15, as that of the largest octet is, or at most 7,
+  // since what is no band must be at most 14 of half the unit. Rare, and quickly told.
+  __device__ bool may_have_bands(unsigned group_shift) const {
+    const uint32_t are_all_set = levels & levels >> 1 & levels >> 2 & levels >> 3;
+    uint32_t may = (~levels >> 3 | are_all_set) & 0x1111;
+    for (unsigned lanes = 1; lanes >> group_shift == 0; lanes *= 2) may &= __shfl_xor_sync(kAllLanes, may, lanes);
+    return __any_sync(kAllLanes, (may & are_all_set) != 0);
+  }
+
   // Gives bands to the groups whose octets all allow them; whether one of the warp has them.
   // lowest(row), largest(row): of the magnitudes of an octet that is not constant. inverse: as in set.
   template <class Lowest, class Largest>
