@@ -2,7 +2,8 @@
 
 use std::ffi::c_void;
 
-use flashcomm_wire::Plan;
+use flashcomm_wire::{Plan, TILE_ELEMS};
+use half::{bf16, f16};
 
 use super::fused::{Call, Fused};
 use super::trial::DEADLINE;
@@ -12,29 +13,46 @@ use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::verdict::Way;
 
-/// A stopwatch of one rank, with a buffer to sum.
+/// What is summed is written by so many tiles at a time, which are all alike.
+const PATTERN_TILES: usize = 32;
+
+/// A stopwatch of one rank, with something to sum.
 pub(crate) struct Timing {
-    /// Of zeros, which a sum in place leaves as they are.
-    buffer: Lent<DeviceMemory>,
+    element: ElementType,
+    /// Numbers as between the layers of a model: the codes take longer for octets that are constant or stand out.
+    terms: Lent<DeviceMemory>,
+    /// Where sums go.
+    sums: Lent<DeviceMemory>,
     begun: Event,
     ended: Event,
 }
 
 impl Timing {
-    /// With a buffer of so many bytes, made before another rank's kernel may wait.
+    /// Of elements of a type that has codes, so many bytes at most, with memory that is there before another rank's kernel may
+    /// wait.
     ///
     /// # Errors
     /// The driver's.
-    pub(crate) fn new(n_bytes: usize, device: i32, stream: &Stream) -> Result<Self> {
-        let buffer = Lent::<DeviceMemory>::new(device, n_bytes).map_err(Error::cuda("allocating for measurements"))?;
-        buffer.clear(stream).map_err(Error::cuda("clearing memory for measurements"))?;
+    pub(crate) fn new(element: ElementType, n_bytes: usize, device: i32, stream: &Stream) -> Result<Self> {
+        let memory = || Lent::<DeviceMemory>::new(device, n_bytes).map_err(Error::cuda("allocating for measurements"));
+        let (terms, sums) = (memory()?, memory()?);
+        let pattern = pattern(element);
+        for at in (0..n_bytes).step_by(pattern.len()) {
+            let bytes = &pattern[..pattern.len().min(n_bytes - at)];
+            terms.write(at, bytes, stream).map_err(Error::cuda("writing what is summed to measure"))?;
+        }
         let event = || Event::timed().map_err(Error::cuda("creating an event"));
-        Ok(Self { begun: event()?, ended: event()?, buffer })
+        Ok(Self { element, terms, sums, begun: event()?, ended: event()? })
     }
 
-    /// What is to be summed, in place.
-    pub(crate) fn buffer(&self) -> *mut c_void {
-        self.buffer.at(0)
+    /// Of the elements.
+    pub(crate) fn element(&self) -> ElementType {
+        self.element
+    }
+
+    /// What is to be summed, and where to.
+    pub(crate) fn buffers(&self) -> (*const c_void, *mut c_void) {
+        (self.terms.at(0).cast_const(), self.sums.at(0))
     }
 
     /// Everything that is issued to `stream` from now on counts.
@@ -71,27 +89,28 @@ impl Timing {
         Ok((f64::from(self.ended.milliseconds_since(&self.begun)?).max(0.0) * 1e6) as u64)
     }
 
-    /// Issues one sum of ours, of as many bytes of the buffer, to `stream`, of the current context; one that is compressed by
-    /// the blocks of the large share, if `is_large`.
+    /// Issues one sum of ours, of so many bytes, to `stream`, of the current context; one that is compressed by the blocks of
+    /// the large share, if `is_large`.
     ///
     /// # Errors
     /// The driver's.
     pub(crate) fn launch(
         &self,
         way: Way,
-        (element, n_bytes, is_large): (ElementType, usize, bool),
+        (n_bytes, is_large): (usize, bool),
         fused: &Fused,
         kernels: &Kernels,
         stream: &Stream,
     ) -> Result<()> {
+        let Self { element, .. } = *self;
         let count = n_bytes / element.n_bytes();
-        let (buffer, handle) = (self.buffer(), stream.handle());
-        let call = Call { element, scale: 1.0, input: buffer, output: buffer, is_large, pulls: way == Way::Pulled };
+        let ((input, output), handle) = (self.buffers(), stream.handle());
+        let call = Call { element, scale: 1.0, input, output, is_large, pulls: way == Way::Pulled };
         match way {
             Way::Forward => Ok(()),
             Way::ExactOneHop | Way::ExactTwoHops => {
                 let how = (count, way == Way::ExactTwoHops);
-                // SAFETY: the buffer stays until it is over, or for good.
+                // SAFETY: the memory stays until it is over, or for good.
                 unsafe { fused.launch_exact(kernels, how, &call, Some(DEADLINE), handle) }
             }
             Way::Compressed | Way::Pulled | Way::Copied => {
@@ -111,6 +130,19 @@ impl Timing {
 
     /// A kernel may still write to its memory: nobody may have it again.
     pub(crate) fn lose(&mut self) {
-        self.buffer.lose();
+        self.terms.lose();
+        self.sums.lose();
     }
+}
+
+/// Tiles of numbers that are evenly spread from -1 to 1, by the linear congruential generator of Numerical Recipes.
+fn pattern(element: ElementType) -> Vec<u8> {
+    let mut state = 0u32;
+    let bits = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let x = state.cast_signed() as f32 / 2.0f32.powi(31);
+        if element == ElementType::Fp16 { f16::from_f32(x).to_bits() } else { bf16::from_f32(x).to_bits() }
+    };
+    let tile: Vec<u8> = std::iter::repeat_with(bits).take(TILE_ELEMS).flat_map(u16::to_le_bytes).collect();
+    tile.repeat(PATTERN_TILES)
 }

@@ -49,15 +49,20 @@ impl Life {
     }
 }
 
-/// A sum in place: of so many elements of a type, from an address on.
-pub(crate) type Sum = (ElementType, *mut c_void, usize);
+/// A sum: of a type, from an address to another, of so many elements.
+pub(crate) type Sum = (ElementType, (*const c_void, *mut c_void), usize);
 
 /// Issues a sum of a communicator to a stream of ours. Answers whether the call was done at once, which that of a communicator
 /// that does not block need not be.
 ///
 /// # Errors
 /// The real NCCL's, or [`Error::Aborted`].
-pub(crate) fn all_reduce(comm: CommPtr, life: &Life, (element, at, count): Sum, stream: &Stream) -> Result<bool> {
+pub(crate) fn all_reduce(
+    comm: CommPtr,
+    life: &Life,
+    (element, (from, to), count): Sum,
+    stream: &Stream,
+) -> Result<bool> {
     let datatype = match element {
         ElementType::Fp16 => DataType::FLOAT16,
         ElementType::Bf16 => DataType::BFLOAT16,
@@ -65,7 +70,7 @@ pub(crate) fn all_reduce(comm: CommPtr, life: &Life, (element, at, count): Sum, 
     };
     let handle = stream.handle().cast();
     // SAFETY: the elements are ours and stay until they are summed; handle and stream live.
-    let issue = || unsafe { real::all_reduce(at, at, count, datatype, RedOp::SUM, comm, handle) };
+    let issue = || unsafe { real::all_reduce(from, to, count, datatype, RedOp::SUM, comm, handle) };
     match life.call(issue)? {
         NcclResult::SUCCESS => Ok(true),
         NcclResult::IN_PROGRESS => {

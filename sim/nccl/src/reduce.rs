@@ -4,16 +4,21 @@ use half::{bf16, f16};
 
 use crate::types::{DataType, RedOp};
 
+/// Elements after which the shim's measurements repeat, a tile of its codes.
+const PERIOD: usize = 4096;
+
 /// Reduces equally long inputs in rank order into `output`. `scalars`: one for each input, for PreMulSum.
 pub fn reduce(datatype: DataType, op: RedOp, inputs: &[&[u8]], scalars: Option<&[[u8; 8]]>, output: &mut [u8]) {
     let n = datatype.n_bytes();
-    // Inputs of one value each, as measurements have them: much is summed that way.
-    let is_constant = |input: &&[u8]| input.len() > n && input[n..] == input[..input.len() - n];
-    if inputs.iter().all(is_constant) {
-        let first: Vec<&[u8]> = inputs.iter().map(|input| &input[..n]).collect();
-        reduce(datatype, op, &first, scalars, &mut output[..n]);
-        let (first, rest) = output.split_at_mut(n);
-        return rest.chunks_exact_mut(n).for_each(|out| out.copy_from_slice(first));
+    // Inputs that repeat after one value, or, as measurements have them, after some: much is summed that way.
+    let repeat_after = |n_bytes: &usize| {
+        inputs.iter().all(|input| input.len() > *n_bytes && input[*n_bytes..] == input[..input.len() - n_bytes])
+    };
+    if let Some(n_bytes) = [n, n * PERIOD].into_iter().find(repeat_after) {
+        let first: Vec<&[u8]> = inputs.iter().map(|input| &input[..n_bytes]).collect();
+        reduce(datatype, op, &first, scalars, &mut output[..n_bytes]);
+        let (first, rest) = output.split_at_mut(n_bytes);
+        return rest.chunks_mut(n_bytes).for_each(|out| out.copy_from_slice(&first[..out.len()]));
     }
     let is_float = datatype.number() >= 6;
     for (i, out) in output.chunks_exact_mut(n).enumerate() {

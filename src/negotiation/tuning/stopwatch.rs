@@ -57,7 +57,6 @@ impl Lead {
 /// What a rank measures with.
 pub(super) struct Stopwatch<'a> {
     timing: Timing,
-    element: ElementType,
     /// Whether the communicator has the large share of its devices while it is measured.
     is_large: bool,
     lead: Lead,
@@ -68,7 +67,8 @@ pub(super) struct Stopwatch<'a> {
 impl Stopwatch<'_> {
     /// Issues a sum over the real NCCL. False where that was not done at once.
     fn forward(&self, n_bytes: u64) -> Result<bool> {
-        (self.calls.all_reduce)((self.element, self.timing.buffer(), n_bytes as usize / self.element.n_bytes()))
+        let element = self.timing.element();
+        (self.calls.all_reduce)((element, self.timing.buffers(), n_bytes as usize / element.n_bytes()))
     }
 
     /// Issues one sum. False as above.
@@ -77,7 +77,7 @@ impl Stopwatch<'_> {
             None => self.forward(n_bytes),
             Some(fused) => {
                 let Local { kernels, stream, .. } = self.local;
-                self.timing.launch(way, (self.element, n_bytes as usize, self.is_large), fused, kernels, stream)?;
+                self.timing.launch(way, (n_bytes as usize, self.is_large), fused, kernels, stream)?;
                 Ok(true)
             }
         }
@@ -133,7 +133,7 @@ impl<M: Meeting> Rounds<M> {
         calls: &'a RealCalls<'a>,
     ) -> Result<SetUp<Stopwatch<'a>>> {
         let element = if self.blob.agreement.dtypes.0 { ElementType::Fp16 } else { ElementType::Bf16 };
-        let timing = Timing::new(LARGEST as usize, local.context.device(), local.stream);
+        let timing = Timing::new(element, LARGEST as usize, local.context.device(), local.stream);
         let round = self.next(timing.is_ok(), [0; OFFER_BYTES])?;
         let timing = match (timing, round) {
             (Ok(timing), Ok(_)) => timing,
@@ -144,7 +144,7 @@ impl<M: Meeting> Rounds<M> {
             (Err(error), Ok(_)) => return Err(error), // not possible: a rank that is not ready keeps all from going on
         };
         let lead = Lead { n_bytes: LARGEST, ns: 0 };
-        let mut stopwatch = Stopwatch { timing, element, is_large, lead, local, calls };
+        let mut stopwatch = Stopwatch { timing, is_large, lead, local, calls };
         self.meet_neighbors()?;
         let mut row: Row = [0; WAYS.len()];
         row[0] = stopwatch.time(Way::Forward, (LARGEST, 1, 1), None, || self.meeting.check())?;
