@@ -21,6 +21,7 @@
 
 #include "element.cuh"
 #include "signals.cuh"
+#include "watch.cuh"
 
 namespace flashcomm {
 
@@ -269,7 +270,9 @@ __device__ __forceinline__ void exact(const ExactArgs& args) {
 
 #define FLASHCOMM_ENTRY(name, T)                                                                            \
   extern "C" __global__ void __launch_bounds__(kExactThreads, 1) name(const __grid_constant__ ExactArgs args) { \
+    const Watch watch(args.took);                                                                           \
     exact<T>(args);                                                                                         \
+    watch.end();                                                                                            \
   }
 FLASHCOMM_EACH_EXACT(FLASHCOMM_ENTRY)
 #undef FLASHCOMM_ENTRY

@@ -33,6 +33,7 @@
 #include <type_traits>
 
 #include "channel.cuh"
+#include "watch.cuh"
 
 namespace flashcomm {
 
@@ -188,7 +189,9 @@ constexpr unsigned one_hop_channels([[maybe_unused]] Code code, [[maybe_unused]]
 #define FLASHCOMM_ENTRY(name, T, code, bits, bundles, channels)                                \
   extern "C" __global__ void __launch_bounds__(kTileThreads * (channels), 1)                    \
       name(const __grid_constant__ AllReduceArgs args) {                                       \
+    const Watch watch(args.took);                                                              \
     one_hop<T, Code::code, bits, bundles>(args);                                               \
+    watch.end();                                                                               \
   }
 
 #define FLASHCOMM_GPU_ENTRY(name, T, code, bits) \

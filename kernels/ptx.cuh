@@ -37,6 +37,10 @@ __device__ __forceinline__ void st_relaxed_sys(uint32_t* ptr, uint32_t v) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(ptr), "r"(v) : "memory");
 }
 
+__device__ __forceinline__ void st_relaxed_sys(uint64_t* ptr, uint64_t v) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(ptr), "l"(v) : "memory");
+}
+
 // 16 aligned bytes, which are there or not as a whole: PTX has them as one access of 128 bits, not as a vector of smaller ones.
 __device__ __forceinline__ uint4 ld_relaxed_sys_b128(const uint4* ptr) {
   unsigned __int128 v;

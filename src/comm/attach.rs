@@ -24,6 +24,7 @@ use super::leftovers;
 use super::order::Order;
 use super::share::Share;
 use super::wait::Wait;
+use super::watch::Watched;
 use crate::config::Config;
 use crate::cuda::{self, Context, RelaxedCapture, Stream};
 use crate::error::{self, Error, Result};
@@ -281,9 +282,16 @@ fn meet(comm: &Comm, Own { rank, world, device, context }: Own, Wish { legs, swi
     let page = comm.page(rank, world)?.cloned();
     let new_share = || seat.map(|seat| Arc::new(Share::new(seat, page, rank, &facts)));
     let share = if matches!(exchange, Exchange::Fused(_)) { share.or_else(new_share) } else { None };
-    let exchange = ManuallyDrop::new(exchange);
-    let attached = Attached { rank, world, legs, ways, figures, context, kernels, exchange, order, share };
+    let (watched, exchange) = (watch(comm, rank, &exchange, figures.as_ref()), ManuallyDrop::new(exchange));
+    let attached = Attached { rank, world, legs, ways, figures, context, kernels, watched, exchange, order, share };
     Ok(Outcome::New(Box::new(attached)))
+}
+
+/// Looks from now on whether sums take much longer than was measured, where something was.
+fn watch(comm: &Comm, rank: usize, exchange: &Exchange, figures: Option<&Figures>) -> Option<Watched> {
+    let (Exchange::Fused(fused), Some(figures)) = (exchange, figures) else { return None };
+    // SAFETY: the slots belong to the exchange, which is freed after what this returns is dropped.
+    unsafe { Watched::begin(comm.handle(), rank, fused.watched_slots(), figures) }
 }
 
 /// What every exchange needs.

@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 
 use super::order::Order;
 use super::share::Share;
+use super::watch::Watched;
 use crate::cuda::{Context, RelaxedCapture};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
@@ -88,6 +89,8 @@ pub(crate) struct Attached {
     pub context: Context,
     /// Kernels of the agreed codecs, in that context.
     pub kernels: Kernels,
+    /// Looks at the exchange.
+    pub(super) watched: Option<Watched>,
     /// What carries the payloads.
     pub exchange: ManuallyDrop<Exchange>,
     /// Shared by the communicator's setups.
@@ -321,6 +324,7 @@ impl Drop for Attached {
         {
             share.lose();
         }
+        drop(self.watched.take());
         // SAFETY: not used any more; dropped here only.
         unsafe { ManuallyDrop::drop(&mut self.exchange) };
     }

@@ -12,6 +12,7 @@ mod order;
 mod share;
 mod table;
 mod wait;
+mod watch;
 
 pub(crate) use communicator::{Attached, Comm, has_any_failed};
 pub(crate) use table::{Origin, abort, created, failed_attach, failure, is_meeting, known, of, reap, retire, turn_off};

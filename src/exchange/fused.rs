@@ -9,7 +9,7 @@ mod launch;
 
 use std::ffi::c_void;
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use flashcomm_wire::mailboxes::{STRIPE_VECS, VEC_BYTES};
@@ -48,6 +48,7 @@ pub struct Fused {
     copies: Option<Copies>,
     timeout: Option<Duration>,
     is_reported: AtomicBool,
+    is_watched: AtomicBool,
 }
 
 // SAFETY: addresses that only kernels follow.
@@ -83,9 +84,29 @@ impl Layout {
     }
 }
 
-/// Bytes of the control memory: the abort word, then at [`GAVE_UP_AT`] a [`GaveUp`].
+/// Bytes of the control memory: the abort word, then at [`GAVE_UP_AT`] a [`GaveUp`], then at [`SLOTS_AT`] what kernels took.
 const CONTROL_BYTES: usize = 4096;
 const GAVE_UP_AT: usize = 128;
+const SLOTS_AT: usize = 1024;
+
+/// Slots for what kernels took: of compressed sums, one for each octave of bytes, then of exact ones.
+pub(crate) const N_SLOTS: usize = 64;
+
+/// Of smaller sums nothing is noted: their kernels take 3 us, of which two looks at a clock are a part, and what a link carries
+/// is none.
+const WATCHED_MIN_BYTES: usize = 64 << 10;
+
+/// The slot of a sum.
+#[inline]
+pub(crate) fn slot(is_exact: bool, n_bytes: u64) -> usize {
+    let octave = n_bytes.max(1).ilog2() as usize;
+    octave.min(N_SLOTS / 2 - 1) + if is_exact { N_SLOTS / 2 } else { 0 }
+}
+
+/// Whether the sums of a slot are exact, and the bytes of the smallest.
+pub(crate) fn octave_of(slot: usize) -> (bool, u64) {
+    (slot >= N_SLOTS / 2, 1 << (slot % (N_SLOTS / 2)))
+}
 
 impl Prepared {
     /// Makes this rank's area, zeroed, in the current context.
@@ -149,6 +170,7 @@ impl Prepared {
             copies: self.copies,
             timeout,
             is_reported: AtomicBool::new(false),
+            is_watched: AtomicBool::new(false),
         })
     }
 }
@@ -219,6 +241,21 @@ impl Fused {
             log::error!("{error}");
         }
         Some(error)
+    }
+
+    /// Where kernels leave what they took, from now on: the first of [`N_SLOTS`] words, which live as long as `self`.
+    pub(crate) fn watched_slots(&self) -> *const AtomicU64 {
+        self.is_watched.store(true, Ordering::Relaxed);
+        self.control.address().wrapping_byte_add(SLOTS_AT).cast()
+    }
+
+    /// Where a kernel leaves that; null where nobody looks, or where the sum is so small that to look would be felt.
+    fn took(&self, is_exact: bool, n_bytes: usize) -> *mut u64 {
+        if n_bytes < WATCHED_MIN_BYTES || !self.is_watched.load(Ordering::Relaxed) {
+            return std::ptr::null_mut();
+        }
+        let slots: *mut u64 = self.control.address().wrapping_byte_add(SLOTS_AT).cast();
+        slots.wrapping_add(slot(is_exact, n_bytes as u64))
     }
 
     fn word(&self, at: usize) -> &AtomicU32 {

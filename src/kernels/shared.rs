@@ -246,6 +246,8 @@ shared_structs! {
         gave_up: *mut GaveUp,
         /// Nanoseconds that a wait may last; 0: no bound.
         timeout_ns: u64,
+        /// Host memory: where the kernel may leave what it took, in nanoseconds below a number that changes; null: not.
+        took: *mut u64,
         /// This rank.
         rank: u32,
         /// Ranks.
@@ -311,6 +313,8 @@ shared_structs! {
         gave_up: *mut GaveUp,
         /// As in [`AllReduceArgs`].
         timeout_ns: u64,
+        /// As in [`AllReduceArgs`].
+        took: *mut u64,
         /// This rank.
         rank: u32,
         /// Ranks.

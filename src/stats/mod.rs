@@ -16,4 +16,4 @@ mod registry;
 pub(crate) mod report;
 
 pub(crate) use counters::{Call, Counters, Counts, SIZE_CLASSES};
-pub(crate) use registry::{Attached, Known, describe, end};
+pub(crate) use registry::{Attached, Known, Slow, describe, end, note_slow};

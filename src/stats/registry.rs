@@ -73,6 +73,21 @@ pub(super) struct About {
     pub identity: Option<(usize, usize)>,
     /// Once it has attached and is on.
     pub attached: Option<Attached>,
+    /// Sizes that have become slow.
+    pub slow: Vec<Slow>,
+}
+
+/// Sums that take much longer than when the machine was measured.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slow {
+    /// Of the smallest of their octave.
+    pub n_bytes: u64,
+    /// Uncompressed.
+    pub is_exact: bool,
+    /// Microseconds, of the fastest in a minute.
+    pub us: u64,
+    /// What the largest of the octave took when it was measured.
+    pub measured_us: u64,
 }
 
 /// What an attached communicator does.
@@ -146,6 +161,15 @@ pub(crate) fn describe(comm: CommPtr, rank: usize, world: usize, attached: Optio
     let mut registry = Process::enter().registry.lock();
     let about = &mut registry.entry(comm, Some((rank, world))).about;
     about.attached = attached;
+}
+
+/// Notes that some sums of a communicator have become slow, for the report.
+pub(crate) fn note_slow(comm: CommPtr, slow: Slow) {
+    if let Some(process) = Process::current()
+        && let Some(entry) = process.registry.lock().live.get_mut(&(comm as usize))
+    {
+        entry.about.slow.push(slow);
+    }
 }
 
 /// A communicator is about to be destroyed or aborted: its handle may come again as another's.

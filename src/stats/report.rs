@@ -7,7 +7,7 @@ use parking_lot::Once;
 use serde_json::{Map, Value, json};
 
 use super::counters::Counts;
-use super::registry::{About, Process};
+use super::registry::{About, Process, Slow};
 use crate::background;
 use crate::config::Config;
 
@@ -17,6 +17,14 @@ const FORMAT: u32 = 1;
 fn communicator_json(about: &About, counts: &Counts, ended: bool) -> Value {
     let (rank, world) = about.identity.unzip();
     let attached = about.attached.as_ref();
+    let slow = |slow: &Slow| {
+        json!({
+            "bytes": slow.n_bytes,
+            "way": if slow.is_exact { "exact" } else { "compressed" },
+            "us": slow.us,
+            "measured_us": slow.measured_us,
+        })
+    };
     let Value::Object(mut object) = json!({
         "number": about.number,
         "rank": rank,
@@ -25,6 +33,7 @@ fn communicator_json(about: &About, counts: &Counts, ended: bool) -> Value {
         "code": attached.map(|on| on.code),
         "exchange": attached.map(|on| on.exchange),
         "ended": ended,
+        "slower_than_measured": about.slow.iter().map(slow).collect::<Vec<_>>(),
     }) else {
         unreachable!("an object")
     };

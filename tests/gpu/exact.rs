@@ -58,6 +58,7 @@ fn reduce(kernels: &Kernels, ranks: &[Rank; WORLD], count: usize, block_stripes:
             abort: rank.control.address().cast(),
             gave_up: rank.control.address().wrapping_byte_add(128).cast(),
             timeout_ns: 10_000_000_000,
+            took: std::ptr::null_mut(),
             rank: i as u32,
             world: WORLD as u32,
             block_stripes: block_stripes as u32,

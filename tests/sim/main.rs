@@ -21,5 +21,6 @@ mod programs; // random programs run as plain NCCL runs them
 mod record; // inputs saved as they were passed
 mod shares; // the first communicator that is used has the larger grid
 mod soak; // random operations against a model
-mod stats;
-mod tuning; // what the shim counts, and what a profiler hears
+mod stats; // what the shim counts, and what a profiler hears
+mod tuning; // decisions, on machines that files describe
+mod watch; // sums that become slow are told of

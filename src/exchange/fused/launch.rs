@@ -86,6 +86,7 @@ impl Fused {
             pulls: pulls.into(),
             scale,
             timeout_ns: nanoseconds(timeout),
+            took: self.took(false, plan.count() * element.n_bytes()),
             ..self.all_reduce_args()
         };
         // SAFETY: the areas are every rank's and stay; the caller vouches for the rest; the blocks fit by `residency`.
@@ -138,7 +139,9 @@ impl Fused {
         let (n_blocks, block_stripes) = exact_shape(n_stripes, &mailboxes);
         let (count, timeout_ns) = (count as u64, nanoseconds(timeout));
         let two_hops = two_hops.into();
-        let args = ExactArgs { input, output, count, block_stripes, two_hops, scale, timeout_ns, ..self.exact_args() };
+        let took = self.took(true, n_bytes);
+        let args =
+            ExactArgs { input, output, count, block_stripes, two_hops, scale, timeout_ns, took, ..self.exact_args() };
         // SAFETY: the mailboxes are every rank's and stay; the rest as for `launch`.
         unsafe { kernels.exact(element, (n_blocks, self.exact_warps(block_stripes)), &args, stream) }
             .map_err(Error::cuda("launching the exact all-reduce"))
@@ -192,6 +195,7 @@ impl Fused {
             abort: self.control.address().cast(),
             gave_up: self.gave_up_ptr(),
             timeout_ns: 0,
+            took: std::ptr::null_mut(),
             rank: self.rank as u32,
             world: rings.world as u32,
             max_channels: rings.channels as u32,
@@ -216,6 +220,7 @@ impl Fused {
             abort: self.control.address().cast(),
             gave_up: self.gave_up_ptr(),
             timeout_ns: 0,
+            took: std::ptr::null_mut(),
             rank: self.rank as u32,
             world: rings.world as u32,
             block_stripes: 0,
