@@ -186,6 +186,7 @@ fn one(machine: &Machine, args: &Args, bits: Option<&String>) -> Result<(Vec<Ans
         ("FLASHCOMM_ENABLE", if bits.is_some() { "1" } else { "0" }),
         ("FLASHCOMM_MIN_BYTES", "0"),
         ("FLASHCOMM_EXACT_MAX_BYTES", "0"), // the float sum stays NCCL's: this is about widths
+        ("FLASHCOMM_TUNE", "off"),
     ];
     let group = values::GROUP.to_string();
     settings.extend([("FLASHCOMM_GROUP", group.as_str()), ("FLASHCOMM_DTYPES", "fp16,bf16")]);

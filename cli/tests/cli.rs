@@ -18,6 +18,7 @@ fn flashcomm(arguments: &[&str]) -> Command {
     for name in ["FLASHCOMM_NCCL_LIB", "FLASHCOMM_EXCHANGE", "LD_PRELOAD", "LD_LIBRARY_PATH"] {
         command.env_remove(name);
     }
+    command.env("FLASHCOMM_TUNE", "off");
     command
 }
 

@@ -38,7 +38,10 @@ fn job(engine: &str, arguments: &[&str], variables: &[(&str, &str)]) -> (Value, 
     let mut command = Command::new("python3");
     command.arg(script(&format!("{engine}_plugin.py"))).args([&source(package), site.path()]).args(arguments);
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("LD_LIBRARY_PATH", driver.path());
-    command.env("PYTHONDONTWRITEBYTECODE", "1").env("FLASHCOMM_NCCL_LIB", built("libflashcomm_sim_nccl.so"));
+    command
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("FLASHCOMM_TUNE", "off")
+        .env("FLASHCOMM_NCCL_LIB", built("libflashcomm_sim_nccl.so"));
     let (stdout, stderr, code) = run(command.envs(variables.iter().copied()));
     assert_eq!(code, 0, "{stderr}");
     (serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{error}: {stdout}{stderr}")), stderr)

@@ -22,7 +22,7 @@ fn flashcomm(arguments: &[&str]) -> Command {
 /// The same without an NCCL.
 fn bare(arguments: &[&str]) -> Command {
     let mut command = Command::new(COMMAND);
-    command.args(arguments).env_clear();
+    command.args(arguments).env_clear().env("FLASHCOMM_TUNE", "off");
     // No Python of this machine, which may have an NCCL.
     command.env("PATH", without_python(&std::env::var("PATH").unwrap()));
     command

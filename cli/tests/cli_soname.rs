@@ -18,7 +18,7 @@ print(version.value)";
 /// The command in a clean environment, with the simulated NCCL as the real one.
 fn flashcomm(arguments: &[&str]) -> Command {
     let mut command = Command::new(COMMAND);
-    command.args(arguments).env_clear().env("PATH", std::env::var_os("PATH").unwrap());
+    command.args(arguments).env_clear().env("FLASHCOMM_TUNE", "off").env("PATH", std::env::var_os("PATH").unwrap());
     command.env("FLASHCOMM_NCCL_LIB", built("libflashcomm_sim_nccl.so"));
     command
 }

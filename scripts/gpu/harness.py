@@ -27,7 +27,12 @@ PACK = ROOT / ".gpu"  # made by scripts/pack_gpu.sh
 JOBS = ROOT / "scripts/gpu/jobs"
 SHIM = PACK / "libflashcomm.so"
 FLASHCOMM = PACK / "flashcomm"
-BASE = {"FLASHCOMM_LIB": SHIM, "FLASHCOMM_REFERENCE": PACK / "reference"}
+# Nothing is measured where nobody says so: what goes which way is then the same everywhere.
+BASE = {
+    "FLASHCOMM_LIB": SHIM,
+    "FLASHCOMM_REFERENCE": PACK / "reference",
+    "FLASHCOMM_TUNE": os.environ.get("FLASHCOMM_TUNE", "off"),
+}
 
 # What NCCL and the driver need where threads of one process are ranks that share a GPU
 # (docs/troubleshooting.md).

@@ -5,6 +5,7 @@ first, so that a run that is cut short has them.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -29,13 +30,13 @@ def fewer_than(several):
     return several - 1 if several > 2 else pytest.skip("two GPUs are the smallest world")
 
 
-def torchrun(runner, ranks, bits, exchange, program, *arguments, min_bytes=0, limit_s=150):
+def torchrun(runner, ranks, bits, exchange, program, *arguments, min_bytes=0, limit_s=150, **settings):
     """A PyTorch job as users start it."""
     run = [FLASHCOMM, "run", "--quiet", "--engine", "torch", "--bits", bits, "--exchange", exchange, "--min-bytes", min_bytes]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     with scratch() as folder:
         command = [*run, "--", *torchrun, JOBS / program, *arguments]
-        runner.run(command, limit_s, FLASHCOMM_SCRATCH=folder)
+        runner.run(command, limit_s, FLASHCOMM_SCRATCH=folder, **settings)
 
 
 def bench(runner, nccl, to, worlds, *options, **settings):
@@ -101,6 +102,12 @@ def test_random_operations(runner, several, bits, exchange):
     torchrun(runner, several, bits, exchange, "soak_job.py", n_operations, min_bytes=64 << 10, limit_s=limit_s)
 
 
+@pytest.mark.parametrize("setting, exchange", [("FLASHCOMM_P2P_READ", "auto"), ("FLASHCOMM_HOST_COPY", "host")])
+def test_random_operations_carried_otherwise(runner, several, setting, exchange):
+    """Payloads that peers read, and payloads that copy engines carry: the same bits."""
+    torchrun(runner, several, "4:8", exchange, "soak_job.py", 20000, min_bytes=64 << 10, **{setting: 1})
+
+
 def test_green_contexts(runner, packed_nccl, several):
     """Where a rank's stream has not got its whole GPU."""
     runner.run([sys.executable, JOBS / "green_job.py"], 150, FLASHCOMM_NCCL_LIB=packed_nccl)
@@ -142,6 +149,19 @@ def test_never_slower_than_nccl(runner, packed_nccl, out, several, exchange, tun
     with scratch() as cache:
         to = out / f"gpus-never-slower-{exchange}-{tune}.json"
         never_slower.check(runner, packed_nccl, to, worlds, XDG_CACHE_HOME=cache, **settings)
+
+
+def test_what_becomes_slow_is_told(runner, several):
+    """By the rank that waits, of the sums for which it does, and of no others."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    with scratch() as folder:
+        run = [FLASHCOMM, "run", "--engine", "torch", "--tune", "always", "--stats-file", folder / "stats.%r.json", "--"]
+        output = runner.run([*run, *torchrun, JOBS / "watch_job.py"], 150, XDG_CACHE_HOME=folder)
+        found = [json.loads((folder / f"stats.{rank}.json").read_text()) for rank in range(2)]
+    slow = [[each for comm in rank["communicators"] for each in comm["slower_than_measured"]] for rank in found]
+    assert [each["bytes"] for each in slow[0]] == [64 << 10] and slow[1] == [], slow
+    assert slow[0][0]["us"] > 1000 > slow[0][0]["measured_us"], slow
+    assert output.count("for a minute exact sums of 65536 bytes and more have taken") == 1, output
 
 
 @pytest.mark.measures

@@ -79,7 +79,7 @@ pub const SETTINGS: [Setting; 24] = [
         "FLASHCOMM_TUNE",
         "off",
         "off, cache or always",
-        "whether the ranks measure how each size goes best; cache: once a machine",
+        "whether the ranks measure how each size goes best; cache: the first three starts on a machine do",
         true,
     ),
     setting("FLASHCOMM_PLUGIN", "0", "0 or 1", "1: vLLM's and SGLang's plugins route all-reduces by size", true),

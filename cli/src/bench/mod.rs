@@ -234,7 +234,7 @@ impl<'a> BenchPlan<'a> {
             Way::Nccl { .. } => vec![],
             Way::Flashcomm { bits, exchange } if bits == EXACT => vec![
                 ("FLASHCOMM_ENABLE", "1".into()),
-                ("FLASHCOMM_EXCHANGE", exchange.clone()),
+                ("FLASHCOMM_EXCHANGE", carrier_of(exchange).0.into()),
                 ("FLASHCOMM_MIN_BYTES", "1024G".into()),
                 ("FLASHCOMM_EXACT_MAX_BYTES", "1G".into()),
                 // As many of those as there is room for: 8 MiB of two ranks.
@@ -253,7 +253,10 @@ impl<'a> BenchPlan<'a> {
             ],
         };
         let carrier = if let Way::Flashcomm { exchange, .. } = way { carrier_of(exchange).1 } else { None };
-        let settings = settings.into_iter().chain(carrier.map(|setting| (setting, "1".into())));
+        // What becomes of a size is given, and nothing to be found out.
+        let is_given = matches!(way, Way::Flashcomm { .. }) && self.args.min_bytes != "auto";
+        let tune = is_given.then(|| ("FLASHCOMM_TUNE", "off".into()));
+        let settings = settings.into_iter().chain(carrier.map(|setting| (setting, "1".into()))).chain(tune);
         settings.map(|(name, value)| (name.into(), value)).collect()
     }
 

@@ -3,6 +3,9 @@
 //!
 //! A file is for one [`Key`], of all that matters. Who finds none, or one that is damaged or somebody
 //! else's, has nothing.
+//!
+//! Something else may use the GPUs or the links while ranks measure, and that makes sums slower, never
+//! faster. So the first [`STARTS`] starts measure, and the least of each figure counts.
 
 use std::collections::HashMap;
 use std::env;
@@ -20,37 +23,63 @@ use crate::config::ExchangeKind;
 use crate::negotiation::identity::hash;
 
 /// What a file begins with.
-const TITLE: &str = "flashcomm tuning 3";
+const TITLE: &str = "flashcomm tuning 4";
 
 /// A file is no longer than this.
 const MAX_BYTES: u64 = 16 << 10;
+
+/// So many starts measure.
+const STARTS: u32 = 3;
+
+/// What was measured, and by how many starts.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Known {
+    pub measured: Measured,
+    n_starts: u32,
+}
+
+impl Known {
+    /// By the start of a process, after what was known before it; `is_asked_for`: it is not to be measured again.
+    pub(super) fn after(before: Option<Self>, measured: Measured, is_asked_for: bool) -> Self {
+        match before {
+            _ if is_asked_for => Known { measured, n_starts: STARTS },
+            None => Known { measured, n_starts: 1 },
+            Some(before) => Known { measured: before.measured.least(&measured), n_starts: before.n_starts + 1 },
+        }
+    }
+
+    /// Whether it holds without measuring again.
+    pub(super) fn is_settled(&self) -> bool {
+        self.n_starts >= STARTS
+    }
+}
 
 /// All on which what was measured depends.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Key(pub Vec<u8>);
 
 /// Of this process, by key.
-static KNOWN: Lazy<Mutex<HashMap<Key, Measured>>> = Lazy::new(Default::default);
+static KNOWN: Lazy<Mutex<HashMap<Key, Known>>> = Lazy::new(Default::default);
 
 /// What is known for a key: to this process, or with `reads_file` by a file.
-pub(super) fn find(key: &Key, reads_file: bool) -> Option<Measured> {
+pub(super) fn find(key: &Key, reads_file: bool) -> Option<Known> {
     let known = KNOWN.lock().get(key).cloned();
     known.or_else(|| reads_file.then(|| read(&file(&folder()?, key), key))?)
 }
 
-/// Keeps it, in a file as well, where that can be written.
-pub(super) fn keep(key: &Key, measured: &Measured) {
-    KNOWN.lock().insert(key.clone(), measured.clone());
+/// Keeps it: in a file, where that can be written, and for this process, which does not measure again.
+pub(super) fn keep(key: &Key, known: &Known) {
+    KNOWN.lock().insert(key.clone(), Known { n_starts: STARTS, ..known.clone() });
     let Some(folder) = folder() else { return };
-    if let Err(error) = write(&folder, key, measured) {
+    if let Err(error) = write(&folder, key, known) {
         // The next start measures again.
         log::info!("what was measured cannot be kept in {}: {error}", folder.display());
     }
 }
 
 /// A number of what was measured, by which ranks see whether they know the same; never 0.
-pub(super) fn digest(measured: &Measured) -> u64 {
-    hash(text(measured).as_bytes()) | 1
+pub(super) fn digest(known: &Known) -> u64 {
+    hash(text(known).as_bytes()) | 1
 }
 
 /// `$XDG_CACHE_HOME/flashcomm`, or `~/.cache/flashcomm`.
@@ -64,9 +93,9 @@ fn file(folder: &Path, key: &Key) -> PathBuf {
     folder.join(format!("tuning-{:016x}", hash(&key.0)))
 }
 
-/// A line for each exchange and size, with the nanoseconds of each way.
-fn text(measured: &Measured) -> String {
-    let mut text = String::new();
+/// The number of starts, and a line for each exchange and size, with the nanoseconds of each way.
+fn text(Known { measured, n_starts }: &Known) -> String {
+    let mut text = format!("{n_starts}\n");
     for (kind, Figures(rows)) in &measured.0 {
         for (size, row) in SIZES.iter().zip(rows) {
             let row: Vec<String> = row.iter().map(u32::to_string).collect();
@@ -76,9 +105,11 @@ fn text(measured: &Measured) -> String {
     text
 }
 
-fn parse(text: &str) -> Option<Measured> {
+fn parse(text: &str) -> Option<Known> {
     let mut measured = Measured::default();
-    for line in text.lines() {
+    let mut lines = text.lines();
+    let n_starts = lines.next()?.parse().ok()?;
+    for line in lines {
         let mut words = line.split(' ');
         let kind = ExchangeKind::by_name(words.next()?)?;
         let size: u64 = words.next()?.parse().ok()?;
@@ -92,10 +123,10 @@ fn parse(text: &str) -> Option<Measured> {
         }
         rows.push(Row::try_from(row).ok()?);
     }
-    Some(measured)
+    Some(Known { measured, n_starts })
 }
 
-fn read(path: &Path, key: &Key) -> Option<Measured> {
+fn read(path: &Path, key: &Key) -> Option<Known> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).ok()?;
     let about = file.metadata().ok()?;
     // SAFETY: takes nothing.
@@ -115,9 +146,9 @@ fn seal(key: &Key, text: &str) -> String {
 }
 
 /// Whole or not at all.
-fn write(folder: &Path, key: &Key, measured: &Measured) -> io::Result<()> {
+fn write(folder: &Path, key: &Key, known: &Known) -> io::Result<()> {
     fs::create_dir_all(folder)?;
-    let (path, text) = (file(folder, key), text(measured));
+    let (path, text) = (file(folder, key), text(known));
     // Ranks of one process write the same file.
     // SAFETY: takes nothing.
     let fresh = path.with_extension(format!("{}-{}", std::process::id(), unsafe { libc::gettid() }));
@@ -142,9 +173,24 @@ mod tests {
         Key(text.into())
     }
 
-    fn some() -> Measured {
+    fn some() -> Known {
         let figures = |ns| Figures(vec![[ns, 0, 7, u32::MAX, 1, 2]; 3]);
-        Measured(vec![(ExchangeKind::Peer, figures(5)), (ExchangeKind::Host, figures(6))])
+        let measured = Measured(vec![(ExchangeKind::Peer, figures(5)), (ExchangeKind::Host, figures(6))]);
+        Known { measured, n_starts: 2 }
+    }
+
+    #[test]
+    fn some_starts_measure_before_the_least_holds_and_one_is_enough_that_was_asked_for() {
+        let of = |ns| Measured(vec![(ExchangeKind::Peer, Figures(vec![[ns, 0, 0, 2 * ns, 0, 0]; 2]))]);
+        let mut known = Known::after(None, of(500), false);
+        for (ns, is_settled) in [(700, false), (300, true)] {
+            assert!(!known.is_settled());
+            known = Known::after(Some(known), of(ns), false);
+            assert_eq!(known.is_settled(), is_settled);
+        }
+        assert_eq!(known.measured, of(300));
+        let asked_for = Known::after(Some(known), of(900), true);
+        assert!(asked_for.is_settled() && asked_for.measured == of(900), "whatever was known");
     }
 
     #[test]
@@ -197,9 +243,9 @@ mod tests {
     #[test]
     fn who_knows_the_same_has_the_same_number() {
         let mut other = some();
-        other.0[1].1.0[2][3] -= 1;
+        other.measured.0[1].1.0[2][3] -= 1;
         assert_eq!(digest(&some()), digest(&some()));
         assert_ne!(digest(&some()), digest(&other));
-        assert_ne!(digest(&Measured::default()), 0);
+        assert_ne!(digest(&some()), digest(&Known { n_starts: 3, ..some() }));
     }
 }

@@ -149,6 +149,25 @@ fn starts(bounds: &Bounds) -> Vec<u64> {
 pub(crate) struct Measured(pub Vec<(ExchangeKind, Figures)>);
 
 impl Measured {
+    /// The least of each figure of both.
+    pub(crate) fn least(mut self, other: &Self) -> Self {
+        for (kind, Figures(theirs)) in &other.0 {
+            let Some((_, Figures(ours))) = self.0.iter_mut().find(|(known, _)| known == kind) else {
+                self.0.push((*kind, Figures(theirs.clone())));
+                continue;
+            };
+            for (ours, theirs) in ours.iter_mut().zip(theirs) {
+                for (ours, theirs) in ours.iter_mut().zip(theirs) {
+                    *ours = if *ours == 0 { *theirs } else { (*ours).min(if *theirs == 0 { *ours } else { *theirs }) };
+                }
+            }
+            if let Some(further) = theirs.get(ours.len()..) {
+                ours.extend(further);
+            }
+        }
+        self
+    }
+
     /// Of an exchange.
     pub(crate) fn of(&self, kind: ExchangeKind) -> Option<&Figures> {
         self.0.iter().find(|(measured, _)| *measured == kind).map(|(_, figures)| figures)
@@ -258,6 +277,18 @@ mod tests {
         let none = Bounds { exact_max: Some(0), ..FREE };
         let fast = Figures(vec![[9000, 1000, 8000, 7000, 0, 0]; 7]);
         assert_eq!(fast.ways(&none).plain.way(4096), Forward);
+    }
+
+    #[test]
+    fn what_disturbs_a_measurement_makes_it_slower_and_so_the_least_counts() {
+        let of = |rows: &[Row]| Measured(vec![(ExchangeKind::Peer, Figures(rows.to_vec()))]);
+        let first = of(&[[100, 20, 0, 7, 0, 0], [900, 800, 0, 700, 0, 0]]);
+        let second = of(&[[90, 30, 5, 8, 0, 0]]);
+        let both = of(&[[90, 20, 5, 7, 0, 0], [900, 800, 0, 700, 0, 0]]);
+        assert_eq!(first.clone().least(&second), both);
+        assert_eq!(second.clone().least(&first), both, "also where the first went less far");
+        let host = Measured(vec![(ExchangeKind::Host, Figures(vec![[1; 6]]))]);
+        assert_eq!(first.clone().least(&host).0, [first.0, host.0].concat());
     }
 
     #[test]

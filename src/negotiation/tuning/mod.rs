@@ -15,7 +15,7 @@ mod cache;
 pub(crate) mod figures;
 mod stopwatch;
 
-use self::cache::Key;
+use self::cache::{Key, Known};
 use self::figures::{Bounds, Figures, Measured};
 use self::stopwatch::BUDGET_NS;
 use super::agreement::Agreement;
@@ -71,17 +71,19 @@ impl<M: Meeting> Rounds<M> {
             return Ok(exchange.map(|exchange| untuned(facts, exchange)));
         }
         let key = key(facts)?;
-        if let Some(measured) = self.recall(&key)? {
-            log::info!("rank {}: what was measured here before holds", self.blob.rank);
-            let preference = preference(&measured, facts);
-            let exchange = self.set_up_best(facts, local, calls.connect, Some(preference))?;
-            return Ok(exchange.map(|exchange| tuned(&measured, facts, exchange)));
+        match self.recall(&key)? {
+            Some(known) if known.is_settled() => {
+                log::info!("rank {}: what was measured here before holds", self.blob.rank);
+                let preference = preference(&known.measured, facts);
+                let exchange = self.set_up_best(facts, local, calls.connect, Some(preference))?;
+                Ok(exchange.map(|exchange| tuned(&known.measured, facts, exchange)))
+            }
+            known => self.measure_all(facts, local, calls, (&key, known)),
         }
-        self.measure_all(facts, local, calls, &key)
     }
 
     /// What every rank knows of these ranks from before; `None` where one of them knows nothing, or something else.
-    fn recall(&mut self, key: &Key) -> Result<Option<Measured>> {
+    fn recall(&mut self, key: &Key) -> Result<Option<Known>> {
         let known = cache::find(key, self.blob.agreement.tune == Tune::Cache);
         let digest = known.as_ref().map_or(0, cache::digest);
         let mut offer: Offer = [0; OFFER_BYTES];
@@ -91,13 +93,13 @@ impl<M: Meeting> Rounds<M> {
         Ok(known.filter(|_| all_know))
     }
 
-    /// Sets up what may be best, measures it, and keeps the best of it.
+    /// Sets up what may be best, measures it, and keeps the best of it. `known`: by all ranks, from before.
     fn measure_all(
         &mut self,
         facts: &[Blob],
         local: &Local<'_>,
         calls: &RealCalls<'_>,
-        key: &Key,
+        (key, known): (&Key, Option<Known>),
     ) -> Result<std::result::Result<Tuned, Disagreement>> {
         let mut measured = Measured::default();
         let first = match self.set_up_best(facts, local, calls.connect, None)? {
@@ -143,7 +145,9 @@ impl<M: Meeting> Rounds<M> {
         if measured.0.is_empty() {
             return Ok(Ok(unmeasured(facts, exchanges.swap_remove(0))));
         }
-        cache::keep(key, &measured);
+        let known = Known::after(known, measured, self.blob.agreement.tune == Tune::Always);
+        cache::keep(key, &known);
+        let Known { measured, .. } = known;
         let preference = preference(&measured, facts);
         if let Some(best) = exchanges.iter().position(|exchange| exchange.kind() == preference.0) {
             let exchange = exchanges.swap_remove(best);
